@@ -1,0 +1,39 @@
+# `make demo` and `make test` set up .venv by themselves; nothing else has to be installed by hand.
+SHELL := /bin/bash
+PYTHON := .venv/bin/python
+# Quick ones first. A part of them: make test TESTS=tests/unit/data PYTEST_ARGS='-x -k packing'
+TESTS := $(wildcard tests/unit tests/parity tests/invariant tests/distributed tests/gpu)
+PYTEST_ARGS ?=
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: help setup demo test test-full check clean
+
+help:
+	@echo 'make demo       train, export and question a tiny model on real images, on the CPU'
+	@echo 'make test       the tests: pairwise choice of layouts'
+	@echo 'make test-full  the tests: every layout'
+	@echo 'make check      lint, format, types'
+	@echo 'make setup      .venv alone'
+	@echo 'make clean      remove caches and build folders; .venv and runs/ stay'
+
+setup:
+	@tools/setup_env.sh
+
+demo:
+	@start=$$(date +%s%N) && tools/setup_env.sh && took_ms=$$((($$(date +%s%N) - start) / 1000000)) && \
+	SETUP_S=$$(printf '%d.%03d' $$((took_ms / 1000)) $$((took_ms % 1000))) $(PYTHON) examples/demo.py
+
+test: setup
+	$(TEST_ENV) $(PYTHON) -m pytest $(TESTS) $(PYTEST_ARGS)
+
+test-full: setup
+	$(TEST_ENV) MEGAVLM_FULL_MATRIX=1 $(PYTHON) -m pytest $(TESTS) $(PYTEST_ARGS)
+
+check: setup
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m ruff format --check .
+	@$(PYTHON) -m mypy
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find megavlm tests examples tools -type d \( -name __pycache__ -o -name .ruff_cache \) -prune -exec rm -rf {} +

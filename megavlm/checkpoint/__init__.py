@@ -1,0 +1,1 @@
+"""Weights in and out: Hugging Face directories, and layout-independent native checkpoints."""

@@ -1,0 +1,230 @@
+"""Native checkpoints: sharded, layout-independent, written to a temporary name and renamed.
+
+A step folder holds Megatron-Core's `torch_dist` files (weights, optimizer, schedule, random state; layers by their
+global number), the resolved recipe, and `manifest.json` (every file's size and SHA-256), written last.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies.torch import (
+    TorchDistLoadShardedStrategy,
+    TorchDistSaveShardedStrategy,
+)
+from megatron.core.optimizer import ChainedOptimizer
+
+from megavlm.checkpoint.watchdog import time_limit
+from megavlm.errors import RunError, use_error
+from megavlm.models.vlm import VisionLanguageModel
+from megavlm.parallel.groups import Groups
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+LATEST = "latest"
+_STEP = re.compile(r"^step_(\d{8})$")
+
+
+def step_folder(root: Path, step: int) -> Path:
+    """Folder of the checkpoint after `step` optimizer steps."""
+    return root / f"step_{step:08d}"
+
+
+def model_state(models: Iterable[VisionLanguageModel], groups: Groups) -> dict[str, Any]:
+    """Sharded weights of this rank's chunks, by names that do not depend on the layout."""
+    metadata = {"non_homogeneous_layers": True, "dp_cp_group": groups.data_context, "singleton_local_shards": False}
+    state: dict[str, Any] = {}
+    for number, model in enumerate(models):
+        shards = model.sharded_state_dict(prefix="", metadata=metadata)
+        if groups.vision.tp.size() < groups.tensor.size():
+            _number_encoder_replicas(shards, groups)
+        state[f"model{number}"] = shards
+    return state
+
+
+def _number_encoder_replicas(shards: Mapping[str, Any], groups: Groups) -> None:
+    """With a replicated encoder, tensor-parallel ranks hold copies: only the first one's is written."""
+    replica = (0, groups.tensor.rank(), groups.data_context.rank())
+    for shard in shards.values():
+        if isinstance(shard, ShardedTensor) and shard.key.startswith(("vision.", "projector.")):
+            shard.replica_id = replica
+
+
+def optimizer_state(
+    optimizer: ChainedOptimizer, model: Mapping[str, Any], groups: Groups, is_loading: bool
+) -> dict[str, Any]:
+    """Sharded optimizer state; with the distributed optimizer in the form that any layout can load."""
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+        "dp_cp_group": groups.data_context,
+    }
+    state: dict[str, Any] = optimizer.sharded_state_dict(dict(model), is_loading=is_loading, metadata=metadata)
+    return state
+
+
+def random_state(groups: Groups) -> ShardedObject:
+    """This rank's random state; loadable in the same layout only."""
+    from megatron.core import tensor_parallel
+
+    state = {
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+    shape = (dist.get_world_size(),)
+    return ShardedObject("random_state", [state], shape, (dist.get_rank(),), replica_id=0)
+
+
+def save_checkpoint(
+    root: Path, step: int, state: dict[str, Any], texts: Mapping[str, str], timeout_s: int, keep_last: int
+) -> Path:
+    """Write a checkpoint atomically: complete under its name, or not there.
+
+    Args:
+        root: the run's checkpoint folder.
+        step: optimizer steps done.
+        state: sharded state of this rank.
+        texts: further files by name (the recipe), written by rank 0.
+        timeout_s: the process ends with a message when the save takes longer.
+        keep_last: older complete checkpoints are removed; 0 keeps all.
+
+    Raises:
+        RunError: the disk is full, or writing failed otherwise; what was written is removed.
+    """
+    final = step_folder(root, step)
+    temporary = root / f".writing_{final.name}"
+    try:
+        with time_limit(timeout_s, f"saving {final}"):
+            if dist.get_rank() == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+            dist.barrier()
+            dist_checkpointing.save(state, str(temporary), TorchDistSaveShardedStrategy("torch_dist", 1))
+            dist.barrier()
+            if dist.get_rank() == 0:
+                for name, text in texts.items():
+                    (temporary / name).write_text(text, encoding="utf-8")
+            dist.barrier()
+            _finish(root, temporary, final, keep_last)
+            dist.barrier()
+    except (OSError, RuntimeError, CheckpointingException) as error:
+        if dist.get_rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        reason = str(error).strip().splitlines()
+        raise RunError(
+            f"step {step}: cannot save {final} ({reason[-1] if reason else type(error).__name__}); "
+            "earlier checkpoints are untouched; is the disk full?"
+        ) from error
+    return final
+
+
+def _finish(root: Path, temporary: Path, final: Path, keep_last: int) -> None:
+    """Manifest, rename, pointer, clean-up; files are hashed by all ranks together."""
+    files = sorted(path for path in temporary.rglob("*") if path.is_file())
+    mine = {
+        str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in files[dist.get_rank() :: dist.get_world_size()]
+    }
+    everyones: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, mine)
+    if dist.get_rank() != 0:
+        return
+    manifest = {name: entry for part in everyones for name, entry in part.items()}
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
+    pointer = root / f".{LATEST}"
+    pointer.write_text(final.name + "\n", encoding="utf-8")
+    os.replace(pointer, root / LATEST)
+    if keep_last:
+        for old in complete_checkpoints(root)[:-keep_last]:
+            shutil.rmtree(old)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def complete_checkpoints(root: Path) -> list[Path]:
+    """Step folders with a manifest, oldest first."""
+    if not root.is_dir():
+        return []
+    return sorted(path for path in root.iterdir() if _STEP.match(path.name) and (path / MANIFEST).is_file())
+
+
+def is_intact(folder: Path) -> bool:
+    """Whether every file of the manifest is there with its size (hashes are for `verify`, they cost a full read)."""
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    return all(
+        (folder / name).is_file() and (folder / name).stat().st_size == entry["bytes"]
+        for name, entry in manifest.items()
+    )
+
+
+def find_checkpoint(path: Path, required: bool) -> Path | None:
+    """The newest intact checkpoint: `path` itself when it is a step folder, else the newest inside it.
+
+    Raises:
+        UseError: none is there although one was asked for by name.
+    """
+    candidates = [path] if (path / MANIFEST).is_file() else complete_checkpoints(path)
+    for folder in reversed(candidates):
+        if is_intact(folder):
+            return folder
+        logger.warning("%s is damaged (a file is missing or has another size); trying the one before", folder)
+    if required:
+        raise use_error(str(path), "no complete checkpoint", "a folder with step_N/manifest.json", "check the path")
+    return None
+
+
+def read_common(folder: Path) -> dict[str, Any]:
+    """What is not sharded: step, layout, family, schedule."""
+    common: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(folder))
+    return common
+
+
+def load_sharded(folder: Path, state: dict[str, Any], timeout_s: int) -> dict[str, Any]:
+    """Fill a sharded state (made for the present layout) from a checkpoint.
+
+    Raises:
+        RunError: files are unreadable, or do not hold what is asked for.
+    """
+    try:
+        with time_limit(timeout_s, f"loading {folder}"):
+            loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder), TorchDistLoadShardedStrategy())
+    except (OSError, RuntimeError, KeyError, CheckpointingException) as error:
+        reason = str(error).strip().splitlines()
+        raise RunError(f"cannot load {folder}: {reason[0] if reason else type(error).__name__}") from error
+    return loaded
+
+
+def restore_models(models: Iterable[VisionLanguageModel], loaded: Mapping[str, Any]) -> None:
+    """Put loaded weights into this rank's chunks."""
+    for number, model in enumerate(models):
+        model.load_state_dict(loaded[f"model{number}"], strict=True)
+
+
+def restore_random_state(loaded: Mapping[str, Any]) -> None:
+    """Go on with the saved random state of this rank."""
+    from megatron.core import tensor_parallel
+
+    state = loaded["random_state"][0]
+    torch.set_rng_state(state["torch"])
+    torch.cuda.set_rng_state(state["device"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])

@@ -1,0 +1,1 @@
+"""The command line: `main.py` is the frame, and each command is one file."""

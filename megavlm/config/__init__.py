@@ -1,0 +1,1 @@
+"""Recipes: frozen dataclasses, read from YAML and dotted overrides. Imports neither torch nor megatron."""

@@ -1,0 +1,134 @@
+"""Whether a recipe fits its ranks (`validate_layout`) and its model (`validate_model`)."""
+
+import math
+
+from megavlm.config.facts import ModelFacts
+from megavlm.config.layout import layers_per_stage
+from megavlm.config.schema import ParallelConfig, Recipe
+from megavlm.errors import use_error
+
+
+def validate_layout(recipe: Recipe, world_size: int) -> int:
+    """Check that the ranks and the global batch divide, and return the data parallel size.
+
+    Args:
+        recipe: a recipe that `validate_recipe` accepts.
+        world_size: processes of the run.
+
+    Raises:
+        UseError: they do not divide; the message lists what would.
+    """
+    parallel, train = recipe.parallel, recipe.train
+    sizes = {
+        "tensor": parallel.tensor_model_parallel_size,
+        "pipeline": parallel.pipeline_model_parallel_size,
+        "context": parallel.context_parallel_size,
+    }
+    model_ranks = math.prod(sizes.values())
+    product = " x ".join(f"{name} {size}" for name, size in sizes.items())
+    if world_size % model_ranks != 0:
+        raise use_error(
+            "world size",
+            f"{world_size} processes",
+            f"a multiple of {model_ranks} ({product})",
+            f"start {_multiples(world_size, model_ranks)} processes, or change the parallel sizes",
+        )
+    data_parallel_size = world_size // model_ranks
+    samples = train.micro_batch_size * data_parallel_size
+    if train.global_batch_size % samples != 0:
+        raise use_error(
+            "train.global_batch_size",
+            train.global_batch_size,
+            f"a multiple of {samples} (micro_batch_size {train.micro_batch_size} x data parallel {data_parallel_size})",
+            f"use {_multiples(train.global_batch_size, samples)}, or a world size out of "
+            f"{_legal_world_sizes(recipe, model_ranks)}",
+        )
+    _check_interleaving(recipe, train.global_batch_size // samples)
+    return data_parallel_size
+
+
+def validate_model(recipe: Recipe, facts: ModelFacts) -> None:
+    """Check that the model divides by the layout, and that the longest sample fits it.
+
+    Raises:
+        UseError: it does not; the message says which sizes would do.
+    """
+    parallel = recipe.parallel
+    _check_tensor_sizes(parallel, facts)
+    layers_per_stage(parallel, facts.num_layers)
+    if recipe.data.max_length > facts.max_positions:
+        raise use_error(
+            "data.max_length",
+            recipe.data.max_length,
+            f"at most the model's max_position_embeddings {facts.max_positions}",
+            f"set data.max_length={facts.max_positions}",
+        )
+
+
+def _check_interleaving(recipe: Recipe, num_microbatches: int) -> None:
+    """Megatron's interleaved schedule runs microbatches in groups of the pipeline size."""
+    pipeline = recipe.parallel.pipeline_model_parallel_size
+    if recipe.parallel.virtual_pipeline_model_parallel_size == 1 or num_microbatches % pipeline == 0:
+        return
+    batch = recipe.train.global_batch_size
+    step = batch // num_microbatches * pipeline
+    raise use_error(
+        "train.global_batch_size",
+        f"{batch}, which is {num_microbatches} microbatches on each data rank",
+        f"microbatches in a multiple of pipeline_model_parallel_size {pipeline} (the interleaved schedule)",
+        f"use {_multiples(batch, step)}, or parallel.virtual_pipeline_model_parallel_size=1",
+    )
+
+
+def _check_tensor_sizes(parallel: ParallelConfig, facts: ModelFacts) -> None:
+    """Heads, feed-forwards and vocabulary divide; key-value heads divide or are repeated."""
+    tensor, vision_tensor = parallel.tensor_model_parallel_size, parallel.vision_tensor_model_parallel_size
+    key = "parallel.tensor_model_parallel_size"
+    legal = [size for size in range(1, 65) if not _tensor_problem(size, facts)]
+    if vision_tensor != 1:  # the vision tower is split as the language model is
+        legal = [size for size in legal if not _vision_tensor_problem(size, facts)]
+    fix = f"use one of {', '.join(map(str, legal))}"
+    problem = _tensor_problem(tensor, facts)
+    if problem:
+        raise use_error(key, tensor, problem, fix)
+    problem = _vision_tensor_problem(vision_tensor or tensor, facts)
+    if problem:
+        raise use_error(key, tensor, problem, f"{fix}, or set parallel.vision_tensor_model_parallel_size=1")
+
+
+def _tensor_problem(tensor: int, facts: ModelFacts) -> str:
+    """Return what a tensor parallel size should have been for the language model; empty when it is fine."""
+    for size, what in (
+        (facts.num_attention_heads, "attention heads"),
+        (facts.ffn_hidden_size, "feed-forward channels"),
+        (facts.vocab_size, "vocabulary rows"),
+    ):
+        if size % tensor != 0:
+            return f"a divisor of the model's {size} {what}"
+    groups = facts.num_query_groups
+    if groups % tensor != 0 and tensor % groups != 0:
+        return f"a divisor or a multiple of the model's {groups} key-value heads"
+    return ""
+
+
+def _vision_tensor_problem(tensor: int, facts: ModelFacts) -> str:
+    """As `_tensor_problem`, for the vision tower."""
+    for size, what in (
+        (facts.vision_num_attention_heads, "vision attention heads"),
+        (facts.vision_ffn_hidden_size, "vision feed-forward channels"),
+    ):
+        if size % tensor != 0:
+            return f"a divisor of the model's {size} {what}"
+    return ""
+
+
+def _legal_world_sizes(recipe: Recipe, model_ranks: int) -> str:
+    """World sizes under which the global batch divides."""
+    rounds = recipe.train.global_batch_size // recipe.train.micro_batch_size
+    return ", ".join(str(model_ranks * size) for size in range(1, rounds + 1) if rounds % size == 0)
+
+
+def _multiples(number: int, step: int) -> str:
+    """Return the multiples of `step` around `number`."""
+    below = number // step * step
+    return f"{below} or {below + step}" if below else str(step)

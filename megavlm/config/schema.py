@@ -1,0 +1,169 @@
+"""The recipe: every knob of a run, as frozen dataclasses with their defaults.
+
+Knobs carry the names that Megatron and ms-swift users already type. Units are in the names.
+`load.py` reads a recipe from YAML, `validate.py` checks what one field alone cannot tell.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model, and through which kernels."""
+
+    hf_dir: str = ""
+    """Hugging Face directory that gives architecture, weights, tokenizer, template and image processor."""
+    backend: Literal["torch", "flash", "te"] = "torch"
+    """Layer specs: plain torch SDPA (runs anywhere), flash-attn, or Transformer Engine."""
+    attention_dropout: float = 0.0
+    hidden_dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """The layout: how ranks share the model and the data. Data parallel size is what is left of the world."""
+
+    tensor_model_parallel_size: int = 1
+    sequence_parallel: bool = False
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int = 1
+    """Model chunks per pipeline rank (interleaved schedule when > 1)."""
+    pipeline_model_parallel_layout: str = ""
+    """Explicit decoder layers per stage in Megatron's notation, e.g. `Et|ttt|tL`; empty: even split."""
+    context_parallel_size: int = 1
+    cp_comm_type: Literal["all_gather", "p2p"] = "all_gather"
+    """How context-parallel attention moves keys and values: `p2p` is the ring."""
+    expert_model_parallel_size: int = 1
+    vision_tensor_model_parallel_size: int = 0
+    """0: the same as tensor_model_parallel_size; otherwise 1 or the same."""
+    vision_placement: Literal["first_stage"] = "first_stage"
+    use_distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    recompute_granularity: Literal["none", "full", "selective"] = "none"
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    recompute_num_layers: int = 1
+    recompute_modules: tuple[str, ...] = ("core_attn",)
+    """With `selective`: any of core_attn, mlp, layernorm."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Rows, images and how they become batches."""
+
+    train: tuple[str, ...] = ()
+    """JSON or JSONL files of training rows."""
+    eval: tuple[str, ...] = ()
+    """Held-out rows: evaluation loss, and the samples of the report."""
+    image_dir: str = ""
+    """Root of relative image paths; empty: the folder of the row's file."""
+    max_length: int = 4096
+    """Longest sample in tokens, images included; longer rows are dropped, counted and reported."""
+    min_pixels: int = 0
+    """Least image area in pixels (dynamic resolution); 0: what the image processor of hf_dir says."""
+    max_pixels: int = 0
+    shuffle: bool = True
+    dataloader_num_workers: int = 0
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, its schedule, and which components learn how fast."""
+
+    lr: float = 1e-5
+    """Peak learning rate of the language model, and of components that set none."""
+    min_lr: float = 0.0
+    vit_lr: float = -1.0
+    """Peak learning rate of the vision tower; negative: `lr`."""
+    aligner_lr: float = -1.0
+    """Peak learning rate of the projector; negative: `lr`."""
+    freeze_vit: bool = False
+    freeze_aligner: bool = False
+    freeze_llm: bool = False
+    weight_decay: float = 0.1
+    """Never applied to 1-D parameters (norms, biases)."""
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+    """Global gradient norm is clipped to this; 0: not clipped."""
+    lr_decay_style: Literal["cosine", "linear", "constant", "WSD"] = "cosine"
+    lr_warmup_fraction: float = 0.0
+    lr_warmup_iters: int = 0
+    """Set at most one of the two."""
+    lr_wsd_decay_iters: int = 0
+    """Steps of the final decay under WSD."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    stage: Literal["sft"] = "sft"
+    micro_batch_size: int = 1
+    """Samples packed into one row."""
+    global_batch_size: int = 8
+    """Samples per optimizer step, over all data ranks."""
+    train_iters: int = 0
+    """Optimizer steps; 0: from num_train_epochs."""
+    num_train_epochs: float = 0.0
+    """Used when train_iters is 0."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    seed: int = 1234
+    eval_steps: int = 0
+    """Evaluate every so many steps (0: only at the end, where data.eval is set)."""
+    eval_iters: int = 0
+    """Microbatch rounds per evaluation (0: all of data.eval)."""
+    distributed_timeout_s: int = 600
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Native checkpoints: layout-independent, atomic."""
+
+    save_steps: int = 0
+    """Save every so many steps; 0: only at the end."""
+    save_at_end: bool = True
+    resume: bool = True
+    """Go on from the newest complete checkpoint of the run folder, if there is one."""
+    load_dir: str = ""
+    """Start from this checkpoint (a step folder, or a folder of them) instead."""
+    keep_last: int = 2
+    """Older checkpoints are removed; 0 keeps all."""
+    save_timeout_s: int = 600
+
+
+@dataclass(frozen=True)
+class ObserveConfig:
+    """What a run says about itself."""
+
+    log_steps: int = 1
+    tensorboard: bool = True
+    progress: bool = True
+    report: bool = True
+    """Write report.html at the end."""
+    num_report_samples: int = 4
+    """Held-out samples that are answered before and after training (0: none)."""
+    report_max_new_tokens: int = 32
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run."""
+
+    name: str = "run"
+    output_dir: str = "runs"
+    """The run folder is output_dir/name."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    observe: ObserveConfig = field(default_factory=ObserveConfig)
+
+    @property
+    def run_dir(self) -> str:
+        """Where this run writes."""
+        return f"{self.output_dir}/{self.name}"

@@ -1,0 +1,322 @@
+"""What one field of a recipe cannot tell alone: numbers out of range, contradictions, files that are not there.
+
+The first of three questions, in the order in which the answers become known: `validate_recipe` needs nothing but the
+recipe and the disk, `validate_layout` the world size, `validate_model` the sizes in config.json (both in `fit.py`, and
+importable from here). Each raises on the first mistake that it finds, before anything is built.
+"""
+
+import math
+import re
+from pathlib import Path
+
+from megavlm.config.fit import validate_layout, validate_model
+from megavlm.config.layout import divisors, parse_pipeline_layout
+from megavlm.config.load import recipe_to_dict
+from megavlm.config.schema import ParallelConfig, Recipe
+from megavlm.errors import UseError, use_error
+
+__all__ = ["LEAST", "RECOMPUTE_MODULES", "validate_layout", "validate_model", "validate_recipe"]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+RECOMPUTE_MODULES = ("core_attn", "mlp", "layernorm")
+
+# Least value of every number; those of vit_lr and aligner_lr are free, as a negative one means `lr`.
+LEAST: dict[str, float] = {
+    "model.attention_dropout": 0,
+    "model.hidden_dropout": 0,
+    "parallel.tensor_model_parallel_size": 1,
+    "parallel.pipeline_model_parallel_size": 1,
+    "parallel.virtual_pipeline_model_parallel_size": 1,
+    "parallel.context_parallel_size": 1,
+    "parallel.expert_model_parallel_size": 1,
+    "parallel.vision_tensor_model_parallel_size": 0,
+    "parallel.recompute_num_layers": 1,
+    "data.max_length": 2,  # one token read, one predicted
+    "data.min_pixels": 0,
+    "data.max_pixels": 0,
+    "data.dataloader_num_workers": 0,
+    "optimizer.lr": 0,
+    "optimizer.min_lr": 0,
+    "optimizer.vit_lr": -math.inf,
+    "optimizer.aligner_lr": -math.inf,
+    "optimizer.weight_decay": 0,
+    "optimizer.adam_beta1": 0,
+    "optimizer.adam_beta2": 0,
+    "optimizer.adam_eps": 0,
+    "optimizer.clip_grad": 0,
+    "optimizer.lr_warmup_fraction": 0,
+    "optimizer.lr_warmup_iters": 0,
+    "optimizer.lr_wsd_decay_iters": 0,
+    "train.micro_batch_size": 1,
+    "train.global_batch_size": 1,
+    "train.train_iters": 0,
+    "train.num_train_epochs": 0,
+    "train.seed": 0,
+    "train.eval_steps": 0,
+    "train.eval_iters": 0,
+    "train.distributed_timeout_s": 1,
+    "checkpoint.save_steps": 0,
+    "checkpoint.keep_last": 0,
+    "checkpoint.save_timeout_s": 1,
+    "observe.log_steps": 1,
+    "observe.num_report_samples": 0,
+    "observe.report_max_new_tokens": 1,
+}
+_BELOW_ONE = (
+    "model.attention_dropout",
+    "model.hidden_dropout",
+    "optimizer.adam_beta1",
+    "optimizer.adam_beta2",
+    "optimizer.lr_warmup_fraction",
+)
+_ABOVE_ZERO = ("optimizer.lr", "optimizer.adam_eps")
+
+
+def validate_recipe(recipe: Recipe) -> None:
+    """Check what can be checked without the world size and the model: numbers, contradictions, files on disk.
+
+    Raises:
+        UseError: the first mistake found, by key.
+    """
+    _check_numbers(recipe)
+    _check_name(recipe)
+    _check_model(recipe)
+    _check_pipeline(recipe.parallel)
+    _check_tensor_parallel(recipe.parallel)
+    _check_overlap(recipe.parallel)
+    _check_recompute(recipe.parallel)
+    _check_duration(recipe)
+    _check_schedule(recipe)
+    _check_freezing(recipe)
+    _check_data(recipe)
+    _check_paths(recipe)
+
+
+def _check_numbers(recipe: Recipe) -> None:
+    """Every number is finite and in its range."""
+    flat = {
+        f"{section}.{name}": value
+        for section, values in recipe_to_dict(recipe).items()
+        if isinstance(values, dict)
+        for name, value in values.items()
+    }
+    for key, least in LEAST.items():
+        value = flat[key]
+        if not math.isfinite(value):
+            raise use_error(key, value, "a finite number", "check how it was typed")
+        if value < least:
+            raise use_error(key, value, f"at least {least}", f"set {key}={least} or more")
+    for key in _BELOW_ONE:
+        if flat[key] >= 1:
+            raise use_error(key, flat[key], "at least 0 and below 1", "give a fraction")
+    for key in _ABOVE_ZERO:
+        if flat[key] == 0:
+            raise use_error(key, 0, "more than 0", f"remove {key}, or give a small number")
+
+
+def _check_name(recipe: Recipe) -> None:
+    if not _NAME.fullmatch(recipe.name):
+        raise use_error(
+            "name", f"`{recipe.name}`", "a plain folder name (letters, digits, `.`, `_`, `-`)", "e.g. name: sft-01"
+        )
+    if not recipe.output_dir:
+        raise use_error("output_dir", "nothing", "a folder", "e.g. output_dir: runs")
+
+
+def _check_model(recipe: Recipe) -> None:
+    if not recipe.model.hf_dir:
+        raise use_error("model.hf_dir", "nothing", "a Hugging Face directory", "set model.hf_dir")
+    if recipe.model.backend == "flash" and recipe.train.precision == "fp32":
+        raise use_error(
+            "model.backend",
+            "flash with train.precision fp32",
+            "bf16",
+            "set train.precision=bf16 or model.backend=torch",
+        )
+    for name in ("attention_dropout", "hidden_dropout"):
+        dropout = vars(recipe.model)[name]
+        if dropout > 0 and recipe.parallel.context_parallel_size > 1:
+            raise use_error(
+                f"model.{name}",
+                f"{dropout} with context_parallel_size {recipe.parallel.context_parallel_size}",
+                "no dropout under context parallelism",
+                f"set model.{name}=0 or parallel.context_parallel_size=1",
+            )
+
+
+def _check_pipeline(parallel: ParallelConfig) -> None:
+    pipeline, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    if virtual > 1 and pipeline == 1:
+        raise use_error(
+            "parallel.virtual_pipeline_model_parallel_size",
+            f"{virtual} without a pipeline",
+            "1, or a pipeline of 2 or more",
+            "set parallel.virtual_pipeline_model_parallel_size=1 or parallel.pipeline_model_parallel_size=2",
+        )
+    if parallel.pipeline_model_parallel_layout:
+        parse_pipeline_layout(parallel.pipeline_model_parallel_layout, None, pipeline * virtual)
+
+
+def _check_tensor_parallel(parallel: ParallelConfig) -> None:
+    tensor = parallel.tensor_model_parallel_size
+    if parallel.sequence_parallel and tensor == 1:
+        raise use_error(
+            "parallel.sequence_parallel",
+            "true with tensor_model_parallel_size 1",
+            "tensor parallel ranks to share the sequence",
+            "set parallel.sequence_parallel=false or parallel.tensor_model_parallel_size=2",
+        )
+    vision = parallel.vision_tensor_model_parallel_size
+    if vision not in (0, 1, tensor):
+        raise use_error(
+            "parallel.vision_tensor_model_parallel_size",
+            vision,
+            f"0, 1 or tensor_model_parallel_size ({tensor})",
+            "set it to 0 for the same as the language model's",
+        )
+    if parallel.expert_model_parallel_size > 1:
+        raise use_error(
+            "parallel.expert_model_parallel_size",
+            parallel.expert_model_parallel_size,
+            "1: no mixture-of-experts family is supported yet",
+            "set parallel.expert_model_parallel_size=1",
+        )
+
+
+def _check_overlap(parallel: ParallelConfig) -> None:
+    if not parallel.overlap_param_gather:
+        return
+    for name in ("use_distributed_optimizer", "overlap_grad_reduce"):
+        if not vars(parallel)[name]:
+            raise use_error(
+                "parallel.overlap_param_gather",
+                f"true with {name} false",
+                "use_distributed_optimizer and overlap_grad_reduce too",
+                f"set parallel.{name}=true or parallel.overlap_param_gather=false",
+            )
+
+
+def _check_recompute(parallel: ParallelConfig) -> None:
+    key = "parallel.recompute_modules"
+    for module in parallel.recompute_modules:
+        if module not in RECOMPUTE_MODULES:
+            raise use_error(key, f"`{module}`", f"any of {', '.join(RECOMPUTE_MODULES)}", "remove it")
+    if parallel.recompute_granularity == "selective" and not parallel.recompute_modules:
+        raise use_error(key, "an empty list", f"any of {', '.join(RECOMPUTE_MODULES)}", f"set {key}=core_attn")
+    if parallel.recompute_granularity != "full" and parallel.recompute_num_layers > 1:
+        raise use_error(
+            "parallel.recompute_num_layers",
+            f"{parallel.recompute_num_layers} with recompute_granularity {parallel.recompute_granularity}",
+            "recompute_granularity full (nothing else takes a number of layers)",
+            "set parallel.recompute_granularity=full or parallel.recompute_num_layers=1",
+        )
+
+
+def _check_duration(recipe: Recipe) -> None:
+    train = recipe.train
+    if (train.train_iters > 0) == (train.num_train_epochs > 0):
+        both = train.train_iters > 0
+        raise use_error(
+            "train.train_iters",
+            f"{train.train_iters} and num_train_epochs {train.num_train_epochs}",
+            "exactly one of the two above 0",
+            "set one of them to 0" if both else "set e.g. train.num_train_epochs=1",
+        )
+    if train.global_batch_size % train.micro_batch_size != 0:
+        raise use_error(
+            "train.micro_batch_size",
+            train.micro_batch_size,
+            f"a divisor of global_batch_size {train.global_batch_size}",
+            f"use one of {divisors(train.global_batch_size)}",
+        )
+
+
+def _check_schedule(recipe: Recipe) -> None:
+    optimizer, train_iters = recipe.optimizer, recipe.train.train_iters
+    if optimizer.lr_warmup_fraction > 0 and optimizer.lr_warmup_iters > 0:
+        raise use_error(
+            "optimizer.lr_warmup_iters",
+            f"{optimizer.lr_warmup_iters} and lr_warmup_fraction {optimizer.lr_warmup_fraction}",
+            "at most one of the two",
+            "set one of them to 0",
+        )
+    if (optimizer.lr_decay_style == "WSD") != (optimizer.lr_wsd_decay_iters > 0):
+        raise use_error(
+            "optimizer.lr_wsd_decay_iters",
+            f"{optimizer.lr_wsd_decay_iters} with lr_decay_style {optimizer.lr_decay_style}",
+            "above 0 with WSD, and 0 with any other style",
+            "set both optimizer.lr_decay_style=WSD and the steps of its final decay, or neither",
+        )
+    busy = optimizer.lr_warmup_iters + optimizer.lr_wsd_decay_iters
+    if 0 < train_iters < busy:
+        raise use_error(
+            "optimizer.lr_warmup_iters",
+            f"{busy} steps of warm-up and final decay in a run of {train_iters}",
+            f"at most {train_iters}",
+            "lower lr_warmup_iters or lr_wsd_decay_iters, or raise train.train_iters",
+        )
+    if optimizer.min_lr > optimizer.lr:
+        raise use_error("optimizer.min_lr", optimizer.min_lr, f"at most optimizer.lr {optimizer.lr}", "lower min_lr")
+
+
+def _check_freezing(recipe: Recipe) -> None:
+    optimizer = recipe.optimizer
+    if optimizer.freeze_vit and optimizer.freeze_aligner and optimizer.freeze_llm:
+        raise use_error(
+            "optimizer.freeze_llm",
+            "vision tower, projector and language model all frozen",
+            "something to train",
+            "set one of freeze_vit, freeze_aligner, freeze_llm to false",
+        )
+    for part, is_frozen, lr in (
+        ("vit", optimizer.freeze_vit, optimizer.vit_lr),
+        ("aligner", optimizer.freeze_aligner, optimizer.aligner_lr),
+    ):
+        if is_frozen and lr >= 0:
+            raise use_error(
+                f"optimizer.{part}_lr",
+                f"{lr} with freeze_{part} true",
+                "no learning rate for what is frozen",
+                f"set optimizer.{part}_lr=-1 or optimizer.freeze_{part}=false",
+            )
+
+
+def _check_data(recipe: Recipe) -> None:
+    data, train = recipe.data, recipe.train
+    if not data.train:
+        raise use_error("data.train", "nothing", "one file of training rows or more", "set data.train=rows.jsonl")
+    if 0 < data.max_pixels < data.min_pixels:
+        raise use_error(
+            "data.min_pixels", data.min_pixels, f"at most data.max_pixels {data.max_pixels}", "lower min_pixels"
+        )
+    for name in ("eval_steps", "eval_iters"):
+        if vars(train)[name] > 0 and not data.eval:
+            raise use_error(
+                f"train.{name}", f"{vars(train)[name]} without data.eval", "held-out rows", "set data.eval=rows.jsonl"
+            )
+
+
+def _check_paths(recipe: Recipe) -> None:
+    """What the recipe names is there, and of the right kind; relative paths start at the working directory."""
+    folders = {"model.hf_dir": recipe.model.hf_dir}
+    folders |= {"data.image_dir": recipe.data.image_dir} if recipe.data.image_dir else {}
+    folders |= {"checkpoint.load_dir": recipe.checkpoint.load_dir} if recipe.checkpoint.load_dir else {}
+    for key, folder in folders.items():
+        if not Path(folder).is_dir():
+            raise _path_error(key, folder, "a directory")
+    for key, files in (("data.train", recipe.data.train), ("data.eval", recipe.data.eval)):
+        for number, file in enumerate(files):
+            if not Path(file).is_file():
+                raise _path_error(f"{key}[{number}]", file, "a JSON or JSONL file")
+    for folder in (recipe.output_dir, recipe.run_dir):
+        if Path(folder).exists() and not Path(folder).is_dir():
+            raise _path_error("output_dir", folder, "a folder, or nothing yet")
+
+
+def _path_error(key: str, path: str, expected: str) -> UseError:
+    found = Path(path)
+    kind = "a directory" if found.is_dir() else "a file" if found.exists() else "which does not exist"
+    fix = "correct the path" if found.is_absolute() else f"it is relative to {Path.cwd()}: correct the path"
+    if key == "model.hf_dir" and not found.exists():
+        fix += ", or download the model first"
+    return use_error(key, f"`{path}`, {kind}", expected, fix)

@@ -1,0 +1,1 @@
+"""From a user's rows and images to packed batches. Never imports megatron."""

@@ -1,0 +1,138 @@
+"""Rows that encode themselves, and the one pass over them before training.
+
+Shape suffixes: P patches, C values of a flattened patch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megavlm.data.encode import SampleEncoder, TooLong
+from megavlm.data.images import load_patches
+from megavlm.data.sample import EncodedSample, Sample
+from megavlm.errors import UseError, use_error
+
+CACHED_TOKENS = 4_000_000
+"""Encoded samples are kept in memory up to this many tokens in all (about 36 bytes each)."""
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    """What `Dataset.prepare` found.
+
+    Attributes:
+        num_rows: rows that were read.
+        num_kept: rows that are left.
+        num_tokens: tokens of the rows that are left, images included.
+        dropped: sample ids of the rows that were dropped, by reason: `too_long`, `nothing_to_learn`.
+    """
+
+    num_rows: int
+    num_kept: int
+    num_tokens: int
+    dropped: dict[str, tuple[str, ...]]
+
+
+class Dataset:
+    """Rows that encode themselves; `prepare` first, then `len` and `encoded` speak of the rows that are left."""
+
+    def __init__(
+        self, samples: Sequence[Sample], encoder: SampleEncoder, *, cached_tokens: int = CACHED_TOKENS
+    ) -> None:
+        """Nothing is encoded yet.
+
+        Args:
+            samples: the rows, as read.
+            encoder: for the model family.
+            cached_tokens: how many tokens of encoded samples to keep; the rest is encoded again when needed.
+        """
+        self.encoder = encoder
+        self._samples = samples
+        self._cached_tokens = cached_tokens
+        self._cache: dict[int, EncodedSample] = {}
+        self._kept: list[int] | None = None
+        self.num_tokens_each = np.zeros(0, dtype=np.int64)
+
+    def prepare(self) -> PrepareReport:
+        """Encode every row once (image headers, no pixels), drop what cannot be trained on, and report it.
+
+        Depends on nothing but the rows, so every rank gets the same result.
+
+        Raises:
+            UseError: naming the row, for anything that is wrong rather than too long; or no row is left.
+        """
+        kept: list[int] = []
+        lengths: list[int] = []
+        dropped: dict[str, list[str]] = {"too_long": [], "nothing_to_learn": []}
+        num_cached = 0
+        self._cache = {}
+        for row, sample in enumerate(self._samples):
+            try:
+                encoded = self.encoder.encode(sample)
+            except TooLong:
+                dropped["too_long"].append(sample.sample_id)
+                continue
+            if not encoded.loss_weights_S[1:].any():
+                dropped["nothing_to_learn"].append(sample.sample_id)
+                continue
+            length = len(encoded.tokens_S)
+            kept.append(row)
+            lengths.append(length)
+            if num_cached + length <= self._cached_tokens:
+                self._cache[row] = encoded
+                num_cached += length
+        if not kept:
+            reasons = ", ".join(f"{len(ids)} {reason}" for reason, ids in dropped.items())
+            raise use_error(
+                "data", f"no row left of {len(self._samples)} ({reasons})", "at least one", "raise data.max_length"
+            )
+        self._kept = kept
+        self.num_tokens_each = np.array(lengths, dtype=np.int64)
+        return PrepareReport(
+            num_rows=len(self._samples),
+            num_kept=len(kept),
+            num_tokens=sum(lengths),
+            dropped={reason: tuple(ids) for reason, ids in dropped.items() if ids},
+        )
+
+    def __len__(self) -> int:
+        """Rows that are left after `prepare`."""
+        return len(self._rows)
+
+    @property
+    def _rows(self) -> list[int]:
+        assert self._kept is not None, "prepare() comes first"
+        return self._kept
+
+    def sample(self, index: int) -> Sample:
+        """The row behind an index of the rows that are left."""
+        return self._samples[self._rows[index]]
+
+    def encoded(self, index: int) -> EncodedSample:
+        """The tokens of a row that is left."""
+        row = self._rows[index]
+        cached = self._cache.get(row)
+        return cached if cached is not None else self.encoder.encode(self._samples[row])
+
+
+def load_sample_patches(sample: EncodedSample, encoder: SampleEncoder) -> list[torch.Tensor]:
+    """Decode all images of a sample: float32 [P, C] each.
+
+    Raises:
+        UseError: naming the row, for an unreadable image, or one whose size changed since its header was read.
+    """
+    loaded = []
+    try:
+        for path, grid in zip(sample.images, sample.grids_thw, strict=True):
+            patches_PC = load_patches(path, encoder.image_spec)
+            expected = grid[0] * grid[1] * grid[2]
+            if len(patches_PC) != expected:
+                raise use_error(
+                    path, f"{len(patches_PC)} patches", f"{expected} by its header", "do not change images during a run"
+                )
+            loaded.append(patches_PC)
+    except UseError as error:
+        raise UseError(f"{sample.sample_id}: {error}") from error
+    return loaded

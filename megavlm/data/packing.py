@@ -1,0 +1,94 @@
+"""Samples side by side in one packed row.
+
+Shape suffixes: S tokens of one sample, T tokens of the packed row, P patches, C values of a flattened patch,
+N images, 3 the (temporal, height, width) axes.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from megavlm.data.sample import Batch, EncodedSample
+
+
+def pack(
+    samples: Sequence[EncodedSample],
+    patches: Sequence[torch.Tensor] | None,
+    *,
+    sample_multiple: int,
+    total_multiple: int,
+    pad_token_id: int,
+    patch_channels: int,
+) -> Batch:
+    """Put samples one behind the other; labels and positions never look across a border.
+
+    Args:
+        samples: what to pack, in this order.
+        patches: float32 [P, C] of every image of every sample, in order; None: leave the pixels out (0 rows), for a
+            rank that encodes no image.
+        sample_multiple: every sample is padded to a multiple of this (2 * context parallel size).
+        total_multiple: the row is padded to a multiple of this by a segment of its own at the end; itself a multiple
+            of sample_multiple.
+        pad_token_id: token of the padding, whose weight, label and position are 0.
+        patch_channels: C, for a row without images.
+    """
+    assert samples, "a packed row needs a sample"
+    assert total_multiple % sample_multiple == 0, (total_multiple, sample_multiple)
+    borders = [0]
+    for sample in samples:
+        borders.append(borders[-1] + _round_up(len(sample.tokens_S), sample_multiple))
+    total = _round_up(borders[-1], total_multiple)
+    tokens_T = torch.full((total,), pad_token_id, dtype=torch.int64)
+    labels_T = torch.zeros(total, dtype=torch.int64)
+    loss_weights_T = torch.zeros(total, dtype=torch.float32)
+    position_ids_3T = torch.zeros(3, total, dtype=torch.int64)
+    for sample, start in zip(samples, borders, strict=False):
+        length = len(sample.tokens_S)
+        sample_tokens = torch.from_numpy(sample.tokens_S)
+        tokens_T[start : start + length] = sample_tokens
+        labels_T[start : start + length - 1] = sample_tokens[1:]
+        loss_weights_T[start : start + length - 1] = torch.from_numpy(sample.loss_weights_S)[1:]
+        position_ids_3T[:, start : start + length] = torch.from_numpy(sample.position_ids_3S)
+    if total > borders[-1]:
+        borders.append(total)
+    grids = [grid for sample in samples for grid in sample.grids_thw]
+    patches_PC = torch.cat(list(patches)) if patches else torch.zeros(0, patch_channels)
+    if patches is not None:
+        assert patches_PC.shape == (sum(t * rows * columns for t, rows, columns in grids), patch_channels)
+    return Batch(
+        tokens_T=tokens_T,
+        labels_T=labels_T,
+        loss_weights_T=loss_weights_T,
+        position_ids_3T=position_ids_3T,
+        cu_seqlens=torch.tensor(borders, dtype=torch.int32),
+        patches_PC=patches_PC,
+        grid_thw_N3=torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
+        sample_ids=tuple(sample.sample_id for sample in samples),
+        num_real_tokens=sum(len(sample.tokens_S) for sample in samples),
+        pad_token_id=pad_token_id,
+    )
+
+
+def pad_to(batch: Batch, total: int) -> Batch:
+    """The same row with a further padding segment at its end, so that it has `total` tokens.
+
+    Interleaved pipeline schedules need rows of one length. The result shares the patches.
+    """
+    missing = total - len(batch.tokens_T)
+    assert missing >= 0, (total, len(batch.tokens_T))
+    if not missing:
+        return batch
+    pad = torch.nn.functional.pad
+    return dataclasses.replace(
+        batch,
+        tokens_T=pad(batch.tokens_T, (0, missing), value=batch.pad_token_id),
+        labels_T=pad(batch.labels_T, (0, missing)),
+        loss_weights_T=pad(batch.loss_weights_T, (0, missing)),
+        position_ids_3T=pad(batch.position_ids_3T, (0, missing)),
+        cu_seqlens=torch.cat((batch.cu_seqlens, batch.cu_seqlens.new_tensor([total]))),
+    )
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -1,0 +1,102 @@
+"""Which samples go into which step, microbatch and data rank: pure functions that every rank computes alike.
+
+The set and the order of a global batch's samples depend on the data, the seed and the step only, never on the layout:
+that is what makes a run resume exactly after the layout changed.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from megavlm.errors import use_error
+
+
+@dataclass(frozen=True)
+class GlobalBatchPlan:
+    """The plan of a run.
+
+    Attributes:
+        num_samples: rows that are left after too long ones were dropped.
+        seed: of the shuffling.
+        global_batch_size: samples an optimizer step.
+        micro_batch_size: samples packed into one row.
+        dp_size: data parallel ranks.
+        shuffle: whether each epoch has an order of its own; False keeps the file order.
+    """
+
+    num_samples: int
+    seed: int
+    global_batch_size: int
+    micro_batch_size: int
+    dp_size: int
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the sizes.
+
+        Raises:
+            UseError: no samples, a negative seed, or a global batch that does not divide.
+        """
+        if self.seed < 0:
+            raise use_error("train.seed", self.seed, "a number of at least 0", "change it")
+        if self.num_samples < 1:
+            raise use_error("data.train", "no rows that fit", "at least one", "raise data.max_length or add rows")
+        samples_a_round = self.micro_batch_size * self.dp_size
+        if self.global_batch_size < 1 or self.global_batch_size % samples_a_round != 0:
+            raise use_error(
+                "train.global_batch_size",
+                self.global_batch_size,
+                f"a multiple of micro_batch_size * data parallel size = {self.micro_batch_size} * {self.dp_size}",
+                "change one of them",
+            )
+
+    @property
+    def num_microbatches(self) -> int:
+        """Microbatches of one data rank in one step."""
+        return self.global_batch_size // (self.micro_batch_size * self.dp_size)
+
+    def num_steps(self, num_epochs: float) -> int:
+        """Steps that see every sample `num_epochs` times; the last one reaches into the next epoch if it must."""
+        return max(1, math.ceil(num_epochs * self.num_samples / self.global_batch_size))
+
+    def num_consumed(self, step: int) -> int:
+        """Samples that were consumed before `step`: the data cursor of a checkpoint."""
+        return step * self.global_batch_size
+
+    def global_batch_indices(self, step: int) -> np.ndarray:
+        """Indices of the samples of `step` (from 0), in order, over the epochs' borders: int64 [global_batch_size]."""
+        cursor = self.num_consumed(step)
+        indices = np.empty(self.global_batch_size, dtype=np.int64)
+        filled = 0
+        while filled < self.global_batch_size:
+            epoch, offset = divmod(cursor + filled, self.num_samples)
+            taken = self._epoch_order(epoch)[offset : offset + self.global_batch_size - filled]
+            indices[filled : filled + len(taken)] = taken
+            filled += len(taken)
+        return indices
+
+    def microbatches(self, step: int, dp_rank: int) -> list[tuple[int, ...]]:
+        """The sample indices of each microbatch of one data rank.
+
+        The global batch is cut contiguously into microbatches; microbatch m of data rank d is number m * dp_size + d,
+        so that gradients are summed in the same order in every layout.
+        """
+        assert 0 <= dp_rank < self.dp_size, (dp_rank, self.dp_size)
+        rows = self.global_batch_indices(step).reshape(-1, self.micro_batch_size)
+        return [tuple(int(index) for index in row) for row in rows[dp_rank :: self.dp_size]]
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        if not self.shuffle:
+            return np.arange(self.num_samples, dtype=np.int64)
+        return _permutation(self.num_samples, self.seed, epoch)
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(num_samples: int, seed: int, epoch: int) -> np.ndarray:
+    # Sorting raw PCG64 draws: numpy promises the raw stream for ever, but not what Generator.permutation makes of it.
+    keys = np.random.PCG64([seed, epoch]).random_raw(num_samples)
+    order = np.argsort(keys, kind="stable")
+    order.flags.writeable = False
+    return order

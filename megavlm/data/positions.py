@@ -1,0 +1,50 @@
+"""Token positions of one sample, before packing.
+
+Shape suffixes: S tokens of the sample, 3 the (temporal, height, width) axes.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def linear_positions(num_tokens: int) -> np.ndarray:
+    """Positions that count tokens: int64 [3, S], three equal rows."""
+    return np.tile(np.arange(num_tokens, dtype=np.int64), (3, 1))
+
+
+def mrope_positions(
+    tokens_S: np.ndarray, image_token_id: int, grids_thw: Sequence[tuple[int, int, int]], merge_size: int
+) -> np.ndarray:
+    """Multimodal rotary positions (Qwen2-VL, arXiv 2409.12191), equal to transformers' Qwen3-VL `get_rope_index`.
+
+    Text counts on along all three axes. An image's tokens all start from the position p that is due: token
+    (frame, row, column) of the merged grid gets (p + frame, p + row, p + column), and the text behind the image goes
+    on from p + the longer side of the merged grid.
+
+    Args:
+        tokens_S: token ids, image placeholders expanded.
+        image_token_id: id of the placeholder.
+        grids_thw: patch grid (frames, rows, columns) of each image, in order.
+        merge_size: patches per token along rows and columns.
+
+    Returns:
+        int64 [3, S].
+    """
+    num_tokens = len(tokens_S)
+    positions_3S = np.empty((3, num_tokens), dtype=np.int64)
+    image_indices = np.flatnonzero(tokens_S == image_token_id)
+    index, position, num_image_tokens = 0, 0, 0
+    for frames, patch_rows, patch_columns in grids_thw:
+        rows, columns = patch_rows // merge_size, patch_columns // merge_size
+        start, count = int(image_indices[num_image_tokens]), frames * rows * columns
+        assert (tokens_S[start : start + count] == image_token_id).all(), "an image's tokens must be contiguous"
+        positions_3S[:, index:start] = np.arange(position, position + start - index)
+        position += start - index
+        positions_3S[:, start : start + count] = position + np.indices((frames, rows, columns)).reshape(3, count)
+        position += max(rows, columns)
+        index = start + count
+        num_image_tokens += count
+    assert num_image_tokens == len(image_indices), "more image tokens than the grids account for"
+    positions_3S[:, index:] = np.arange(position, position + num_tokens - index)
+    return positions_3S

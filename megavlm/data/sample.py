@@ -1,0 +1,73 @@
+"""The shapes that data takes on its way: a row (Sample), its tokens (EncodedSample), a packed row (Batch).
+
+Shape suffixes: S tokens of one sample, T tokens of one packed row, P patches, C values of a flattened patch,
+N images, V visual tokens, 3 the (temporal, height, width) axes.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message. `text` keeps `<image>` where an image stands; `loss` is None for the default of its role."""
+
+    role: str
+    text: str
+    loss: bool | None = None
+    loss_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row after reading: images stay references, nothing is decoded.
+
+    `sample_id` is `<file>:<row number, from 1>`, which errors name; `images` are absolute paths;
+    `extra` keeps the row's other columns (task, solution ...).
+    """
+
+    sample_id: str
+    turns: tuple[Turn, ...]
+    images: tuple[str, ...] = ()
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EncodedSample:
+    """One sample as tokens, its image placeholders expanded; pixels still on disk.
+
+    `loss_weights_S[i]` weighs the prediction OF token i (0 for what is only read). `grids_thw` are the patch
+    grids (frames, rows, columns) that the images will have, in order.
+    """
+
+    sample_id: str
+    tokens_S: np.ndarray
+    loss_weights_S: np.ndarray
+    position_ids_3S: np.ndarray
+    images: tuple[str, ...]
+    grids_thw: tuple[tuple[int, int, int], ...]
+
+
+@dataclass
+class Batch:
+    """One packed row of T tokens: no padding but what the layout's alignment needs.
+
+    `labels_T[i]` is the token after i in the same sample, `loss_weights_T[i]` the weight of predicting it
+    (0 at a sample's end and on padding). `cu_seqlens` (int32) holds the sample borders after padding, from 0 to T;
+    padding at the very end is a segment of its own. `position_ids_3T` were computed per sample.
+    `patches_PC` may have 0 rows. Nothing here is cut by context parallelism yet.
+    """
+
+    tokens_T: torch.Tensor
+    labels_T: torch.Tensor
+    loss_weights_T: torch.Tensor
+    position_ids_3T: torch.Tensor
+    cu_seqlens: torch.Tensor
+    patches_PC: torch.Tensor
+    grid_thw_N3: torch.Tensor
+    sample_ids: tuple[str, ...]
+    num_real_tokens: int
+    pad_token_id: int = 0

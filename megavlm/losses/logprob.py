@@ -1,0 +1,57 @@
+"""Log-probabilities of given tokens from logits that are sharded over the vocabulary.
+
+Shape suffixes: T tokens, W this rank's part of the vocabulary.
+Source: Shoeybi et al., arXiv 1909.08053, section 3 (vocabulary-parallel cross entropy).
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class _VocabularyParallelLogprob(torch.autograd.Function):
+    """log softmax(logits)[label], with two all-reduces of [T] instead of gathering logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_TW: torch.Tensor, labels_T: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        width = logits_TW.shape[1]
+        first = group.rank() * width
+        logits_TW = logits_TW.float()
+        largest_T = logits_TW.max(dim=1).values
+        if group.size() > 1:
+            dist.all_reduce(largest_T, op=dist.ReduceOp.MAX, group=group)
+        shifted_TW = logits_TW - largest_T[:, None]
+        local_T = labels_T - first
+        elsewhere_T = (local_T < 0) | (local_T >= width)
+        local_T = local_T.masked_fill(elsewhere_T, 0)
+        picked_T = shifted_TW.gather(1, local_T[:, None])[:, 0].masked_fill(elsewhere_T, 0.0)
+        exponent_TW = shifted_TW.exp_()
+        sums_2T = torch.stack((exponent_TW.sum(1), picked_T))
+        if group.size() > 1:
+            dist.all_reduce(sums_2T, group=group)
+        total_T, picked_T = sums_2T
+        softmax_TW = exponent_TW.div_(total_T[:, None])
+        ctx.save_for_backward(softmax_TW, local_T, elsewhere_T)
+        return picked_T - total_T.log()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        softmax_TW, local_T, elsewhere_T = ctx.saved_tensors
+        grad_T = grads[0]
+        grad_TW = -softmax_TW * grad_T[:, None]
+        here_T = torch.where(elsewhere_T, torch.zeros_like(grad_T), grad_T)
+        grad_TW.scatter_add_(1, local_T[:, None], here_T[:, None])
+        return grad_TW, None, None
+
+
+def token_logprobs(logits_TW: torch.Tensor, labels_T: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Log-probability of each label, fp32 [T], the same on every rank of `group`.
+
+    Args:
+        logits_TW: this rank's part of the logits, fp32 or bf16; rank r holds ids r * W to (r + 1) * W - 1.
+        labels_T: int64 token ids.
+        group: the ranks that share the vocabulary (tensor parallel).
+    """
+    logprobs: torch.Tensor = _VocabularyParallelLogprob.apply(logits_TW, labels_T, group)
+    return logprobs

@@ -1,0 +1,253 @@
+"""LLaVA-1.5: CLIP tower (hidden state -2, class token dropped), two-layer MLP, Llama.
+
+Source: Liu et al., arXiv 2310.03744; layouts checked against transformers' llava.
+
+Shape suffixes: P patches, C patch values, D tower hidden size, N images, 3 (frames, rows, columns).
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from megavlm.config.inputs import InputSpec
+from megavlm.errors import use_error
+from megavlm.models.activations import ACTIVATIONS
+from megavlm.models.architecture import Architecture, LanguageArchitecture, VisionArchitecture
+from megavlm.models.family import ModelFamily
+from megavlm.models.norm import plain_layer_norm
+from megavlm.models.projector import Connectors, TwoLayerMLP
+from megavlm.models.specs import layer_spec
+from megavlm.models.vision import pack_params, run_layers
+from megavlm.models.weight_map import Entry, direct, flattened, language_entries, split_qkv
+
+# What transformers assumes when a config.json leaves a key out, as those on the hub do.
+TEXT_DEFAULTS: dict[str, Any] = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "vocab_size": 32000,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+}
+VISION_DEFAULTS: dict[str, Any] = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+
+
+def read_config(config: dict[str, Any]) -> Architecture:
+    """Read config.json of a `llava` model."""
+    text, vision = {**TEXT_DEFAULTS, **config["text_config"]}, {**VISION_DEFAULTS, **config["vision_config"]}
+    expected = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
+    for key, value in expected.items():
+        if config.get(key, value) != value:
+            raise use_error(f"config.json {key}", config[key], str(value), "only LLaVA-1.5's own choice is supported")
+    rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
+    if rope.get("rope_type", "default") != "default":
+        raise use_error("text_config rope_type", rope["rope_type"], "default", "RoPE scaling is not supported yet")
+    heads = text["num_attention_heads"]
+    language = LanguageArchitecture(
+        num_layers=text["num_hidden_layers"],
+        hidden_size=text["hidden_size"],
+        ffn_hidden_size=text["intermediate_size"],
+        num_attention_heads=heads,
+        num_query_groups=text.get("num_key_value_heads") or heads,
+        head_dim=text.get("head_dim") or text["hidden_size"] // heads,
+        norm_epsilon=text["rms_norm_eps"],
+        vocab_size=text["vocab_size"],
+        max_positions=text["max_position_embeddings"],
+        rotary_base=rope.get("rope_theta", text.get("rope_theta", 10000.0)),
+        tied_embeddings=config.get("tie_word_embeddings", False),
+    )
+    patch_px, image_px = vision["patch_size"], vision["image_size"]
+    tower = VisionArchitecture(
+        num_layers=vision["num_hidden_layers"],
+        hidden_size=vision["hidden_size"],
+        ffn_hidden_size=vision["intermediate_size"],
+        num_attention_heads=vision["num_attention_heads"],
+        activation=vision["hidden_act"],
+        norm_epsilon=vision["layer_norm_eps"],
+        patch_channels=3 * patch_px**2,
+        merge_size=1,
+        num_positions=(image_px // patch_px) ** 2,
+        feature_layer=-2,
+    )
+    inputs = InputSpec(
+        image_token_id=config.get("image_token_index", config.get("image_token_id", 32000)),
+        vocab_size=language.vocab_size,
+        image_kind="square",
+        patch_px=patch_px,
+        temporal_patch_size=1,
+        merge_size=1,
+        image_px=image_px,
+        position_kind="linear",
+    )
+    return Architecture("llava", tower, language, inputs)
+
+
+class ClipTower(MegatronModule):
+    """Patches to the hidden state before CLIP's last layer, [P, D].
+
+    The last layer and the final norm are never computed. Their weights are kept, frozen, so that an exported
+    checkpoint is complete.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        architecture: VisionArchitecture,
+        provider: LocalSpecProvider,
+        groups: ProcessGroupCollection,
+    ) -> None:
+        super().__init__(config=config)
+        size, dtype = architecture.hidden_size, config.params_dtype
+        self.num_patches = architecture.num_positions
+        self.num_layers = architecture.num_layers + 1 + architecture.feature_layer
+        self.patch_embed = nn.Linear(architecture.patch_channels, size, bias=False, dtype=dtype)
+        self.class_embedding = nn.Parameter(torch.zeros(size, dtype=dtype))
+        self.position_table = nn.Embedding(architecture.num_positions + 1, size, dtype=dtype)
+        self.pre_norm = plain_layer_norm(size, architecture.norm_epsilon, dtype)
+        spec = layer_spec(provider, AttnMaskType.no_mask)
+        self.block = TransformerBlock(
+            config,
+            TransformerBlockSubmodules([spec] * self.num_layers, layer_norm=provider.layer_norm()),
+            post_layer_norm=False,
+            post_process=False,
+            pg_collection=groups,
+        )
+        shapes = unused_shapes(architecture)
+        self.unused = nn.ParameterDict(
+            {key: nn.Parameter(torch.zeros(shape, dtype=dtype), requires_grad=False) for key, shape in shapes.items()}
+        )
+
+    def forward(self, patches_PC: torch.Tensor, grid_thw_N3: torch.Tensor) -> list[torch.Tensor]:
+        """Encode images of the one size that CLIP takes."""
+        num_images = len(grid_thw_N3)
+        embedded = self.patch_embed(patches_PC.to(self.patch_embed.weight.dtype))
+        embedded = embedded.view(num_images, self.num_patches, -1)
+        first = self.class_embedding.expand(num_images, 1, -1)
+        hidden = torch.cat((first, embedded), dim=1) + self.position_table.weight
+        packing = pack_params([self.num_patches + 1] * num_images, patches_PC.device)
+        last, _ = run_layers(
+            self.block, self.pre_norm(hidden).flatten(0, 1)[:, None], [packing] * self.num_layers, None, ()
+        )
+        without_class = last.view(num_images, self.num_patches + 1, -1)[:, 1:]
+        return [without_class.reshape(num_images * self.num_patches, -1)]
+
+
+def unused_shapes(architecture: VisionArchitecture) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors after the feature layer, by their CLIP names with `.` as `__`."""
+    size, ffn = architecture.hidden_size, architecture.ffn_hidden_size
+    shapes: dict[str, tuple[int, ...]] = {"post_layernorm__weight": (size,), "post_layernorm__bias": (size,)}
+    computed = architecture.num_layers + 1 + architecture.feature_layer
+    linears = {"self_attn__q_proj": (size, size), "self_attn__k_proj": (size, size), "self_attn__v_proj": (size, size)}
+    linears |= {"self_attn__out_proj": (size, size), "mlp__fc1": (ffn, size), "mlp__fc2": (size, ffn)}
+    for number in range(computed, architecture.num_layers):
+        layer = f"encoder__layers__{number}__"
+        for name, shape in linears.items():
+            shapes |= {f"{layer}{name}__weight": shape, f"{layer}{name}__bias": shape[:1]}
+        for name in ("layer_norm1", "layer_norm2"):
+            shapes |= {f"{layer}{name}__weight": (size,), f"{layer}{name}__bias": (size,)}
+    return shapes
+
+
+def build_tower(
+    config: TransformerConfig, architecture: Architecture, provider: LocalSpecProvider, groups: ProcessGroupCollection
+) -> nn.Module:
+    """Build the CLIP tower."""
+    return ClipTower(config, architecture.vision, provider, groups)
+
+
+def build_projector(
+    config: TransformerConfig, architecture: Architecture, provider: LocalSpecProvider, groups: ProcessGroupCollection
+) -> nn.Module:
+    """Linear, GELU, Linear."""
+    size = architecture.language.hidden_size
+    sizes = (architecture.vision.hidden_size, size, size)
+    return Connectors(config, TwoLayerMLP(config, provider, groups, sizes, ACTIVATIONS["gelu"]), [])
+
+
+TOWER = "vision_tower.vision_model."
+
+
+def weight_map(architecture: Architecture) -> list[Entry]:
+    """Native names to the names of a LLaVA-1.5 checkpoint on the hub."""
+    language, vision = architecture.language, architecture.vision
+    entries = language_entries(
+        language.num_layers, language.num_query_groups, language.head_dim, "language_model.model.", False, False
+    )
+    if not language.tied_embeddings:
+        entries.append(direct("language.output_layer.weight", "language_model.lm_head.weight"))
+    patch_px = architecture.inputs.patch_px
+    entries += [
+        flattened("vision.patch_embed.weight", f"{TOWER}embeddings.patch_embedding.weight", (3, patch_px, patch_px)),
+        direct("vision.class_embedding", f"{TOWER}embeddings.class_embedding"),
+        direct("vision.position_table.weight", f"{TOWER}embeddings.position_embedding.weight"),
+    ]
+    for kind in ("weight", "bias"):
+        entries.append(direct(f"vision.pre_norm.{kind}", f"{TOWER}pre_layrnorm.{kind}"))  # spelt so in CLIP
+        for ours, theirs in (("linear_fc1", "linear_1"), ("linear_fc2", "linear_2")):
+            entries.append(direct(f"projector.main.{ours}.{kind}", f"multi_modal_projector.{theirs}.{kind}"))
+    for number in range(vision.num_layers + 1 + vision.feature_layer):
+        entries += _layer_entries(number, vision)
+    for key in unused_shapes(vision):
+        entries.append(direct(f"vision.unused.{key}", TOWER + key.replace("__", ".")))
+    return entries
+
+
+def _layer_entries(number: int, vision: VisionArchitecture) -> list[Entry]:
+    ours, theirs = f"vision.block.layers.{number}.", f"{TOWER}encoder.layers.{number}."
+    names = {
+        "input_layernorm": "layer_norm1",
+        "pre_mlp_layernorm": "layer_norm2",
+        "self_attention.linear_proj": "self_attn.out_proj",
+        "mlp.linear_fc1": "mlp.fc1",
+        "mlp.linear_fc2": "mlp.fc2",
+    }
+    heads = vision.num_attention_heads
+    entries = []
+    for kind in ("weight", "bias"):
+        query, key, value = (f"{theirs}self_attn.{x}_proj.{kind}" for x in "qkv")
+        entries.append(
+            split_qkv(
+                f"{ours}self_attention.linear_qkv.{kind}", (query, key, value), heads, vision.hidden_size // heads
+            )
+        )
+        entries += [direct(f"{ours}{a}.{kind}", f"{theirs}{b}.{kind}") for a, b in names.items()]
+    return entries
+
+
+def public_name(name: str) -> str:
+    """transformers 5 may write `model.vision_tower.encoder...`; the hub's name is `vision_tower.vision_model.`..."""
+    name = name.removeprefix("model.")
+    if name.startswith("language_model.") and not name.startswith(("language_model.model.", "language_model.lm_head")):
+        name = "language_model.model." + name.removeprefix("language_model.")
+    if name == "lm_head.weight":
+        return "language_model.lm_head.weight"
+    if name.startswith("vision_tower.") and not name.startswith(TOWER):
+        return TOWER + name.removeprefix("vision_tower.")
+    return name
+
+
+FAMILY = ModelFamily(
+    model_type="llava",
+    read_config=read_config,
+    build_tower=build_tower,
+    build_projector=build_projector,
+    weight_map=weight_map,
+    public_name=public_name,
+)

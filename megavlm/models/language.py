@@ -1,0 +1,83 @@
+"""The language model: Megatron-Core's GPTModel, with explicit rotary positions and DeepStack-aware layers."""
+
+from typing import Any
+
+import torch
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from megavlm.models.architecture import LanguageArchitecture
+from megavlm.models.rope import RotaryAngles
+from megavlm.models.specs import layer_spec
+
+
+class DeepStackLayer(TransformerLayer):
+    """A decoder layer that adds the next waiting DeepStack feature to its output.
+
+    Hidden states are [T, K, H]: slot 0 is the hidden state, slots 1.. wait to be added, one a layer
+    (Qwen3-VL adds feature i after decoder layer i). Layers without waiting slots are plain.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run the layer on slot 0; returns hidden states with one slot fewer, and the context."""
+        hidden_TKH = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
+        output, context = super().forward(hidden_TKH[:, :1].contiguous(), *args[1:], **kwargs)
+        if hidden_TKH.shape[1] == 1:
+            return output, context
+        added = output + hidden_TKH[:, 1:2]
+        return torch.cat((added, hidden_TKH[:, 2:]), dim=1), context
+
+
+def build_language_model(
+    config: TransformerConfig,
+    architecture: LanguageArchitecture,
+    provider: LocalSpecProvider,
+    groups: ProcessGroupCollection,
+    num_deepstack: int,
+    pre_process: bool,
+    post_process: bool,
+    vp_stage: int | None,
+) -> GPTModel:
+    """One chunk of the language model.
+
+    Args:
+        config: Megatron-Core's configuration of the whole language model.
+        architecture: what it is made of.
+        provider: where its modules come from.
+        groups: its process groups.
+        num_deepstack: features that its first layers add.
+        pre_process: whether this chunk holds the embedding.
+        post_process: whether it holds the final norm and the output layer.
+        vp_stage: which virtual chunk of this pipeline rank it is; None without interleaving.
+    """
+    layer_class = DeepStackLayer if num_deepstack else TransformerLayer
+    spec = layer_spec(provider, AttnMaskType.causal, architecture.qk_norm, layer_class)
+    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=groups.pp.rank())
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=TransformerBlockSubmodules([spec] * num_layers, layer_norm=provider.layer_norm()),
+        vocab_size=architecture.vocab_size,
+        max_sequence_length=architecture.max_positions,
+        pre_process=pre_process,
+        post_process=post_process,
+        parallel_output=True,
+        share_embeddings_and_output_weights=architecture.tied_embeddings,
+        position_embedding_type="mrope",
+        rotary_base=architecture.rotary_base,
+        scatter_embedding_sequence_parallel=False,
+        pg_collection=groups,
+        vp_stage=vp_stage,
+    )
+    model.rotary_pos_emb = RotaryAngles(
+        architecture.head_dim,
+        architecture.rotary_base,
+        architecture.mrope_section,
+        architecture.mrope_interleaved,
+        torch.device(torch.cuda.current_device()),
+    )
+    return model

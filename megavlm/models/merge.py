@@ -1,0 +1,36 @@
+"""Put visual features where the image placeholders stand.
+
+Shape suffixes: T tokens, V visual tokens (in order of appearance), K slots, H hidden size.
+Slot 0 is the hidden state. Slots 1.. hold what the first decoder layers still have to add (DeepStack), so that it
+travels with the hidden state through sequence parallelism, recompute and pipeline stages without further code.
+"""
+
+import torch
+
+
+def feature_rows(tokens_T: torch.Tensor, image_token_id: int) -> torch.Tensor:
+    """Row of the feature that each token takes, -1 for text: int64 [T]."""
+    is_image_T = tokens_T == image_token_id
+    rows_T = torch.cumsum(is_image_T, 0) - 1
+    return torch.where(is_image_T, rows_T, -1)
+
+
+def merge_features(
+    embeddings_TH: torch.Tensor, features_VKH: torch.Tensor | None, rows_T: torch.Tensor, num_slots: int
+) -> torch.Tensor:
+    """Hidden states [T, K, H]: features at visual tokens, embeddings elsewhere.
+
+    Args:
+        embeddings_TH: word embeddings of the tokens.
+        features_VKH: features of the whole batch's images, or None for a batch without any.
+        rows_T: from `feature_rows`, or the part of it that this rank holds.
+        num_slots: K.
+    """
+    if features_VKH is None:
+        empty = embeddings_TH.new_zeros(len(embeddings_TH), num_slots - 1, embeddings_TH.shape[1])
+        return torch.cat((embeddings_TH[:, None], empty), dim=1)
+    visual_T = rows_T >= 0
+    taken_TKH = features_VKH.to(embeddings_TH.dtype).index_select(0, rows_T.clamp(min=0))
+    taken_TKH = torch.where(visual_T[:, None, None], taken_TKH, taken_TKH.new_zeros(()))
+    text_TH = torch.where(visual_T[:, None], embeddings_TH.new_zeros(()), embeddings_TH)
+    return torch.cat(((taken_TKH[:, 0] + text_TH)[:, None], taken_TKH[:, 1:]), dim=1)

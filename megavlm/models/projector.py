@@ -1,0 +1,78 @@
+"""Connectors between a vision tower and a language model.
+
+Shape suffixes: P patches, D tower hidden size, V visual tokens, K slots (1 + DeepStack features), H language hidden
+size.
+"""
+
+from collections.abc import Callable
+
+import torch
+from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from megavlm.models.norm import plain_layer_norm
+
+
+class TwoLayerMLP(MegatronModule):
+    """Linear, activation, Linear, with biases; tensor parallel over the middle.
+
+    `norm_size` of 0 leaves the input as it is. With `merge > 1`, that many neighbouring patches become one input;
+    the norm comes before the merge when norm_size is the tower's hidden size, after it when it is the merged one.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        provider: BackendSpecProvider,
+        groups: ProcessGroupCollection,
+        sizes: tuple[int, int, int],
+        activation: Callable[[torch.Tensor], torch.Tensor],
+        merge: int = 1,
+        norm_size: int = 0,
+        norm_epsilon: float = 1e-6,
+    ) -> None:
+        super().__init__(config=config)
+        self.input_size, hidden_size, output_size = sizes
+        self.activation, self.merge = activation, merge
+        self.norm = plain_layer_norm(norm_size, norm_epsilon, config.params_dtype) if norm_size else None
+        self.norm_after_merge = norm_size == self.input_size and merge > 1
+        linear = {"config": config, "bias": True, "tp_group": groups.tp}
+        self.linear_fc1 = provider.column_parallel_linear()(
+            self.input_size, hidden_size, init_method=config.init_method, gather_output=False, **linear
+        )
+        self.linear_fc2 = provider.row_parallel_linear()(
+            hidden_size,
+            output_size,
+            init_method=config.output_layer_init_method,
+            input_is_parallel=True,
+            skip_bias_add=False,
+            **linear,
+        )
+
+    def forward(self, hidden_PD: torch.Tensor) -> torch.Tensor:
+        """[P, D] to [V, H]."""
+        if self.norm is not None and not self.norm_after_merge:
+            hidden_PD = self.norm(hidden_PD)
+        merged = hidden_PD.reshape(-1, self.input_size)
+        if self.norm is not None and self.norm_after_merge:
+            merged = self.norm(merged)
+        middle, _ = self.linear_fc1(merged[:, None])
+        output, _ = self.linear_fc2(self.activation(middle))
+        return output[:, 0]
+
+
+class Connectors(MegatronModule):
+    """One connector per tapped hidden state of the tower: the embedding's first, then DeepStack's."""
+
+    def __init__(self, config: TransformerConfig, main: nn.Module, deepstack: list[nn.Module]) -> None:
+        super().__init__(config=config)
+        self.main = main
+        self.deepstack = nn.ModuleList(deepstack)
+
+    def forward(self, hiddens_PD: list[torch.Tensor]) -> torch.Tensor:
+        """Hidden states of the tower (last, then taps) to features [V, K, H]."""
+        modules = [self.main, *self.deepstack]
+        return torch.stack([module(hidden) for module, hidden in zip(modules, hiddens_PD, strict=True)], dim=1)

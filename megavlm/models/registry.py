@@ -1,0 +1,21 @@
+"""The model families by the `model_type` of their Hugging Face config."""
+
+from megavlm.errors import use_error
+from megavlm.models.families import llava, qwen3_vl
+from megavlm.models.family import ModelFamily
+
+FAMILIES: dict[str, ModelFamily] = {
+    "llava": llava.FAMILY,
+    "qwen3_vl": qwen3_vl.FAMILY,
+}
+
+
+def family_of(model_type: str) -> ModelFamily:
+    """Look a family up.
+
+    Raises:
+        UseError: no such family.
+    """
+    if model_type not in FAMILIES:
+        raise use_error("config.json model_type", repr(model_type), f"one of {', '.join(FAMILIES)}", "use such a model")
+    return FAMILIES[model_type]

@@ -1,0 +1,59 @@
+"""Rotary angles from explicit positions, for language models (one or three axes) and vision towers (two axes).
+
+Angles are computed for the WHOLE packed row: Megatron-Core picks a context-parallel rank's part itself.
+RoPE: Su et al., arXiv 2104.09864. Multimodal RoPE: Qwen2-VL, arXiv 2409.12191, section 2.1; interleaved: Qwen3-VL.
+
+Shape suffixes: 3 the (temporal, height, width) axes, B batch (1), T tokens, P patches, F frequencies, D head dim = 2F.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class RotaryAngles(nn.Module):
+    """Angles of the language model; stands in for Megatron-Core's MultimodalRotaryEmbedding.
+
+    One-axis models give three equal rows of positions and `section=None`.
+    """
+
+    def __init__(
+        self, head_dim: int, base: float, section: tuple[int, int, int] | None, interleaved: bool, device: torch.device
+    ) -> None:
+        super().__init__()
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+        # a plain attribute: it must stay fp32 in a bf16 model, and is no part of the state
+        self.inverse_frequencies_F = 1.0 / base**exponents
+        self.section = section
+        self.interleaved = interleaved
+
+    def forward(self, position_ids_3BT: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+        """Angles [T, 1, 1, D] in fp32 for positions [3, 1, T]."""
+        angles_3TF = position_ids_3BT[:, 0, :, None].float() * self.inverse_frequencies_F
+        angles_TF = self._mix_axes(angles_3TF)
+        return torch.cat((angles_TF, angles_TF), dim=-1)[:, None, None, :]
+
+    def _mix_axes(self, angles_3TF: torch.Tensor) -> torch.Tensor:
+        if self.section is None:
+            return angles_3TF[0]
+        if not self.interleaved:
+            parts = angles_3TF.split(list(self.section), dim=-1)
+            return torch.cat([part[axis] for axis, part in enumerate(parts)], dim=-1)
+        mixed_TF = angles_3TF[0].clone()
+        for axis in (1, 2):
+            picked = slice(axis, 3 * self.section[axis], 3)
+            mixed_TF[:, picked] = angles_3TF[axis][:, picked]
+        return mixed_TF
+
+
+def axial_angles(rows_P: torch.Tensor, columns_P: torch.Tensor, head_dim: int, base: float = 10000.0) -> torch.Tensor:
+    """Vision RoPE: the first half of the frequencies turns with the row, the second with the column.
+
+    Returns:
+        [P, 1, 1, D] in fp32.
+    """
+    half = head_dim // 2
+    inverse = 1.0 / base ** (torch.arange(0, half, 2, dtype=torch.float32, device=rows_P.device) / half)
+    angles = torch.cat((rows_P[:, None].float() * inverse, columns_P[:, None].float() * inverse), dim=-1)
+    return torch.cat((angles, angles), dim=-1)[:, None, None, :]

@@ -1,0 +1,117 @@
+"""Pieces that vision towers share: geometry of patches, packing of images, running layers with taps.
+
+Shape suffixes: P patches of all images of a batch, C values of a patch, D hidden size, N images, 3 (frames, rows,
+columns). Patches come in merge-block order: the merge_size^2 patches of one visual token are neighbours.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.transformer_block import TransformerBlock
+
+
+@dataclass(frozen=True)
+class PatchGeometry:
+    """Where every patch of a batch lies: its row and column, and the height and width of its image, in patches."""
+
+    rows_P: torch.Tensor
+    columns_P: torch.Tensor
+    heights_P: torch.Tensor
+    widths_P: torch.Tensor
+
+
+def patch_geometry(grid_thw_N3: torch.Tensor, merge_size: int) -> PatchGeometry:
+    """Row and column of each patch, in merge-block order, frame after frame."""
+    rows, columns, heights, widths = [], [], [], []
+    for frames, height, width in grid_thw_N3.tolist():
+        blocks = (height // merge_size, merge_size, width // merge_size, merge_size)
+        row = torch.arange(height)[:, None].expand(height, width).reshape(blocks).transpose(1, 2).flatten()
+        column = torch.arange(width)[None, :].expand(height, width).reshape(blocks).transpose(1, 2).flatten()
+        rows.append(row.repeat(frames))
+        columns.append(column.repeat(frames))
+        heights.append(torch.full((frames * height * width,), height))
+        widths.append(torch.full((frames * height * width,), width))
+    device = grid_thw_N3.device
+    return PatchGeometry(*(torch.cat(part).to(device) for part in (rows, columns, heights, widths)))
+
+
+def pack_params(lengths: Sequence[int], device: torch.device) -> PackedSeqParams:
+    """Megatron-Core's description of a packed row of segments with these lengths."""
+    borders = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=device)
+    borders[1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
+    longest = max(lengths)
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=borders, cu_seqlens_kv=borders, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
+
+
+def frame_lengths(grid_thw_N3: torch.Tensor) -> list[int]:
+    """Patches of each frame: the segments of per-image attention."""
+    return [rows * columns for frames, rows, columns in grid_thw_N3.tolist() for _ in range(frames)]
+
+
+def interpolate_positions(table_RD: torch.Tensor, side: int, geometry: PatchGeometry) -> torch.Tensor:
+    """Bilinear samples (corners aligned) of a learned side x side position table, at every patch.
+
+    Returns:
+        [P, D]: in fp32 arithmetic, dtype of the table.
+    """
+
+    def axis(position_P: torch.Tensor, extent_P: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        spread = (side - 1) / (extent_P - 1).clamp(min=1).float()
+        at = position_P.float() * spread
+        low = at.floor().long().clamp(max=side - 1)
+        return low, (low + 1).clamp(max=side - 1), at - low
+
+    top, bottom, down = axis(geometry.rows_P, geometry.heights_P)
+    left, right, along = axis(geometry.columns_P, geometry.widths_P)
+    corners = (
+        (top, left, (1 - down) * (1 - along)),
+        (top, right, (1 - down) * along),
+        (bottom, left, down * (1 - along)),
+        (bottom, right, down * along),
+    )
+    total = sum(
+        torch.nn.functional.embedding(row * side + column, table_RD) * weight[:, None]
+        for row, column, weight in corners
+    )
+    assert isinstance(total, torch.Tensor)
+    return total.to(table_RD.dtype)
+
+
+def run_layers(
+    block: TransformerBlock,
+    hidden_P1D: torch.Tensor,
+    packing: Sequence[PackedSeqParams],
+    angles: torch.Tensor | None,
+    taps: Sequence[int],
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Run a tower's layers, keeping the outputs of some.
+
+    Args:
+        block: the tower's layers; its full recompute setting is honoured.
+        hidden_P1D: input of the first layer.
+        packing: attention segments of each layer.
+        angles: rotary angles, or None.
+        taps: layers (from 0) whose outputs to keep.
+
+    Returns:
+        The last hidden state [P, 1, D], and the kept ones in the order of `taps`.
+    """
+    recompute = block.config.recompute_granularity == "full" and block.training
+    kept: dict[int, torch.Tensor] = {}
+    for number, layer in enumerate(block.layers):
+
+        def run(hidden: torch.Tensor, layer: torch.nn.Module = layer, number: int = number) -> torch.Tensor:
+            output, _ = layer(
+                hidden_states=hidden, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=packing[number]
+            )
+            return output
+
+        hidden_P1D = tensor_parallel.checkpoint(run, False, hidden_P1D) if recompute else run(hidden_P1D)
+        if number in taps:
+            kept[number] = hidden_P1D
+    return hidden_P1D, [kept[number] for number in taps]

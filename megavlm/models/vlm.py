@@ -1,0 +1,152 @@
+"""The vision-language model of one pipeline rank: tower and connectors where they live, a chunk of decoder layers.
+
+Shape suffixes: T tokens of the packed row, L tokens of this rank (T / cp), S those of its sequence-parallel part,
+P patches, C patch values, N images, V visual tokens, K slots (1 + DeepStack features), H hidden size, W this rank's
+part of the vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from megavlm.models.architecture import Architecture
+from megavlm.models.merge import feature_rows, merge_features
+from megavlm.parallel.context import local_part
+from megavlm.parallel.groups import Groups
+
+
+class VisionLanguageModel(MegatronModule):
+    """Encodes images, puts them among the words, decodes.
+
+    Children are `vision` and `projector` (on the chunk with the embedding) and `language`; these names are the
+    components that learning rates, freezing, norms and checkpoints speak of.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        architecture: Architecture,
+        groups: Groups,
+        language: nn.Module,
+        vision: nn.Module | None,
+        projector: nn.Module | None,
+        fixed_slots: bool,
+        vp_stage: int | None,
+    ) -> None:
+        super().__init__(config=config)
+        self.architecture, self.groups, self.vp_stage = architecture, groups, vp_stage
+        if vision is not None:
+            self.vision, self.projector = vision, projector
+        self.language: Any = language
+        self.pre_process, self.post_process = self.language.pre_process, self.language.post_process
+        self.share_embeddings_and_output_weights = architecture.language.tied_embeddings
+        self.model_type = self.language.model_type
+        self.fixed_slots = fixed_slots
+        layers = [layer.layer_number - 1 for layer in self.language.decoder.layers]
+        num_deepstack = architecture.num_deepstack
+        # an empty chunk passes on what it gets
+        self.slots_in = 1 + max(0, num_deepstack - layers[0]) if layers else None
+
+    @property
+    def num_slots(self) -> int:
+        """K of the hidden states that leave the embedding."""
+        return 1 + self.architecture.num_deepstack
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Take the hidden states of the stage before: [S, K, H], possibly with slots that are no longer used."""
+        tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        if tensor is not None and self.slots_in is not None:
+            tensor = tensor[:, : self.slots_in]
+        self.language.set_input_tensor(tensor)
+
+    def shared_embedding_or_output_weight(self) -> torch.Tensor:
+        """Return the weight that a tied embedding and output layer share (Megatron-Core sums its gradients)."""
+        return self.language.shared_embedding_or_output_weight()
+
+    def forward(
+        self,
+        patches_PC: torch.Tensor,
+        tokens_T: torch.Tensor,
+        position_ids_3T: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        grid_thw_N3: torch.Tensor,
+    ) -> torch.Tensor:
+        """Run this rank's chunk on one packed row.
+
+        Args:
+            patches_PC: float patches of all images; 0 rows for a text-only row. Read on the first stage only.
+            tokens_T: int64 token ids, the whole row.
+            position_ids_3T: int64 rotary positions, the whole row.
+            cu_seqlens: int32 sample borders, padding included, the last one T.
+            grid_thw_N3: int64 patch grid of every image.
+
+        Returns:
+            Logits [L, W] on the last stage, hidden states [S, K, H] elsewhere.
+        """
+        borders = cu_seqlens.to(torch.int32)
+        longest = int((borders[1:] - borders[:-1]).max())
+        packing = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=borders,
+            cu_seqlens_kv=borders,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
+        hidden = None
+        if self.pre_process:
+            hidden = self._embed(patches_PC, tokens_T, borders, grid_thw_N3)
+        output = self.language(
+            input_ids=None,
+            position_ids=position_ids_3T[:, None],
+            attention_mask=None,
+            decoder_input=hidden,
+            packed_seq_params=packing,
+        )
+        if self.post_process:
+            return output.reshape(-1, output.shape[-1])  # GPTModel gives [1, L, W]
+        return self._pad_slots(output)
+
+    def encode_images(self, patches_PC: torch.Tensor, grid_thw_N3: torch.Tensor) -> torch.Tensor:
+        """Features [V, K, H] of all images of a batch."""
+        return self.projector(self.vision(patches_PC, grid_thw_N3))
+
+    def _embed(
+        self, patches_PC: torch.Tensor, tokens_T: torch.Tensor, borders: torch.Tensor, grid_thw_N3: torch.Tensor
+    ) -> torch.Tensor:
+        context = self.groups.context
+        rows_T = feature_rows(tokens_T, self.architecture.inputs.image_token_id)
+        tokens_L = local_part(tokens_T, borders, context.size(), context.rank())
+        rows_L = local_part(rows_T, borders, context.size(), context.rank())
+        embeddings_LH = self.language.embedding(input_ids=tokens_L[None], position_ids=None)[:, 0]
+        features_VKH = None
+        if len(grid_thw_N3):
+            features_VKH = self.encode_images(patches_PC, grid_thw_N3)
+        else:
+            # Every encoder parameter gets a (zero) gradient, so that no rank waits for one in a collective.
+            merge = self.architecture.inputs.merge_size
+            blank = patches_PC.new_zeros(merge**2, self.architecture.inputs.patch_channels)
+            grid = torch.tensor([self.smallest_grid()], device=tokens_T.device)
+            blank = patches_PC.new_zeros(int(grid.prod()), self.architecture.inputs.patch_channels)
+            embeddings_LH = embeddings_LH + self.encode_images(blank, grid).sum() * 0.0
+        hidden_LKH = merge_features(embeddings_LH, features_VKH, rows_L, self.num_slots)
+        if self.config.sequence_parallel:
+            hidden_LKH = tensor_parallel.scatter_to_sequence_parallel_region(hidden_LKH, group=self.groups.tensor)
+        return hidden_LKH.contiguous()
+
+    def smallest_grid(self) -> tuple[int, int, int]:
+        """Patch grid of the least image the tower takes."""
+        inputs = self.architecture.inputs
+        side = inputs.image_px // inputs.patch_px if inputs.image_kind == "square" else inputs.merge_size
+        return 1, side, side
+
+    def _pad_slots(self, hidden_SKH: torch.Tensor) -> torch.Tensor:
+        """Interleaved schedules receive into tensors of one fixed shape: fill up the slots already used."""
+        missing = self.num_slots - hidden_SKH.shape[1]
+        if not self.fixed_slots or not missing:
+            return hidden_SKH
+        return torch.cat((hidden_SKH, hidden_SKH.new_zeros(len(hidden_SKH), missing, hidden_SKH.shape[2])), dim=1)

@@ -1,0 +1,145 @@
+"""Two-way weight maps between Hugging Face names and ours, as declarative entries.
+
+An entry names one native parameter (whole, not sharded; layers by their global number) and the Hugging Face tensors
+it is made of, with a function each way. Both functions only reorder or reshape, so that a round trip is bit-exact.
+
+Megatron-Core's layouts: linear_qkv holds, per key/value group, its queries, then its key, then its value;
+a gated linear_fc1 holds gate, then up.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megavlm.errors import UseError
+
+Tensors = Sequence[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One native parameter and where it comes from.
+
+    Attributes:
+        native: our name.
+        names: Hugging Face names, in the order the functions take them.
+        to_native: those tensors to the whole native parameter.
+        to_hf: back.
+        halves: whether tensor parallelism cuts two halves of dimension 0 separately (gate and up).
+    """
+
+    native: str
+    names: tuple[str, ...]
+    to_native: Callable[[Tensors], torch.Tensor]
+    to_hf: Callable[[torch.Tensor], list[torch.Tensor]]
+    halves: bool = False
+
+
+def direct(native: str, name: str) -> Entry:
+    """The same tensor under another name."""
+    return Entry(native, (name,), lambda tensors: tensors[0], lambda tensor: [tensor])
+
+
+def flattened(native: str, name: str, shape: tuple[int, ...]) -> Entry:
+    """A convolution whose kernel equals its stride, as a linear layer: [out, *shape] to [out, prod(shape)]."""
+    return Entry(
+        native, (name,), lambda tensors: tensors[0].flatten(1), lambda tensor: [tensor.reshape(len(tensor), *shape)]
+    )
+
+
+def split_qkv(native: str, names: tuple[str, str, str], num_groups: int, head_dim: int) -> Entry:
+    """Separate query, key and value projections (weights or biases)."""
+
+    def to_native(tensors: Tensors) -> torch.Tensor:
+        rest = tensors[0].shape[1:]
+        per_group = [tensor.reshape(num_groups, -1, *rest) for tensor in tensors]
+        return torch.cat(per_group, dim=1).reshape(-1, *rest)
+
+    def to_hf(tensor: torch.Tensor) -> list[torch.Tensor]:
+        rest = tensor.shape[1:]
+        grouped = tensor.reshape(num_groups, -1, *rest)
+        queries = grouped.shape[1] - 2 * head_dim
+        return [part.reshape(-1, *rest) for part in grouped.split([queries, head_dim, head_dim], dim=1)]
+
+    return Entry(native, names, to_native, to_hf)
+
+
+def fused_qkv(native: str, name: str, num_heads: int) -> Entry:
+    """A fused [query; key; value] projection without groups (weights or biases)."""
+
+    def to_native(tensors: Tensors) -> torch.Tensor:
+        rest = tensors[0].shape[1:]
+        return tensors[0].reshape(3, num_heads, -1, *rest).transpose(0, 1).reshape(-1, *rest)
+
+    def to_hf(tensor: torch.Tensor) -> list[torch.Tensor]:
+        rest = tensor.shape[1:]
+        return [tensor.reshape(num_heads, 3, -1, *rest).transpose(0, 1).reshape(-1, *rest)]
+
+    return Entry(native, (name,), to_native, to_hf)
+
+
+def gated(native: str, gate: str, up: str) -> Entry:
+    """SwiGLU's gate and up projections as one."""
+    return Entry(
+        native, (gate, up), lambda tensors: torch.cat(list(tensors)), lambda tensor: list(tensor.chunk(2)), halves=True
+    )
+
+
+def language_entries(
+    num_layers: int, num_groups: int, head_dim: int, prefix: str, qk_norm: bool, qkv_bias: bool
+) -> list[Entry]:
+    """Entries of a Llama/Qwen decoder: embedding, layers, final norm (the output layer is the family's to add).
+
+    Args:
+        num_layers: decoder layers.
+        num_groups: key/value groups.
+        head_dim: size of a head.
+        prefix: what the Hugging Face names of the decoder begin with, e.g. `model.language_model.`.
+        qk_norm: whether queries and keys are normalised.
+        qkv_bias: whether their projections have biases.
+    """
+    entries = [
+        direct("language.embedding.word_embeddings.weight", f"{prefix}embed_tokens.weight"),
+        direct("language.decoder.final_layernorm.weight", f"{prefix}norm.weight"),
+    ]
+    for number in range(num_layers):
+        ours, theirs = f"language.decoder.layers.{number}.", f"{prefix}layers.{number}."
+        attention = f"{ours}self_attention."
+        for kind in ("weight", "bias") if qkv_bias else ("weight",):
+            query, key, value = (f"{theirs}self_attn.{x}_proj.{kind}" for x in "qkv")
+            entries.append(split_qkv(f"{attention}linear_qkv.{kind}", (query, key, value), num_groups, head_dim))
+        if qk_norm:
+            entries += [direct(f"{attention}{x}_layernorm.weight", f"{theirs}self_attn.{x}_norm.weight") for x in "qk"]
+        entries += [
+            direct(f"{attention}linear_proj.weight", f"{theirs}self_attn.o_proj.weight"),
+            direct(f"{ours}input_layernorm.weight", f"{theirs}input_layernorm.weight"),
+            direct(f"{ours}pre_mlp_layernorm.weight", f"{theirs}post_attention_layernorm.weight"),
+            gated(f"{ours}mlp.linear_fc1.weight", f"{theirs}mlp.gate_proj.weight", f"{theirs}mlp.up_proj.weight"),
+            direct(f"{ours}mlp.linear_fc2.weight", f"{theirs}mlp.down_proj.weight"),
+        ]
+    return entries
+
+
+def check_names(entries: Iterable[Entry], names: Iterable[str], ignored: Iterable[str], where: str) -> None:
+    """Every tensor is used exactly once.
+
+    Raises:
+        UseError: lists names that are missing, or left over, in the Hugging Face directory `where`.
+    """
+    wanted = [name for entry in entries for name in entry.names]
+    assert len(wanted) == len(set(wanted)), "a Hugging Face tensor is mapped twice"
+    found, skipped = set(names), set(ignored)
+    missing, left_over = sorted(set(wanted) - found), sorted(found - set(wanted) - skipped)
+    if missing or left_over:
+        raise UseError(
+            f"{where}: got {len(found)} tensors; expected {len(wanted)}; "
+            f"missing: {_some(missing)}; left over: {_some(left_over)}; "
+            "fix: give the complete checkpoint that this config.json belongs to"
+        )
+
+
+def _some(names: list[str]) -> str:
+    if not names:
+        return "none"
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,1 @@
+"""Ranks, process groups, and what context parallelism does to a packed row."""

@@ -1,0 +1,84 @@
+"""What Megatron-Core needs after its import to run on the CPU without Transformer Engine.
+
+These touch private names, so each says the versions it was checked with, and fails loudly where a name is gone.
+"""
+
+import contextlib
+import types
+from typing import Any
+
+import torch
+
+from megavlm.platform.adam import FusedAdam
+from megavlm.platform.megatron_compat import check_version
+
+
+def apply() -> None:
+    """Patch `megatron.core` (0.16.1; names re-checked at each call).
+
+    Raises:
+        UseError: the installed megatron-core is outside the tested range.
+        AssertionError: a name this relies on is gone.
+    """
+    check_version()
+    _skip_fp8_state()
+    _define_missing_gemm()
+    _snapshot_before_async_save()
+    _use_fused_adam()
+
+
+def _skip_fp8_state() -> None:
+    """Recompute takes the Transformer Engine branch even without FP8 (`fp8 is not None`); give it a neutral one."""
+    import megatron.core.tensor_parallel.random as random_state
+
+    if random_state.HAVE_TE:
+        return
+    random_state.FP8GlobalStateManager = types.SimpleNamespace(
+        is_fp8_enabled=lambda: False, get_fp8_recipe=lambda: None
+    )
+    random_state.activation_recompute_forward = lambda **kwargs: contextlib.nullcontext()
+    random_state.fp8_autocast = lambda **kwargs: contextlib.nullcontext()
+
+
+def _define_missing_gemm() -> None:
+    """The router asks `te_general_gemm is not None`, a name that does not exist without Transformer Engine."""
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+
+    vars(moe_utils).setdefault("te_general_gemm", None)
+    assert "maybe_move_tensor_to_cpu" in vars(token_dispatcher), "megatron-core moved maybe_move_tensor_to_cpu"
+
+    # Its own version returns early for a tensor that is on the CPU already, without the numpy conversion.
+    def move_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    vars(moe_utils)["maybe_move_tensor_to_cpu"] = move_to_cpu
+    vars(token_dispatcher)["maybe_move_tensor_to_cpu"] = move_to_cpu
+
+
+def stage_by_copy(buckets: Any, non_blocking: bool = True) -> list[Any]:
+    """Copy what an asynchronous save will write. At module level: the persistent writer pickles it."""
+    return [
+        (path, key, (raw, [(item, tensor.detach().clone()) for item, tensor in tensors]))
+        for path, key, (raw, tensors) in buckets
+    ]
+
+
+def _snapshot_before_async_save() -> None:
+    """Staging is `tensor.to("cpu")`, which on a CPU tensor is an alias that training would go on changing."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    assert "preload_tensors" in vars(FileSystemWriterAsync), "megatron-core moved preload_tensors"
+    FileSystemWriterAsync.preload_tensors = staticmethod(stage_by_copy)
+
+
+def _use_fused_adam() -> None:
+    """torch's AdamW keeps `step` per tensor, on which the distributed optimizer cannot save (0.16.1)."""
+    import megatron.core.optimizer as optimizer
+    import megatron.core.optimizer.distrib_optimizer as distributed_optimizer
+
+    if optimizer.USING_PYTORCH_OPTIMIZER:
+        optimizer.Adam = distributed_optimizer.Adam = FusedAdam
+        optimizer.USING_PYTORCH_OPTIMIZER = False
+        distributed_optimizer.HAVE_APEX_OR_TE = True
+        distributed_optimizer.USING_APEX_OPTIMIZER = True

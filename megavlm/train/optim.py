@@ -1,0 +1,156 @@
+"""AdamW by component, its schedule, and the step with gradient norms per component.
+
+Megatron-Core's optimizers do the work. Each component is a parameter group of its own; groups are told apart by
+Megatron-Core's `lr_mult` key, which its checkpoints match groups by and which nothing else reads.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import tensor_parallel
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import param_is_not_shared
+
+from megavlm.config.schema import OptimizerConfig as OptimizerRecipe
+from megavlm.config.schema import Recipe
+from megavlm.models.build import DTYPES
+from megavlm.models.names import COMPONENTS, component_of
+from megavlm.parallel.groups import Groups
+
+# Values of `lr_mult`; never a factor of anything.
+TAGS: dict[str, float] = {name: float(number) for number, name in enumerate(COMPONENTS, 1)}
+
+
+def peak_learning_rates(recipe: OptimizerRecipe) -> dict[str, float]:
+    """Peak learning rate of each component."""
+
+    def either(value: float) -> float:
+        return recipe.lr if value < 0 else value
+
+    return {"vision": either(recipe.vit_lr), "projector": either(recipe.aligner_lr), "language": recipe.lr}
+
+
+def build_optimizer(
+    recipe: Recipe, chunks: Sequence[DistributedDataParallel], groups: Groups, total_steps: int
+) -> tuple[ChainedOptimizer, OptimizerParamScheduler]:
+    """AdamW with per-component learning rates, no decay of 1-D parameters, and its schedule.
+
+    Args:
+        recipe: reads `optimizer`, `parallel` and `train.precision`.
+        chunks: wrapped model chunks, frozen parameters already marked.
+        groups: process groups.
+        total_steps: where the schedule ends.
+    """
+    knobs = recipe.optimizer
+    peaks = peak_learning_rates(knobs)
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=max(peaks.values()),
+        min_lr=knobs.min_lr,
+        weight_decay=knobs.weight_decay,
+        adam_beta1=knobs.adam_beta1,
+        adam_beta2=knobs.adam_beta2,
+        adam_eps=knobs.adam_eps,
+        clip_grad=knobs.clip_grad,
+        bf16=recipe.train.precision == "bf16",
+        params_dtype=DTYPES[recipe.train.precision],
+        use_distributed_optimizer=recipe.parallel.use_distributed_optimizer,
+        overlap_param_gather=recipe.parallel.overlap_param_gather,
+        log_num_zeros_in_grad=False,
+    )
+    overrides: dict[ParamKey, Any] = {}
+    for name in COMPONENTS:
+        overrides[ParamKey(with_name_predicate=ParamWithNamePredicate(name, _belongs_to(name)))] = {
+            "max_lr": peaks[name],
+            "min_lr": min(knobs.min_lr, peaks[name]),
+            "lr_mult": TAGS[name],
+        }
+    flat = ParamWithNamePredicate("one_dimensional", lambda parameter, _name: parameter.dim() <= 1)
+    overrides[ParamKey(with_name_predicate=flat)] = {"wd_mult": 0.0}
+    optimizer = get_megatron_optimizer(config, list(chunks), overrides)
+    warmup = knobs.lr_warmup_iters or math.ceil(knobs.lr_warmup_fraction * total_steps)
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=max(peaks.values()),
+        min_lr=knobs.min_lr,
+        lr_warmup_steps=min(warmup, max(total_steps - 1, 0)),
+        lr_decay_steps=max(total_steps, 1),
+        lr_decay_style=knobs.lr_decay_style,
+        start_wd=knobs.weight_decay,
+        end_wd=knobs.weight_decay,
+        wd_incr_steps=max(total_steps, 1),
+        wd_incr_style="constant",
+        wsd_decay_steps=knobs.lr_wsd_decay_iters,
+        lr_wsd_decay_style="linear",
+    )
+    return optimizer, scheduler
+
+
+def _belongs_to(component: str) -> Callable[[torch.nn.Parameter, str], bool]:
+    return lambda _parameter, name: component_of(name) == component
+
+
+@dataclass(frozen=True)
+class GradientNorms:
+    """Norms of a step's gradients before clipping, the same on every rank.
+
+    `by_component` names the components that learn.
+    """
+
+    total: float
+    by_component: dict[str, float]
+
+
+def _live_groups(optimizer: ChainedOptimizer) -> list[dict[str, Any]]:
+    """Parameter groups of the optimizers that have parameters on this rank."""
+    return [
+        group
+        for inner in optimizer.chained_optimizers
+        if inner.optimizer is not None
+        for group in inner.optimizer.param_groups
+    ]
+
+
+@torch.no_grad()
+def gradient_norms(optimizer: ChainedOptimizer, components: Sequence[str]) -> GradientNorms:
+    """Norms after `prepare_grads`; each gradient counts once, however many ranks hold it."""
+    by_tag = {tag: number for number, (name, tag) in enumerate(TAGS.items())}
+    squares = torch.zeros(len(TAGS), dtype=torch.float64, device=torch.cuda.current_device())
+    inner = optimizer.chained_optimizers[0]
+    tensor_group = vars(inner).get("tp_group")
+    for group in _live_groups(optimizer):
+        for parameter in group["params"]:
+            counts = param_is_not_shared(parameter) and tensor_parallel.param_is_not_tensor_parallel_duplicate(
+                parameter, tensor_group
+            )
+            if counts and parameter.grad is not None:
+                squares[by_tag[group["lr_mult"]]] += parameter.grad.double().square().sum()
+    dist.all_reduce(squares, group=optimizer.get_grad_stats_parallel_group())
+    roots = dict(zip(TAGS, squares.sqrt().tolist(), strict=True))
+    return GradientNorms(float(squares.sum().sqrt()), {name: roots[name] for name in components})
+
+
+@torch.no_grad()
+def clip_and_update(optimizer: ChainedOptimizer, norms: GradientNorms, clip_grad: float) -> None:
+    """Scale gradients to the norm `clip_grad` (0: never) and update the weights."""
+    if clip_grad > 0:
+        parameters = [parameter for group in _live_groups(optimizer) for parameter in group["params"]]
+        if parameters:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=clip_grad, total_norm=norms.total)
+    updated = optimizer.step_with_ready_grads()
+    assert updated, "the optimizer skipped a step although gradients are finite"
+
+
+def learning_rates(optimizer: ChainedOptimizer, components: Sequence[str]) -> dict[str, float]:
+    """Current learning rate of each component (every rank has every group, maybe empty)."""
+    rates = {group["lr_mult"]: float(group["lr"]) for group in optimizer.param_groups}
+    return {name: rates[TAGS[name]] for name in components if TAGS[name] in rates}

@@ -1,0 +1,130 @@
+"""Saving a run, and going on with it: in the same layout or another one."""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megavlm.checkpoint import native
+from megavlm.config.load import dump_recipe
+from megavlm.errors import use_error
+from megavlm.train.freeze import frozen_components
+from megavlm.train.state import TrainState, run_path
+
+logger = logging.getLogger(__name__)
+
+
+def checkpoint_root(state: TrainState) -> Path:
+    """Where the run's checkpoints are."""
+    return run_path(state.recipe) / "checkpoints"
+
+
+def _layout(state: TrainState) -> dict[str, Any]:
+    parallel = dataclasses.asdict(state.recipe.parallel)
+    keys = [key for key in parallel if key.endswith("_parallel_size")]
+    return {key: parallel[key] for key in keys} | {"world_size": dist.get_world_size()}
+
+
+def _common(state: TrainState) -> dict[str, Any]:
+    """What is the same on every rank and not sharded."""
+    return {
+        "step": state.step,
+        "consumed_samples": state.plan.num_consumed(state.step),
+        "seed": state.recipe.train.seed,
+        "family": state.directory.family.model_type,
+        "architecture": repr(state.directory.architecture),
+        "use_distributed_optimizer": state.recipe.parallel.use_distributed_optimizer,
+        "frozen": sorted(frozen_components(state.recipe.optimizer)),
+        "layout": _layout(state),
+        "scheduler": state.scheduler.state_dict(),
+    }
+
+
+def save(state: TrainState) -> Path:
+    """Write a checkpoint of the run as it stands."""
+    sharded: dict[str, Any] = native.model_state(state.models, state.groups)
+    sharded["optimizer"] = native.optimizer_state(state.optimizer, sharded, state.groups, is_loading=False)
+    sharded["random_state"] = native.random_state(state.groups)
+    sharded["common"] = _common(state)
+    knobs = state.recipe.checkpoint
+    return native.save_checkpoint(
+        checkpoint_root(state),
+        state.step,
+        sharded,
+        {"recipe.yaml": dump_recipe(state.recipe)},
+        knobs.save_timeout_s,
+        knobs.keep_last,
+    )
+
+
+def resume(state: TrainState) -> Path | None:
+    """Go on from a checkpoint, if the recipe says so and there is one; returns its folder.
+
+    Raises:
+        UseError: the checkpoint belongs to another model, or its optimizer state has another form.
+    """
+    knobs = state.recipe.checkpoint
+    folder = None
+    if knobs.resume:
+        folder = native.find_checkpoint(checkpoint_root(state), required=False)
+    if folder is None and knobs.load_dir:
+        folder = native.find_checkpoint(Path(knobs.load_dir), required=True)
+    if folder is None:
+        return None
+    common = native.read_common(folder)["common"]
+    _check(state, common, folder)
+    sharded: dict[str, Any] = native.model_state(state.models, state.groups)
+    sharded["optimizer"] = native.optimizer_state(state.optimizer, sharded, state.groups, is_loading=True)
+    same_layout = common["layout"] == _layout(state)
+    if same_layout:
+        sharded["random_state"] = native.random_state(state.groups)
+    loaded = native.load_sharded(folder, sharded, knobs.save_timeout_s)
+    native.restore_models(state.models, loaded)
+    with torch.no_grad():
+        state.optimizer.load_state_dict(loaded["optimizer"])
+    if same_layout:
+        native.restore_random_state(loaded)
+    else:
+        logger.info("resumed into another layout: random state (dropout) starts anew")
+    state.step = common["step"]
+    state.scheduler.num_steps = 0
+    state.scheduler.step(increment=state.step)
+    return folder
+
+
+def _check(state: TrainState, common: dict[str, Any], folder: Path) -> None:
+    ours = repr(state.directory.architecture)
+    if common["architecture"] != ours:
+        what = common["family"] if common["family"] != state.directory.family.model_type else "other sizes"
+        raise use_error(
+            str(folder),
+            f"a checkpoint of another model ({what})",
+            f"one of {state.recipe.model.hf_dir} ({state.directory.family.model_type})",
+            "set model.hf_dir to the model of the checkpoint, or choose another run name",
+        )
+    distributed = state.recipe.parallel.use_distributed_optimizer
+    if common["use_distributed_optimizer"] != distributed:
+        raise use_error(
+            "parallel.use_distributed_optimizer",
+            str(distributed).lower(),
+            f"{str(common['use_distributed_optimizer']).lower()}, as {folder} was written",
+            "keep it when resuming",
+        )
+    frozen = sorted(frozen_components(state.recipe.optimizer))
+    if common["frozen"] != frozen:
+        raise use_error(
+            "optimizer.freeze_*",
+            f"frozen {frozen or 'nothing'}",
+            f"{common['frozen'] or 'nothing'}, as {folder} was written",
+            "export the checkpoint with `megavlm convert` and start a new run from it",
+        )
+    if common["seed"] != state.recipe.train.seed:
+        raise use_error(
+            "train.seed",
+            state.recipe.train.seed,
+            f"{common['seed']}, as {folder} was written",
+            "keep the seed: the order of the data comes from it",
+        )

@@ -1,0 +1,224 @@
+import dataclasses
+import itertools
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from megavlm.data.encode import SampleEncoder
+from megavlm.data.images import read_image_spec
+from megavlm.data.loader import BatchLoader, Dataset
+from megavlm.data.plan import GlobalBatchPlan
+from megavlm.data.readers import iterate_samples, read_samples
+from megavlm.data.sample import EncodedSample
+from megavlm.data.tokens import Tokenizer
+from megavlm.errors import UseError
+from tests.unit.data.conftest import QWEN_INPUTS, draw_image, write_jsonl
+
+NUM_ROWS = 11
+
+
+@pytest.fixture(scope="module")
+def encoder(qwen_dir):
+    spec = read_image_spec(qwen_dir, QWEN_INPUTS)
+    return SampleEncoder(QWEN_INPUTS, spec, Tokenizer(qwen_dir, QWEN_INPUTS.image_token_id), max_length=200)
+
+
+def make_rows(folder, num_rows=NUM_ROWS):
+    """Rows with none, one or two images of different sizes, and answers of different lengths."""
+    rows = []
+    for number in range(num_rows):
+        names = [f"{number}_{which}.png" for which in range(number % 3)]
+        for which, name in enumerate(names):
+            draw_image(folder / name, 40 + 16 * number, 48 + 30 * which, seed=number)
+        question = {"role": "user", "content": "<image>" * len(names) + f"what is {number}?"}
+        answer = {"role": "assistant", "content": "red " * number + "square"}
+        rows.append({"messages": [question, answer], "images": names})
+    return write_jsonl(folder / "rows.jsonl", rows)
+
+
+@pytest.fixture
+def rows_path(tmp_path):
+    return make_rows(tmp_path)
+
+
+def prepared(path, encoder, **kwargs):
+    dataset = Dataset(read_samples([str(path)]), encoder, **kwargs)
+    return dataset, dataset.prepare()
+
+
+def make_loader(dataset, dp_rank=0, dp_size=1, num_workers=0, micro_batch_size=2):
+    plan = GlobalBatchPlan(len(dataset), 5, 8, micro_batch_size, dp_size)
+    return BatchLoader(dataset, plan, dp_rank, dp_size, sample_multiple=4, total_multiple=8, num_workers=num_workers)
+
+
+def assert_same(first, second):
+    for field in dataclasses.fields(first):
+        left, right = (getattr(batch, field.name) for batch in (first, second))
+        assert torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right, field.name
+
+
+def test_batches_follow_the_plan_and_hold_the_pixels(rows_path, encoder):
+    dataset, report = prepared(rows_path, encoder)
+    assert (report.num_rows, report.num_kept, report.dropped) == (NUM_ROWS, NUM_ROWS, {})
+    assert report.num_tokens == sum(len(dataset.encoded(index).tokens_S) for index in range(NUM_ROWS))
+    plan = GlobalBatchPlan(len(dataset), 5, 8, 2, 1)
+    batches = list(make_loader(dataset).batches(1))
+    expected = [tuple(dataset.sample(index).sample_id for index in indices) for indices in plan.microbatches(1, 0)]
+    assert [batch.sample_ids for batch in batches] == expected
+    for batch in batches:
+        assert len(batch.tokens_T) % 8 == 0
+        merged = (batch.grid_thw_N3.prod(1) // 4).sum()
+        assert (batch.tokens_T == QWEN_INPUTS.image_token_id).sum() == merged
+        assert batch.patches_PC.shape == (batch.grid_thw_N3.prod(1).sum(), QWEN_INPUTS.patch_channels)
+        assert batch.loss_weights_T.sum() > 0
+
+
+def test_data_ranks_share_the_global_batch(rows_path, encoder):
+    dataset, _ = prepared(rows_path, encoder)
+    alone = [batch for step in (0, 1) for batch in make_loader(dataset).batches(step)]
+    shared = [
+        batch
+        for step in (0, 1)
+        for pair in zip(*(make_loader(dataset, rank, 2).batches(step) for rank in (0, 1)), strict=True)
+        for batch in pair
+    ]
+    assert len(alone) == len(shared) == 8
+    for first, second in zip(alone, shared, strict=True):
+        assert_same(first, second)
+
+
+def test_cache_makes_no_difference(rows_path, encoder):
+    cached, _ = prepared(rows_path, encoder)
+    not_cached, _ = prepared(rows_path, encoder, cached_tokens=30)
+    assert not_cached.encoded(3) is not not_cached.encoded(3)
+    assert cached.encoded(3) is cached.encoded(3)
+    for first, second in zip(make_loader(cached).batches(0), make_loader(not_cached).batches(0), strict=True):
+        assert_same(first, second)
+
+
+def test_rows_that_do_not_fit_are_dropped_and_told(rows_path, encoder, tmp_path):
+    lengths = prepared(rows_path, encoder)[0].num_tokens_each
+    limit = sorted(lengths)[-3] - 1  # the three longest do not fit
+    tight = SampleEncoder(QWEN_INPUTS, encoder.image_spec, encoder.tokenizer, max_length=int(limit))
+    muted = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes", "loss": False}]}
+    with open(rows_path, "a") as file:
+        write_jsonl(tmp_path / "muted.jsonl", [muted])
+        file.write((tmp_path / "muted.jsonl").read_text())
+    dataset, report = prepared(rows_path, tight)
+    too_long = tuple(f"{rows_path}:{row + 1}" for row, length in enumerate(lengths) if length > limit)
+    assert len(too_long) == 3
+    assert report.dropped == {"too_long": too_long, "nothing_to_learn": (f"{rows_path}:{NUM_ROWS + 1}",)}
+    assert len(dataset) == report.num_kept == NUM_ROWS - 3
+    kept = {dataset.sample(index).sample_id for index in range(len(dataset))}
+    assert not kept & set(too_long)
+    assert all(dataset.encoded(i).sample_id == dataset.sample(i).sample_id for i in range(len(dataset)))
+    assert max(dataset.num_tokens_each) <= limit
+
+
+def test_no_row_left_is_refused(rows_path, encoder):
+    none = SampleEncoder(QWEN_INPUTS, encoder.image_spec, encoder.tokenizer, max_length=3)
+    with pytest.raises(UseError, match=r"no row left of 11 \(11 too_long"):
+        prepared(rows_path, none)
+
+
+def test_broken_row_stops_the_preparation(rows_path, encoder, tmp_path):
+    (tmp_path / "4_0.png").write_bytes(b"")
+    with pytest.raises(UseError, match=r"rows\.jsonl:5: .*4_0\.png: got unreadable image"):
+        prepared(rows_path, encoder)
+
+
+def break_pixels(path):
+    """Cut an image behind its header: it is found out only when it is decoded."""
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+
+
+def test_image_that_breaks_behind_its_header_is_named(rows_path, encoder, tmp_path):
+    dataset, _ = prepared(rows_path, encoder)
+    break_pixels(tmp_path / "4_0.png")
+    with pytest.raises(UseError, match=r"rows\.jsonl:5: .*4_0\.png: got unreadable image"):
+        for step in range(2):
+            list(make_loader(dataset).batches(step))
+
+
+def test_image_that_changed_its_size_is_named(rows_path, encoder, tmp_path):
+    dataset, _ = prepared(rows_path, encoder)
+    draw_image(tmp_path / "4_0.png", 250, 250)
+    with pytest.raises(UseError, match=r"rows\.jsonl:5: .*4_0\.png: got \d+ patches; expected \d+ by its header"):
+        for step in range(2):
+            list(make_loader(dataset).batches(step))
+
+
+def test_rank_that_encodes_no_image_reads_none(rows_path, encoder, tmp_path):
+    dataset, _ = prepared(rows_path, encoder)
+    whole = list(make_loader(dataset).batches(0))
+    for path in tmp_path.glob("*.png"):
+        path.unlink()
+    blind = BatchLoader(dataset, GlobalBatchPlan(len(dataset), 5, 8, 2, 1), 0, 1, 4, 8, load_pixels=False)
+    for first, second in zip(whole, blind.batches(0), strict=True):
+        assert second.patches_PC.shape == (0, QWEN_INPUTS.patch_channels)
+        assert_same(dataclasses.replace(first, patches_PC=second.patches_PC), second)
+
+
+def test_encoder_travels_to_another_process(rows_path, encoder):
+    (sample,) = itertools.islice(iterate_samples(str(rows_path)), 5, 6)
+    travelled = pickle.loads(pickle.dumps(encoder))
+    for field in dataclasses.fields(EncodedSample):
+        left, right = (getattr(each.encode(sample), field.name) for each in (encoder, travelled))
+        assert np.array_equal(left, right), field.name
+
+
+@pytest.mark.parametrize(("dp_size", "micro_batch_size"), [(1, 2), (2, 2), (4, 2), (2, 1), (4, 1)])
+def test_evaluation_walks_every_row_once_and_keeps_ranks_level(rows_path, encoder, dp_size, micro_batch_size):
+    dataset, _ = prepared(rows_path, encoder)
+    by_rank = [
+        list(make_loader(dataset, rank, dp_size, micro_batch_size=micro_batch_size).eval_batches(dataset))
+        for rank in range(dp_size)
+    ]
+    assert len({len(batches) for batches in by_rank}) == 1
+    in_order = [batch for rounds in zip(*by_rank, strict=True) for batch in rounds]
+    real = [batch for batch in in_order if batch.loss_weights_T.any()]
+    seen = [sample_id for batch in real for sample_id in batch.sample_ids]
+    assert seen == [dataset.sample(index).sample_id for index in range(NUM_ROWS)]
+    # Fillers come last, are real rows to compute on, and weigh nothing.
+    assert in_order[len(real) :] == [batch for batch in in_order if not batch.loss_weights_T.any()]
+    assert all(batch.num_real_tokens > 0 for batch in in_order)
+
+
+def test_evaluation_can_be_bounded_and_filled_up(rows_path, encoder):
+    dataset, _ = prepared(rows_path, encoder)
+    loader = make_loader(dataset)
+    assert [batch.sample_ids[0][-2:] for batch in loader.eval_batches(dataset, max_rounds=2)] == [":1", ":3"]
+    filled = list(loader.eval_batches(dataset, rounds_multiple=4))
+    assert len(filled) == 8 and [bool(batch.loss_weights_T.any()) for batch in filled] == [True] * 6 + [False] * 2
+    assert len(list(loader.eval_batches(dataset, max_rounds=5, rounds_multiple=4))) == 8
+
+
+def test_workers_make_no_difference(rows_path, encoder):
+    dataset, _ = prepared(rows_path, encoder)
+    alone, helped = make_loader(dataset), make_loader(dataset, num_workers=2)
+    for first, second in itertools.zip_longest(alone.batches(0), helped.batches(0)):
+        assert_same(first, second)
+    # Left halfway, a step starts anew; so does an earlier one after a resume.
+    next(helped.batches(1))
+    for step in (1, 2):
+        for first, second in itertools.zip_longest(alone.batches(step), helped.batches(step)):
+            assert_same(first, second)
+    for _ in range(2):
+        for first, second in itertools.zip_longest(alone.eval_batches(dataset), helped.eval_batches(dataset)):
+            assert_same(first, second)
+    helped.close()
+
+
+def test_error_of_a_worker_is_one_line_with_its_row(rows_path, encoder, tmp_path):
+    dataset, _ = prepared(rows_path, encoder)
+    break_pixels(tmp_path / "4_0.png")
+    helped = make_loader(dataset, num_workers=1)
+    with pytest.raises(UseError) as caught:
+        for step in range(2):
+            list(helped.batches(step))
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"{rows_path}:5: ")
+    helped.close()

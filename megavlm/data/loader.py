@@ -208,5 +208,7 @@ def _checked(stream: Iterator[Batch | _Failure]) -> Iterator[Batch]:
                 f"a data loader worker died ({str(error).splitlines()[0]}); is there enough memory?"
             ) from error
         if isinstance(item, _Failure):
+            # Ends the workers now: the traceback of the error would keep them alive.
+            del stream
             raise UseError(item.message)
         yield item

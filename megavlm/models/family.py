@@ -1,4 +1,4 @@
-"""What a model family is: a record of plain functions. A new family is one file in `families/` and one registry line."""
+"""What a model family is: a record of plain functions. A new one is a file in `families/` and a registry line."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -40,14 +40,16 @@ class VisionLanguageModel(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.architecture, self.groups, self.vp_stage = architecture, groups, vp_stage
-        if vision is not None:
-            self.vision, self.projector = vision, projector
+        if vision is not None and projector is not None:
+            self.vision: Any = vision
+            self.projector: Any = projector
         self.language: Any = language
         self.pre_process, self.post_process = self.language.pre_process, self.language.post_process
         self.share_embeddings_and_output_weights = architecture.language.tied_embeddings
         self.model_type = self.language.model_type
         self.fixed_slots = fixed_slots
-        layers = [layer.layer_number - 1 for layer in self.language.decoder.layers]
+        decoder_layers: Any = self.language.decoder.layers
+        layers = [layer.layer_number - 1 for layer in decoder_layers]
         num_deepstack = architecture.num_deepstack
         # an empty chunk passes on what it gets
         self.slots_in = 1 + max(0, num_deepstack - layers[0]) if layers else None
@@ -113,7 +115,8 @@ class VisionLanguageModel(MegatronModule):
 
     def encode_images(self, patches_PC: torch.Tensor, grid_thw_N3: torch.Tensor) -> torch.Tensor:
         """Features [V, K, H] of all images of a batch."""
-        return self.projector(self.vision(patches_PC, grid_thw_N3))
+        features: torch.Tensor = self.projector(self.vision(patches_PC, grid_thw_N3))
+        return features
 
     def _embed(
         self, patches_PC: torch.Tensor, tokens_T: torch.Tensor, borders: torch.Tensor, grid_thw_N3: torch.Tensor
@@ -128,8 +131,6 @@ class VisionLanguageModel(MegatronModule):
             features_VKH = self.encode_images(patches_PC, grid_thw_N3)
         else:
             # Every encoder parameter gets a (zero) gradient, so that no rank waits for one in a collective.
-            merge = self.architecture.inputs.merge_size
-            blank = patches_PC.new_zeros(merge**2, self.architecture.inputs.patch_channels)
             grid = torch.tensor([self.smallest_grid()], device=tokens_T.device)
             blank = patches_PC.new_zeros(int(grid.prod()), self.architecture.inputs.patch_channels)
             embeddings_LH = embeddings_LH + self.encode_images(blank, grid).sum() * 0.0

@@ -35,9 +35,7 @@ def wrap_chunks(
         bucket_size=bucket_size if overlap else None,
     )
     wrapped = [
-        DistributedDataParallel(
-            config, settings, chunk, disable_bucketing=number > 0, pg_collection=groups.language
-        )
+        DistributedDataParallel(config, settings, chunk, disable_bucketing=number > 0, pg_collection=groups.language)
         for number, chunk in enumerate(chunks)
     ]
     for chunk in wrapped:

@@ -101,7 +101,7 @@ class _Stream(torch.cpu.Stream):
     def query(self) -> bool:
         return True
 
-    def record_event(self, event: _Event | None = None) -> _Event:
+    def record_event(self, event: _Event | None = None) -> _Event:  # type: ignore[override]
         return event or _Event()
 
 
@@ -177,7 +177,7 @@ def _replace_devices() -> None:
     tensor: Any = torch.Tensor
     tensor.cuda = lambda self, *args, **kwargs: self
     tensor.pin_memory = lambda self, *args, **kwargs: self
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     to = tensor.to
 
     def move(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -38,9 +38,7 @@ logger = logging.getLogger(__name__)
 class Stage(Protocol):
     """A training method."""
 
-    def loss(
-        self, logits_LW: torch.Tensor, batch: Batch
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    def loss(self, logits_LW: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """(sum, count, metrics) of one microbatch on this rank."""
 
 

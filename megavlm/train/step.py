@@ -186,9 +186,7 @@ def evaluate(state: TrainState) -> dict[str, float]:
     assert state.eval_set is not None
     multiple = state.groups.pipeline.size() if state.config.virtual_pipeline_model_parallel_size else 1
     batches = list(
-        state.loader.eval_batches(
-            state.eval_set, max_rounds=state.recipe.train.eval_iters, rounds_multiple=multiple
-        )
+        state.loader.eval_batches(state.eval_set, max_rounds=state.recipe.train.eval_iters, rounds_multiple=multiple)
     )
     local = torch.zeros(2, dtype=torch.float64, device=state.device)
 
@@ -200,7 +198,5 @@ def evaluate(state: TrainState) -> dict[str, float]:
     state.set_training(False)
     run_schedule(state, batches, on_output, forward_only=True)
     state.set_training(True)
-    loss_sum, count = global_sums(
-        local, state.groups.data_context, state.groups.pipeline, state.is_last_stage
-    ).tolist()
+    loss_sum, count = global_sums(local, state.groups.data_context, state.groups.pipeline, state.is_last_stage).tolist()
     return {"loss": loss_sum / count, "num_tokens": count}

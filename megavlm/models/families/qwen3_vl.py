@@ -181,9 +181,7 @@ def _layer_entries(number: int, num_heads: int) -> list[Entry]:
     }
     entries = []
     for kind in ("weight", "bias"):
-        entries.append(
-            fused_qkv(f"{ours}self_attention.linear_qkv.{kind}", f"{theirs}attn.qkv.{kind}", num_heads)
-        )
+        entries.append(fused_qkv(f"{ours}self_attention.linear_qkv.{kind}", f"{theirs}attn.qkv.{kind}", num_heads))
         entries += [direct(f"{ours}{a}.{kind}", f"{theirs}{b}.{kind}") for a, b in names.items()]
     return entries
 

@@ -19,9 +19,7 @@ class SupervisedFineTuning:
 
     groups: Groups
 
-    def loss(
-        self, logits_LW: torch.Tensor, batch: Batch
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    def loss(self, logits_LW: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """Sum over this rank's tokens, and the weight to divide by (once, over the global batch)."""
         context = self.groups.context
         labels_L, weights_L = (

@@ -72,6 +72,12 @@ def test_content_parts_bring_images_or_take_the_rows(folder):
     assert sample.images == (str(folder / "a.png"), str(folder / "b.png"))
 
 
+def test_images_stand_in_the_order_of_the_text(folder):
+    parts = [{"type": "image_url", "image_url": "b.png"}, {"type": "image"}, {"type": "image", "image": "b.png"}]
+    (sample,) = read_rows(folder, [{"messages": [question(parts), ANSWER], "images": ["a.png"]}])
+    assert [path[-5:] for path in sample.images] == ["b.png", "a.png", "b.png"]
+
+
 def test_system_column_becomes_the_first_turn(folder):
     (sample,) = read_rows(folder, [{**GOOD, "system": "Be brief."}])
     assert sample.turns[0] == Turn("system", "Be brief.")

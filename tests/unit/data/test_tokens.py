@@ -152,6 +152,17 @@ def test_template_that_rewrites_earlier_turns_is_refused(tmp_path, qwen_dir):
         tokenizer.encode_chat(TURNS)
 
 
+def test_template_that_shortens_earlier_answers_is_refused(tmp_path, qwen_dir):
+    inner_loop = "for content in message.content"
+    template = QWEN_TEMPLATE.replace(inner_loop, "set last = loop.last %}{%- " + inner_loop).replace(
+        "{{- content.text }}", "{{- content.text if last or message.role == 'user' else content.text[:2] }}"
+    )
+    tokenizer = Tokenizer(copy(qwen_dir, tmp_path, template), 5)
+    with pytest.raises(UseError, match="expected a prefix-stable template"):
+        tokenizer.encode_chat(TURNS[1:])
+    tokenizer.encode_chat(TURNS[1:3])  # a single answer is the last
+
+
 def test_template_whose_prompt_is_no_prefix_is_refused(tmp_path, qwen_dir):
     tokenizer = Tokenizer(copy(qwen_dir, tmp_path, QWEN_TEMPLATE.replace("assistant\\n'", "assistant\\nthink'")), 5)
     with pytest.raises(UseError, match="expected a prefix-stable template"):

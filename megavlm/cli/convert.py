@@ -1,0 +1,62 @@
+"""`megavlm convert`: Hugging Face directory to native checkpoint and back."""
+
+import argparse
+import logging
+from pathlib import Path
+
+SUMMARY = "convert between Hugging Face directories and native checkpoints"
+
+EPILOG = """\
+examples:
+  megavlm convert export --checkpoint runs/demo/checkpoints --hf-dir models/qwen3-vl --out exported
+  megavlm convert import --hf-dir models/qwen3-vl --out native
+
+export takes the newest complete checkpoint of a folder, or the step folder that is named. Config, tokenizer, template
+and processor files are copied from --hf-dir, the directory that training started from. Training itself starts from a
+Hugging Face directory, so import is only needed for a native copy. The whole model is held in memory.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the command takes."""
+    parser.epilog = EPILOG
+    parser.add_argument("direction", choices=["import", "export"])
+    parser.add_argument("--hf-dir", required=True, help="Hugging Face directory: source, and description of the model")
+    parser.add_argument("--checkpoint", help="native checkpoint to export: a step folder, or a folder of them")
+    parser.add_argument("--out", required=True, help="new or empty directory")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the exported weights (default: as in --hf-dir)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert."""
+    from megavlm.errors import use_error
+    from megavlm.platform import cpu, log
+
+    if args.direction == "export" and not args.checkpoint:
+        raise use_error("--checkpoint", "nothing", "a native checkpoint", "name the folder to export")
+    if args.direction == "import" and (args.checkpoint or args.dtype):
+        raise use_error("convert import", "--checkpoint or --dtype", "neither", "they belong to export")
+    log.configure()
+    cpu.install()
+    from megavlm.checkpoint.convert import export_checkpoint, import_checkpoint
+    from megavlm.checkpoint.hf_io import HFDirectory, make_empty
+    from megavlm.checkpoint.native import find_checkpoint
+    from megavlm.train.single import build_single
+
+    logger = logging.getLogger("megavlm")
+    directory = HFDirectory(args.hf_dir)
+    directory.check()
+    out = Path(args.out)
+    make_empty(out)
+    folder = find_checkpoint(Path(args.checkpoint), required=True) if args.checkpoint else None
+    # fp32 holds bf16 and fp16 exactly, so that a round trip changes no bit
+    model, groups, _config = build_single(directory, "fp32")
+    if folder is not None:
+        step = export_checkpoint(folder, directory, model, groups, out, args.dtype)
+        logger.info("exported step %d of %s to %s", step, folder, out)
+    else:
+        written = import_checkpoint(directory, model, groups, out)
+        logger.info("imported %s to %s", directory.path, written)
+    return 0

@@ -1,0 +1,56 @@
+"""`megavlm train`: run a recipe, starting torchrun itself when several processes are asked for."""
+
+import argparse
+import os
+
+SUMMARY = "train a model by a recipe"
+
+EPILOG = """\
+examples:
+  megavlm train examples/recipes/tiny_qwen3vl_sft.yaml
+  megavlm train examples/recipes/tiny_qwen3vl_sft.yaml parallel.tensor_model_parallel_size=2 --nproc 2
+  torchrun --nproc_per_node 8 -m megavlm train RECIPE.yaml train.global_batch_size=64
+
+A run that was stopped goes on from its newest checkpoint when it is started again.
+SIGTERM saves a checkpoint and ends with exit code 0.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the command takes."""
+    parser.epilog = EPILOG
+    parser.add_argument("recipe", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override knobs, e.g. train.train_iters=100")
+    parser.add_argument("--nproc", type=int, default=0, help="processes to start on this machine (not under torchrun)")
+    parser.add_argument("--dry-run", action="store_true", help="check recipe, model and layout, then stop")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check the recipe before anything is built; then launch, or join torchrun's job."""
+    from megavlm.config.facts import read_model_facts
+    from megavlm.config.load import load_recipe
+    from megavlm.config.validate import validate_layout, validate_model, validate_recipe
+    from megavlm.errors import use_error
+    from megavlm.platform.capabilities import BACKEND_NEEDS, require
+
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ or "RANK" in os.environ
+    if under_torchrun and args.nproc:
+        raise use_error("--nproc", args.nproc, "no --nproc under torchrun", "drop it; torchrun sets the processes")
+    if args.nproc < 0:
+        raise use_error("--nproc", args.nproc, "at least 1", "drop it for one process")
+    recipe = load_recipe(args.recipe, args.overrides)
+    validate_recipe(recipe)
+    world_size = int(os.environ["WORLD_SIZE"]) if under_torchrun else max(1, args.nproc)
+    validate_layout(recipe, world_size)
+    validate_model(recipe, read_model_facts(recipe.model.hf_dir))
+    for name in BACKEND_NEEDS[recipe.model.backend]:
+        require(name)
+    if args.dry_run:
+        return 0
+    if world_size > 1 and not under_torchrun:
+        from megavlm.cli.launch import launch
+
+        return launch(world_size, ["train", args.recipe, *args.overrides] + (["--debug"] if args.debug else []))
+    from megavlm.train.run import run_training
+
+    return run_training(recipe)

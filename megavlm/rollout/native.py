@@ -1,0 +1,127 @@
+"""Greedy answers from the model as it stands, in whatever layout it is trained in.
+
+Every new token costs a forward pass over the packed prompts (no key/value cache): meant for the few samples of a
+report and for looking at a checkpoint, not for serving; export the model and use an inference engine for that.
+
+Shape suffixes: T tokens of the packed row, L those of a context-parallel rank, W this rank's part of the vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megavlm.data.dataset import load_sample_patches
+from megavlm.data.encode import SampleEncoder
+from megavlm.data.packing import pack
+from megavlm.data.sample import Batch, EncodedSample
+from megavlm.parallel.context import zigzag_index
+from megavlm.parallel.groups import Groups
+
+RunForward = Callable[[Batch, Callable[[torch.Tensor, Batch], torch.Tensor]], torch.Tensor | None]
+"""Forward pass of one packed row: (row, what to do with the last stage's logits) to that result, None elsewhere."""
+
+
+def greedy_answers(
+    prompts: Sequence[EncodedSample],
+    encoder: SampleEncoder,
+    groups: Groups,
+    run_forward: RunForward,
+    sample_multiple: int,
+    total_multiple: int,
+    max_new_tokens: int,
+) -> list[str]:
+    """Answer prompts together, one packed row, until all have ended.
+
+    Args:
+        prompts: from `SampleEncoder.encode_prompt`.
+        encoder: made them.
+        groups: process groups; every rank calls this with the same prompts.
+        run_forward: the pipeline's forward pass.
+        sample_multiple: see `data.packing.pack`.
+        total_multiple: see `data.packing.pack`.
+        max_new_tokens: of each answer.
+
+    Returns:
+        Decoded answers without special tokens, on every rank.
+    """
+    answers: list[list[int]] = [[] for _ in prompts]
+    open_ones = list(range(len(prompts)))
+    pixels = {i: load_sample_patches(prompts[i], encoder) for i in open_ones}
+    ends = set(encoder.tokenizer.eos_token_ids)
+    for _ in range(max_new_tokens):
+        rows = [_extended(prompts[i], answers[i]) for i in open_ones]
+        batch = pack(
+            rows,
+            [image for i in open_ones for image in pixels[i]],
+            sample_multiple=sample_multiple,
+            total_multiple=total_multiple,
+            pad_token_id=encoder.tokenizer.pad_token_id,
+            patch_channels=encoder.inputs.patch_channels,
+        )
+        starts = batch.cu_seqlens.tolist()
+        last = torch.tensor([starts[n] + len(row.tokens_S) - 1 for n, row in enumerate(rows)])
+        chosen = _next_tokens(run_forward, batch, last, groups, len(rows))
+        for i, token in zip(open_ones, chosen, strict=True):
+            answers[i].append(token)
+        open_ones = [i for i, token in zip(open_ones, chosen, strict=True) if token not in ends]
+        if not open_ones:
+            break
+    return [encoder.tokenizer.decode(answer).strip() for answer in answers]
+
+
+def _extended(prompt: EncodedSample, answer: list[int]) -> EncodedSample:
+    """The prompt with an answer so far; answers are text, whose positions count on from the largest."""
+    if not answer:
+        return prompt
+    following = prompt.position_ids_3S.max() + 1 + np.arange(len(answer))
+    return EncodedSample(
+        sample_id=prompt.sample_id,
+        tokens_S=np.concatenate((prompt.tokens_S, np.array(answer, dtype=np.int64))),
+        loss_weights_S=np.zeros(len(prompt.tokens_S) + len(answer), dtype=np.float32),
+        position_ids_3S=np.concatenate((prompt.position_ids_3S, np.tile(following, (3, 1))), axis=1),
+        images=prompt.images,
+        grids_thw=prompt.grids_thw,
+    )
+
+
+def _next_tokens(run_forward: RunForward, batch: Batch, last: torch.Tensor, groups: Groups, num_rows: int) -> list[int]:
+    """The likeliest token after position `last[n]` of the packed row, for each n, on every rank."""
+
+    def choose(logits_LW: torch.Tensor, batch: Batch) -> torch.Tensor:
+        context = groups.context
+        positions_L = zigzag_index(batch.cu_seqlens, context.size(), context.rank()).to(logits_LW.device)
+        where = torch.full((len(batch.tokens_T),), -1, device=logits_LW.device)
+        where[positions_L] = torch.arange(len(positions_L), device=logits_LW.device)
+        local = where[last.to(logits_LW.device)]
+        mine = local >= 0
+        rows = logits_LW[local.clamp(min=0)].float()
+        best, index = rows.max(dim=1)
+        index = index + groups.tensor.rank() * logits_LW.shape[1]
+        best = best.masked_fill(~mine, float("-inf"))
+        return _argmax_over(best, index, groups.tensor, context)
+
+    chosen: Any = run_forward(batch, choose)
+    if chosen is None:
+        chosen = torch.zeros(num_rows, dtype=torch.int64, device=torch.cuda.current_device())
+    pipeline = groups.pipeline
+    if pipeline.size() > 1:
+        dist.broadcast(chosen, src=dist.get_global_rank(pipeline, pipeline.size() - 1), group=pipeline)
+    return [int(token) for token in chosen]
+
+
+def _argmax_over(best: torch.Tensor, index: torch.Tensor, *groups: dist.ProcessGroup) -> torch.Tensor:
+    """Index of the largest value over the ranks of several groups; the lower index wins a tie."""
+    for group in groups:
+        if group.size() == 1:
+            continue
+        values = [torch.empty_like(best) for _ in range(group.size())]
+        indices = [torch.empty_like(index) for _ in range(group.size())]
+        dist.all_gather(values, best, group=group)
+        dist.all_gather(indices, index, group=group)
+        stacked = torch.stack(values)
+        best, winner = stacked.max(dim=0)
+        index = torch.stack(indices).gather(0, winner[None])[0]
+    return index

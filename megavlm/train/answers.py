@@ -1,0 +1,84 @@
+"""The report's samples: held-out questions answered before and after training."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megavlm.data.readers import IMAGE_PLACEHOLDER
+from megavlm.data.sample import Batch, Sample
+from megavlm.rollout.native import greedy_answers
+from megavlm.train.state import TrainState, row_multiples
+from megavlm.train.step import run_schedule
+
+SAMPLES_NAME = "samples.json"
+
+
+@torch.no_grad()
+def answer(state: TrainState, samples: list[Sample]) -> list[str]:
+    """Greedy answers of the model as it stands; every rank calls this."""
+    encoder = state.train_set.encoder
+    sample_multiple, total_multiple = row_multiples(state.recipe)
+    virtual = state.config.virtual_pipeline_model_parallel_size
+    repeats = state.groups.pipeline.size() if virtual else 1
+
+    def run_forward(batch: Batch, choose: Callable[[torch.Tensor, Batch], torch.Tensor]) -> torch.Tensor | None:
+        def on_output(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            return logits.sum(), torch.ones((), dtype=torch.int), choose(logits, batch)
+
+        # an interleaved schedule wants as many microbatches as there are stages
+        results = run_schedule(state, [batch] * repeats, on_output, forward_only=True)
+        return results[0] if results else None
+
+    state.set_training(False)
+    answers = greedy_answers(
+        [encoder.encode_prompt(sample) for sample in samples],
+        encoder,
+        state.groups,
+        run_forward,
+        sample_multiple,
+        total_multiple,
+        state.recipe.observe.report_max_new_tokens,
+    )
+    state.set_training(True)
+    return answers
+
+
+def report_samples(state: TrainState) -> list[Sample]:
+    """The held-out samples that the report shows: spread evenly over the held-out rows."""
+    number = state.recipe.observe.num_report_samples
+    if not state.recipe.observe.report or state.eval_set is None or not number:
+        return []
+    total = len(state.eval_set)
+    return [state.eval_set.sample(index * total // number) for index in range(min(number, total))]
+
+
+def write_samples(path: Path, samples: list[Sample], before: list[str] | None, after: list[str] | None) -> None:
+    """Write samples.json, what report.html draws its gallery from. Image paths are relative to it."""
+    rows = []
+    for number, sample in enumerate(samples):
+        question = [turn.text for turn in sample.turns if turn.role != "assistant"][-1]
+        rows.append(
+            {
+                "id": sample.sample_id,
+                "images": [os.path.relpath(image, path.parent) for image in sample.images],
+                "question": question.replace(IMAGE_PLACEHOLDER, "").strip(),
+                "truth": sample.turns[-1].text,
+                "before": before[number] if before else None,
+                "after": after[number] if after else None,
+                "task": sample.extra.get("task", ""),
+            }
+        )
+    path.write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+def read_before(path: Path) -> list[str] | None:
+    """Answers that an earlier attempt of the run gave before training, if it got that far."""
+    if not path.is_file():
+        return None
+    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    answers = [row["before"] for row in rows]
+    return None if any(text is None for text in answers) else answers

@@ -1,0 +1,217 @@
+"""The training loop: steps, evaluation, checkpoints, logs. It names no training method."""
+
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megavlm.config.load import dump_recipe
+from megavlm.observe.environment import collect_environment
+from megavlm.observe.metrics import RunLog, StepMetrics
+from megavlm.observe.progress import Progress
+from megavlm.observe.report import write_report
+from megavlm.train import answers, resume
+from megavlm.train.optim import learning_rates
+from megavlm.train.state import TrainState, is_main_rank, run_path
+from megavlm.train.step import StepResult, evaluate, train_step
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _StopRequest:
+    """Set by SIGTERM or SIGINT on this rank."""
+
+    asked: bool = False
+
+
+@contextlib.contextmanager
+def _graceful_stop() -> Iterator[_StopRequest]:
+    """Turn SIGTERM (what schedulers send before a time limit) and SIGUSR1 into a request to stop after this step."""
+    request = _StopRequest()
+
+    def ask(_number: int, _frame: Any) -> None:
+        request.asked = True
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _any_rank(asked: bool, device: torch.device) -> bool:
+    """Whether a rank was asked to stop; ranks must agree on the step after which they do."""
+    flag = torch.tensor([int(asked)], device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag.item())
+
+
+class _Observer:
+    """Log, progress and gallery of the main rank; does nothing on the others."""
+
+    def __init__(self, state: TrainState, resumed: bool) -> None:
+        self.state = state
+        self.main = is_main_rank()
+        self.log: RunLog | None = None
+        folder = run_path(state.recipe)
+        if self.main:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "recipe.yaml").write_text(dump_recipe(state.recipe), encoding="utf-8")
+            self.log = RunLog(folder, state.recipe.observe.tensorboard, state.step if resumed else None)
+        self.progress = Progress(state.total_steps, state.step, enabled=self.main, bar=state.recipe.observe.progress)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._since, self._tokens, self._images, self._steps = time.perf_counter(), 0, 0, 0
+
+    def event(self, event: str, text: str = "", **fields: Any) -> None:
+        """Log that something happened, and say it."""
+        if self.log is not None:
+            self.log.log_event(self.state.step, event, text, **fields)
+            self.progress.note(f"{event}: {text}" if text else event)
+
+    def step_done(self, result: StepResult, rates: dict[str, float]) -> None:
+        """Take a step's figures in; log them when it is time."""
+        state = self.state
+        self._tokens += result.num_tokens
+        self._images += result.num_images
+        self._steps += 1
+        if state.step % state.recipe.observe.log_steps and state.step != state.total_steps:
+            return
+        elapsed = time.perf_counter() - self._since
+        metrics = StepMetrics(
+            step=state.step,
+            loss=result.loss,
+            num_tokens=result.count,
+            grad_norm=result.norms.total,
+            grad_norms=result.norms.by_component,
+            learning_rates=rates,
+            tokens_per_second=self._tokens / elapsed,
+            images_per_second=self._images / elapsed,
+            step_s=elapsed / self._steps,
+            consumed_samples=state.plan.num_consumed(state.step),
+        )
+        if self.log is not None:
+            self.log.log_train(metrics)
+            self.progress.update(metrics)
+        self._reset()
+
+    def evaluated(self, values: dict[str, float]) -> None:
+        """Log an evaluation; its time is no training time."""
+        if self.log is not None:
+            self.log.log_eval(self.state.step, values)
+            self.progress.note(f"step {self.state.step}: evaluation loss {values['loss']:.4f}")
+        self._reset()
+
+    def close(self) -> None:
+        """Close the log and write the report."""
+        if self.log is None:
+            return
+        self.log.close()
+        if self.state.recipe.observe.report:
+            path = write_report(run_path(self.state.recipe))
+            logger.info("report: %s", path)
+
+
+def layout_name(state: TrainState) -> str:
+    """Short name of the layout, e.g. `TP2+SP x PP2 x DP2`."""
+    parallel = state.recipe.parallel
+    tensor = parallel.tensor_model_parallel_size
+    parts = [
+        f"TP{tensor}" + ("+SP" if parallel.sequence_parallel else "") if tensor > 1 else "",
+        f"PP{parallel.pipeline_model_parallel_size}" if parallel.pipeline_model_parallel_size > 1 else "",
+        f"VPP{parallel.virtual_pipeline_model_parallel_size}"
+        if parallel.virtual_pipeline_model_parallel_size > 1
+        else "",
+        f"CP{parallel.context_parallel_size}" if parallel.context_parallel_size > 1 else "",
+        f"DP{state.groups.data.size()}" if state.groups.data.size() > 1 else "",
+    ]
+    return " x ".join(part for part in parts if part) or "one process"
+
+
+def train(state: TrainState) -> bool:
+    """Run until the last step, or until somebody asks to stop.
+
+    Returns:
+        Whether training is complete; False after SIGTERM, with a checkpoint saved.
+
+    Raises:
+        RunError: a loss or gradient is not finite, or a checkpoint cannot be written.
+        UseError: a row or image cannot be read.
+    """
+    folder = resume.resume(state)
+    observer = _Observer(state, resumed=folder is not None)
+    try:
+        with _graceful_stop() as request, observer.progress:
+            return _run(state, observer, request, str(folder) if folder else "")
+    finally:
+        state.loader.close()
+        observer.close()
+
+
+def _run(state: TrainState, observer: _Observer, request: _StopRequest, resumed_from: str) -> bool:
+    observer.event(
+        "resume" if resumed_from else "start",
+        resumed_from,
+        total_steps=state.total_steps,
+        layout=layout_name(state),
+        world_size=dist.get_world_size(),
+        environment=collect_environment(),
+    )
+    samples = answers.report_samples(state)
+    gallery = run_path(state.recipe) / answers.SAMPLES_NAME
+    before = None
+    if samples:
+        before = answers.answer(state, samples) if not resumed_from else answers.read_before(gallery)
+        if observer.main:
+            answers.write_samples(gallery, samples, before, None)
+    if state.eval_set is not None and not resumed_from:
+        observer.evaluated(evaluate(state))
+    saved_step = state.step if resumed_from else -1
+    stopping = False
+    while state.step < state.total_steps and not stopping:
+        rates = learning_rates(state.optimizer, state.learning_components)
+        result = train_step(state, state.step)
+        state.step += 1
+        observer.step_done(result, rates)
+        stopping = _any_rank(request.asked, state.device)
+        if _due(state.step, state.recipe.train.eval_steps) and state.eval_set is not None and not stopping:
+            observer.evaluated(evaluate(state))
+        if stopping or _due(state.step, state.recipe.checkpoint.save_steps):
+            _save(state, observer)
+            saved_step = state.step
+    if stopping and state.step < state.total_steps:
+        observer.event("stop", f"asked to stop; saved after step {state.step}")
+        return False
+    _finish(state, observer, samples, before, saved_step)
+    return True
+
+
+def _finish(state: TrainState, observer: _Observer, samples: list[Any], before: list[str] | None, saved: int) -> None:
+    if state.eval_set is not None and not _due(state.step, state.recipe.train.eval_steps):
+        observer.evaluated(evaluate(state))
+    if samples:
+        after = answers.answer(state, samples)
+        if observer.main:
+            answers.write_samples(run_path(state.recipe) / answers.SAMPLES_NAME, samples, before, after)
+    if state.recipe.checkpoint.save_at_end and saved != state.step:
+        _save(state, observer)
+    observer.event("end", f"{state.step} steps")
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _save(state: TrainState, observer: _Observer) -> None:
+    started = time.perf_counter()
+    folder = resume.save(state)
+    observer.event("save", str(folder), seconds=time.perf_counter() - started)

@@ -24,6 +24,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     TorchDistSaveShardedStrategy,
 )
 from megatron.core.optimizer import ChainedOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megavlm.checkpoint.watchdog import time_limit
 from megavlm.errors import RunError, use_error
@@ -122,12 +123,11 @@ def save_checkpoint(
             dist.barrier()
             _finish(root, temporary, final, keep_last)
             dist.barrier()
-    except (OSError, RuntimeError, CheckpointingException) as error:
+    except (OSError, RuntimeError, CheckpointingException, CheckpointException) as error:
         if dist.get_rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-        reason = str(error).strip().splitlines()
         raise RunError(
-            f"step {step}: cannot save {final} ({reason[-1] if reason else type(error).__name__}); "
+            f"step {step}: cannot save {final} ({_last_line(error)}); "
             "earlier checkpoints are untouched; is the disk full?"
         ) from error
     return final
@@ -154,6 +154,12 @@ def _finish(root: Path, temporary: Path, final: Path, keep_last: int) -> None:
     if keep_last:
         for old in complete_checkpoints(root)[:-keep_last]:
             shutil.rmtree(old)
+
+
+def _last_line(error: BaseException) -> str:
+    """What went wrong; torch's CheckpointException (no Exception) holds whole tracebacks of other ranks."""
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip() if lines else type(error).__name__
 
 
 def _sha256(path: Path) -> str:
@@ -208,9 +214,8 @@ def load_sharded(folder: Path, state: dict[str, Any], timeout_s: int) -> dict[st
     try:
         with time_limit(timeout_s, f"loading {folder}"):
             loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder), TorchDistLoadShardedStrategy())
-    except (OSError, RuntimeError, KeyError, CheckpointingException) as error:
-        reason = str(error).strip().splitlines()
-        raise RunError(f"cannot load {folder}: {reason[0] if reason else type(error).__name__}") from error
+    except (OSError, RuntimeError, KeyError, CheckpointingException, CheckpointException) as error:
+        raise RunError(f"cannot load {folder}: {_last_line(error)}") from error
     return loaded
 
 

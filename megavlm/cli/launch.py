@@ -12,6 +12,7 @@ def launch(num_processes: int, words: Sequence[str]) -> int:
     """
     import logging
     import os
+    import uuid
 
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -26,6 +27,7 @@ def launch(num_processes: int, words: Sequence[str]) -> int:
         nproc_per_node=num_processes,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
+        run_id=uuid.uuid4().hex,
         max_restarts=0,
         monitor_interval=0.2,
         start_method="spawn",

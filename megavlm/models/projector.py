@@ -5,6 +5,7 @@ size.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from megatron.core.models.backends import BackendSpecProvider
@@ -76,3 +77,14 @@ class Connectors(MegatronModule):
         """Hidden states of the tower (last, then taps) to features [V, K, H]."""
         modules = [self.main, *self.deepstack]
         return torch.stack([module(hidden) for module, hidden in zip(modules, hiddens_PD, strict=True)], dim=1)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Sharded weights; Megatron-Core would take a ModuleList's parameters for replicated ones."""
+        parts: dict[str, Any] = {f"{prefix}main.": self.main}
+        parts |= {f"{prefix}deepstack.{number}.": module for number, module in enumerate(self.deepstack)}
+        state: dict[str, Any] = {}
+        for name, module in parts.items():
+            state |= module.sharded_state_dict(name, sharded_offsets, metadata)
+        return state

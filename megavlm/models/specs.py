@@ -5,8 +5,10 @@
 
 from typing import Any
 
+import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -19,12 +21,29 @@ from megavlm.models.core_attention import PackedAttention
 from megavlm.models.norm import Norm
 
 
+class RowLinear(RowParallelLinear):
+    """Row-parallel linear that hands out a copy of its bias (the layer adds it later), not the parameter.
+
+    Selective recompute of an MLP runs it inside an autograd function, and what that returns becomes an output of the
+    function: the parameter itself would get a history that leads from one microbatch into the one before, without end.
+    """
+
+    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Output, and the bias that is still to be added."""
+        output, bias = super().forward(input_)
+        return output, None if bias is None else bias.clone()
+
+
 class TorchProvider(LocalSpecProvider):
     """Megatron-Core's linears, with a norm and a core attention in plain torch."""
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
         """Return the norm module."""
         return Norm
+
+    def row_parallel_linear(self) -> type:
+        """Return the linear split over its inputs."""
+        return RowLinear
 
     def core_attention(self) -> type:
         """Return the core attention module."""

@@ -44,12 +44,12 @@ class VisionLanguageModel(MegatronModule):
             self.vision: Any = vision
             self.projector: Any = projector
         self.language: Any = language
+        decoder: Any = self.language.decoder
         self.pre_process, self.post_process = self.language.pre_process, self.language.post_process
         self.share_embeddings_and_output_weights = architecture.language.tied_embeddings
         self.model_type = self.language.model_type
         self.fixed_slots = fixed_slots
-        decoder_layers: Any = self.language.decoder.layers
-        layers = [layer.layer_number - 1 for layer in decoder_layers]
+        layers = [layer.layer_number - 1 for layer in decoder.layers]
         num_deepstack = architecture.num_deepstack
         # an empty chunk passes on what it gets
         self.slots_in = 1 + max(0, num_deepstack - layers[0]) if layers else None

@@ -111,6 +111,11 @@ class _Observer:
             self.progress.note(f"step {self.state.step}: evaluation loss {values['loss']:.4f}")
         self._reset()
 
+    def saved(self, folder: str, seconds: float) -> None:
+        """Log a checkpoint; its time is no training time."""
+        self.event("save", folder, seconds=seconds)
+        self._reset()
+
     def close(self) -> None:
         """Close the log and write the report."""
         if self.log is None:
@@ -214,4 +219,4 @@ def _due(step: int, every: int) -> bool:
 def _save(state: TrainState, observer: _Observer) -> None:
     started = time.perf_counter()
     folder = resume.save(state)
-    observer.event("save", str(folder), seconds=time.perf_counter() - started)
+    observer.saved(str(folder), time.perf_counter() - started)

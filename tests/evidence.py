@@ -25,6 +25,11 @@ EVIDENCE_DIR = Path(__file__).resolve().parents[1] / "docs" / "evidence"
 
 # Topic to the title and the first lines of its page.
 TITLES = {
+    "demo": (
+        "Demo",
+        "A tiny Qwen3-VL trained on handwriting by four CPU processes, exported, and asked by transformers about "
+        "images of digits that no training row showed. Written by `make demo`.",
+    ),
     "equivalence": (
         "Equivalence",
         "Every layout against one process: the same model, rows and seed. Written by the tests that measure it.",

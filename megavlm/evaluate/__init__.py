@@ -1,0 +1,1 @@
+"""How good a model is, asked through transformers or from its answers."""

@@ -1,0 +1,98 @@
+"""Answers of an exported model through transformers alone: its model, tokenizer and image processor.
+
+Nothing of this project's models is involved, so that it shows what somebody who downloads the directory gets.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+
+from megavlm.data.readers import IMAGE_PLACEHOLDER
+from megavlm.data.sample import Sample
+from megavlm.errors import RunError
+
+
+def load_checked(hf_dir: str | Path) -> Any:
+    """Load a model in fp32.
+
+    Raises:
+        RunError: a tensor is missing or left over.
+    """
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        hf_dir, dtype=torch.float32, output_loading_info=True, local_files_only=True
+    )
+    problems = {key: info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
+    if problems:
+        raise RunError(f"{hf_dir}: transformers reports {problems}")
+    return model.eval()
+
+
+@torch.no_grad()
+def generate_answers(
+    hf_dir: str | Path, samples: Sequence[Sample], max_new_tokens: int, batch_size: int = 32
+) -> list[str]:
+    """Greedy answers to samples (their last assistant turn is dropped).
+
+    Args:
+        hf_dir: Hugging Face directory.
+        samples: rows; images are read from their paths.
+        max_new_tokens: of each answer.
+        batch_size: samples answered together.
+
+    Raises:
+        RunError: the directory does not load cleanly.
+    """
+    model = load_checked(hf_dir)
+    tokenizer = AutoTokenizer.from_pretrained(hf_dir, local_files_only=True)
+    tokenizer.padding_side = "left"
+    processor = AutoImageProcessor.from_pretrained(hf_dir, local_files_only=True)
+    answers: list[str] = []
+    for start in range(0, len(samples), batch_size):
+        inputs = _inputs(samples[start : start + batch_size], tokenizer, processor, model.config)
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        new_tokens = output[:, inputs["input_ids"].shape[1] :]
+        answers += [text.strip() for text in tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]
+    return answers
+
+
+def _inputs(samples: Sequence[Sample], tokenizer: Any, processor: Any, config: Any) -> dict[str, Any]:
+    """Model inputs of a batch, left-padded: what a processor would make (those need torchvision for videos)."""
+    image_token = tokenizer.convert_ids_to_tokens(config.image_token_id)
+    images = [Image.open(path).convert("RGB") for sample in samples for path in sample.images]
+    pixels: dict[str, Any] = dict(processor(images=images, return_tensors="pt")) if images else {}
+    counts = _tokens_per_image(pixels, processor, config)
+    texts = []
+    for sample in samples:
+        turns = sample.turns[:-1] if sample.turns[-1].role == "assistant" else sample.turns
+        messages = [{"role": turn.role, "content": _parts(turn.text)} for turn in turns]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        pieces = text.split(image_token)
+        filled = pieces[0]
+        for piece in pieces[1:]:
+            filled += image_token * counts.pop(0) + piece
+        texts.append(filled)
+    encoded = tokenizer(texts, return_tensors="pt", padding=True)
+    inputs = {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"], **pixels}
+    if "image_grid_thw" in pixels:
+        inputs["mm_token_type_ids"] = (encoded["input_ids"] == config.image_token_id).int()
+    return inputs
+
+
+def _tokens_per_image(pixels: dict[str, Any], processor: Any, config: Any) -> list[int]:
+    if "image_grid_thw" in pixels:
+        return [int(grid.prod()) // processor.merge_size**2 for grid in pixels["image_grid_thw"]]
+    return [config.image_seq_length] * len(pixels.get("pixel_values", ()))
+
+
+def _parts(text: str) -> list[dict[str, str]]:
+    parts: list[dict[str, str]] = []
+    for number, piece in enumerate(text.split(IMAGE_PLACEHOLDER)):
+        if number:
+            parts.append({"type": "image"})
+        if piece:
+            parts.append({"type": "text", "text": piece})
+    return parts

@@ -1,0 +1,79 @@
+"""How far two runs are apart. Imports neither torch nor megatron: results of the pool are unpickled with it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tests import evidence
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """Figures of one step, as every rank reports them. `norms` holds `total` and each component that learns."""
+
+    loss: float
+    count: float
+    num_images: int
+    norms: dict[str, float]
+
+
+# What every member must hold, relative; measure to limit.
+LIMITS: dict[str, float] = {
+    "loss": 1e-5,
+    "loss drift": 1e-6,
+    "gradient norm": 1e-4,
+    "gradient norm, step 0": 1e-6,
+}
+_UNITS: dict[str, str] = {
+    "loss": "largest relative difference of a step",
+    "loss drift": "mean signed relative difference",
+    "gradient norm": "largest relative difference of a step, total and by component",
+    "gradient norm, step 0": "relative difference",
+}
+
+
+def distances(rows: Sequence[StepRow], reference: Sequence[StepRow]) -> dict[str, float]:
+    """Every measure of `LIMITS` between two runs, which saw the same tokens and images."""
+    assert len(rows) == len(reference)
+    for row, expected in zip(rows, reference, strict=True):
+        assert (row.count, row.num_images) == (expected.count, expected.num_images), "the runs saw different batches"
+        assert list(row.norms) == list(expected.norms), "the runs train different components"
+    losses = [_relative(row.loss, expected.loss) for row, expected in zip(rows, reference, strict=True)]
+    norms = [
+        {name: abs(_relative(row.norms[name], expected.norms[name])) for name in row.norms}
+        for row, expected in zip(rows, reference, strict=True)
+    ]
+    return {
+        "loss": max(map(abs, losses)),
+        "loss drift": abs(sum(losses) / len(losses)),
+        "gradient norm": max(value for step in norms for value in step.values()),
+        "gradient norm, step 0": norms[0]["total"],
+    }
+
+
+def record(name: str, measured: dict[str, float], against: str, limits: dict[str, float] = LIMITS) -> None:
+    """Write down what was measured of a member, also when it does not hold."""
+    evidence.record(
+        "equivalence",
+        [
+            evidence.row(
+                f"{name}: {measure}",
+                value,
+                unit=_UNITS.get(measure, "relative difference"),
+                required=f"<= {limits[measure]:g}",
+                reference=against,
+                reference_value=0.0,
+                command="make test-full",
+            )
+            for measure, value in measured.items()
+        ],
+    )
+
+
+def broken(measured: dict[str, float], limits: dict[str, float] = LIMITS) -> dict[str, Any]:
+    """Measures over their limit (also NaN), with the limit; a test asserts that there are none."""
+    return {name: (value, limits[name]) for name, value in measured.items() if not value <= limits[name]}
+
+
+def _relative(value: float, expected: float) -> float:
+    return (value - expected) / expected

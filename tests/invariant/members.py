@@ -1,0 +1,175 @@
+"""The equivalence class, as a table: every layout here trains to what one process trains to."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from megavlm.config.schema import ParallelConfig
+
+_SHORT = {
+    "tp": "tensor_model_parallel_size",
+    "sp": "sequence_parallel",
+    "pp": "pipeline_model_parallel_size",
+    "vpp": "virtual_pipeline_model_parallel_size",
+    "stages": "pipeline_model_parallel_layout",
+    "cp": "context_parallel_size",
+    "cp_comm": "cp_comm_type",
+    "vision_tp": "vision_tensor_model_parallel_size",
+    "sharded_optimizer": "use_distributed_optimizer",
+    "overlap_reduce": "overlap_grad_reduce",
+    "overlap_gather": "overlap_param_gather",
+    "recompute": "recompute_granularity",
+    "recompute_method": "recompute_method",
+    "recompute_num_layers": "recompute_num_layers",
+    "recompute_modules": "recompute_modules",
+}
+
+
+def layout(**knobs: Any) -> dict[str, Any]:
+    """Fields of `ParallelConfig` by short names."""
+    return {_SHORT[name]: value for name, value in knobs.items()}
+
+
+@dataclass(frozen=True)
+class Member:
+    """One way to train.
+
+    `against` names the single-process run that it must equal; `quick` members cover every feature, and the pairs that
+    are cheap, in `make test`; all run in `make test-full`.
+    """
+
+    name: str
+    world_size: int
+    parallel: dict[str, Any] = field(default_factory=dict)
+    quick: bool = False
+    against: str = "qwen3_vl"
+    micro_batch_size: int = 1
+    bucket_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A single-process run: a family, and what is frozen."""
+
+    family: str
+    optimizer: dict[str, Any] = field(default_factory=dict)
+
+
+REFERENCES: dict[str, Reference] = {
+    "qwen3_vl": Reference("qwen3_vl"),
+    "llava": Reference("llava"),
+    "frozen vision": Reference("qwen3_vl", {"freeze_vit": True}),
+    "frozen language": Reference("qwen3_vl", {"freeze_llm": True}),
+}
+
+# Parameters in a gradient bucket: a rank's part of the tiny model makes several.
+SMALL_BUCKET = 40_000
+
+_FULL = layout(recompute="full", recompute_method="uniform", recompute_num_layers=1)
+_BLOCK = layout(recompute="full", recompute_method="block", recompute_num_layers=1)
+_CORE = layout(recompute="selective", recompute_modules=("core_attn",))
+_THREE = layout(recompute="selective", recompute_modules=("core_attn", "mlp", "layernorm"))
+_OVERLAP = layout(overlap_reduce=True)
+_OVERLAP_BOTH = layout(overlap_reduce=True, overlap_gather=True)
+_PLAIN = layout(sharded_optimizer=False)
+
+# In order of world size: a pool of processes is started once for each.
+MEMBERS: tuple[Member, ...] = (
+    # microbatches and packing
+    Member("micro batch 2", 1, micro_batch_size=2),
+    Member("micro batch 4", 1, micro_batch_size=4, quick=True),
+    Member("micro batch 8: all rows packed into one", 1, micro_batch_size=8, quick=True),
+    Member("LLaVA, all rows packed into one", 1, micro_batch_size=8, against="llava"),
+    # recompute
+    Member("recompute full, uniform", 1, _FULL),
+    Member("recompute full, block", 1, _BLOCK, quick=True),
+    Member("recompute selective, core_attn", 1, _CORE),
+    Member("recompute selective, core_attn + mlp + layernorm", 1, _THREE, quick=True),
+    Member("optimizer not distributed", 1, _PLAIN),
+    # tensor parallel
+    Member("TP2", 2, layout(tp=2)),
+    Member("TP2+SP", 2, layout(tp=2, sp=True)),
+    Member("TP2+SP, micro batch 4, selective recompute", 2, layout(tp=2, sp=True) | _THREE, True, micro_batch_size=4),
+    Member("TP2, vision TP1", 2, layout(tp=2, vision_tp=1), True, micro_batch_size=2),
+    Member("TP2+SP, vision TP1", 2, layout(tp=2, sp=True, vision_tp=1)),
+    Member("TP2, frozen vision", 2, layout(tp=2), against="frozen vision"),
+    Member("LLaVA TP2+SP", 2, layout(tp=2, sp=True), True, "llava", micro_batch_size=4),
+    # pipeline
+    Member("PP2", 2, layout(pp=2)),
+    Member("PP2, layers 1 + 3", 2, layout(pp=2, stages="Et|tttL"), quick=True),
+    Member("PP2 x VPP2", 2, layout(pp=2, vpp=2), quick=True),
+    Member("PP2, micro batch 4", 2, layout(pp=2), micro_batch_size=4),
+    Member("PP2, frozen vision", 2, layout(pp=2), True, "frozen vision"),
+    Member("PP2, frozen language model: a rank without anything to train", 2, layout(pp=2), True, "frozen language"),
+    Member("PP2, frozen language model, optimizer not distributed", 2, layout(pp=2) | _PLAIN, False, "frozen language"),
+    Member("LLaVA PP2", 2, layout(pp=2), False, "llava"),
+    # context parallel
+    Member("CP2 all_gather", 2, layout(cp=2, cp_comm="all_gather"), quick=True),
+    Member("CP2 p2p", 2, layout(cp=2, cp_comm="p2p")),
+    Member("CP2 p2p, micro batch 4", 2, layout(cp=2, cp_comm="p2p"), True, micro_batch_size=4),
+    Member("CP2 all_gather, recompute full", 2, layout(cp=2, cp_comm="all_gather") | _FULL),
+    Member("LLaVA CP2 all_gather", 2, layout(cp=2, cp_comm="all_gather"), True, "llava", micro_batch_size=4),
+    Member("LLaVA CP2 p2p", 2, layout(cp=2, cp_comm="p2p"), False, "llava"),
+    # data parallel
+    Member("DP2", 2, _PLAIN, quick=True),
+    Member("DP2, overlap", 2, _PLAIN | _OVERLAP, quick=True, bucket_size=SMALL_BUCKET),
+    Member("DP2, distributed optimizer", 2, {}, quick=True),
+    Member("DP2, distributed optimizer, overlap", 2, _OVERLAP_BOTH, quick=True, bucket_size=SMALL_BUCKET),
+    Member("DP2, distributed optimizer, gradient overlap only", 2, _OVERLAP, bucket_size=SMALL_BUCKET),
+    Member("DP2, frozen vision, overlap", 2, _OVERLAP_BOTH, False, "frozen vision", bucket_size=SMALL_BUCKET),
+    # four ranks
+    Member("TP4 with 2 key-value heads", 4, layout(tp=4), True, micro_batch_size=8),
+    Member("TP4 with 2 key-value heads, micro batch 1", 4, layout(tp=4)),
+    Member("TP4+SP with 2 key-value heads", 4, layout(tp=4, sp=True), micro_batch_size=4),
+    Member("PP4", 4, layout(pp=4), quick=True),
+    Member("PP2 x DP2, overlap", 4, layout(pp=2) | _OVERLAP_BOTH, True, bucket_size=SMALL_BUCKET),
+    Member("CP4 all_gather", 4, layout(cp=4, cp_comm="all_gather"), micro_batch_size=2),
+    Member("CP4 p2p", 4, layout(cp=4, cp_comm="p2p"), True, micro_batch_size=4),
+    Member("CP2 x DP2, optimizer not distributed", 4, layout(cp=2, cp_comm="p2p") | _PLAIN, True, micro_batch_size=2),
+    Member("TP2 x PP2", 4, layout(tp=2, pp=2)),
+    Member("TP2+SP x PP2, recompute full", 4, layout(tp=2, sp=True, pp=2) | _FULL, True, micro_batch_size=4),
+    Member("TP2 x PP2, recompute full", 4, layout(tp=2, pp=2) | _FULL),
+    Member("TP2+SP x PP2 x VPP2", 4, layout(tp=2, sp=True, pp=2, vpp=2), micro_batch_size=2),
+    Member("TP2 x PP2, vision TP1", 4, layout(tp=2, pp=2, vision_tp=1), micro_batch_size=2),
+    Member("TP2 x CP2", 4, layout(tp=2, cp=2)),
+    Member("TP2+SP x CP2", 4, layout(tp=2, sp=True, cp=2), True, micro_batch_size=4),
+    Member("TP2+SP x CP2 p2p", 4, layout(tp=2, sp=True, cp=2, cp_comm="p2p"), micro_batch_size=2),
+    Member("CP2 x PP2", 4, layout(cp=2, pp=2), True, micro_batch_size=2),
+    Member("CP2 p2p x PP2 x VPP2", 4, layout(cp=2, cp_comm="p2p", pp=2, vpp=2)),
+    Member("TP2+SP x DP2, distributed optimizer", 4, layout(tp=2, sp=True), True, micro_batch_size=4),
+    Member("LLaVA TP2 x PP2", 4, layout(tp=2, pp=2), True, "llava", micro_batch_size=2),
+    # eight ranks
+    Member("TP2 x PP2 x DP2", 8, layout(tp=2, pp=2)),
+    Member("TP2+SP x PP2 x DP2, overlap", 8, layout(tp=2, sp=True, pp=2) | _OVERLAP_BOTH, bucket_size=SMALL_BUCKET),
+)
+
+
+@dataclass(frozen=True)
+class Switch:
+    """Steps in one layout, a checkpoint, and the rest in another."""
+
+    name: str
+    before: Member
+    after: Member
+    quick: bool = False
+
+
+_ONE, _ONE_PLAIN = Member("one process", 1), Member("one process", 1, _PLAIN)
+_TP2, _TP2_PLAIN = Member("TP2", 2, layout(tp=2), micro_batch_size=4), Member("TP2", 2, layout(tp=2) | _PLAIN)
+_TP2_PP2 = Member("TP2 x PP2", 4, layout(tp=2, pp=2), micro_batch_size=4)
+_VPP2 = Member("PP2 x VPP2", 2, layout(pp=2, vpp=2))
+_CP2, _DP2 = Member("CP2", 2, layout(cp=2), micro_batch_size=4), Member("DP2", 2)
+
+SWITCHES: tuple[Switch, ...] = (
+    Switch("one process to one process", _ONE, _ONE),
+    Switch("one process to TP2 x PP2", _ONE, _TP2_PP2, quick=True),
+    Switch("TP2 x PP2 to one process", _TP2_PP2, _ONE),
+    Switch("PP2 x VPP2 to TP2", _VPP2, _TP2, quick=True),
+    Switch("DP2 with distributed optimizer to CP2", _DP2, _CP2, quick=True),
+    Switch("TP2 to DP2", _TP2, _DP2),
+    Switch("one process to TP2, optimizer not distributed", _ONE_PLAIN, _TP2_PLAIN),
+)
+
+
+def parallel_config(member: Member) -> ParallelConfig:
+    """The member's layout."""
+    return ParallelConfig(**member.parallel)

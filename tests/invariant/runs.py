@@ -1,0 +1,98 @@
+"""What the pool runs: training, its first gradients, and saving and resuming, under the layout of a recipe."""
+
+import torch
+import torch.distributed as dist
+
+from megavlm.config.schema import Recipe
+from megavlm.config.validate import validate_recipe
+from megavlm.models.names import named_parameters
+from megavlm.models.vlm import VisionLanguageModel
+from megavlm.parallel.wrap import OVERLAP_BUCKET_PARAMETERS
+from megavlm.train import resume
+from megavlm.train.state import TrainState, build_state
+from megavlm.train.step import train_step
+from tests.invariant.measure import StepRow
+
+
+def train(recipe: Recipe, num_steps: int, bucket_size: int | None = None) -> list[StepRow]:
+    """Train from the start."""
+    return _steps(_build(recipe, bucket_size), num_steps)
+
+
+def train_and_save(recipe: Recipe, num_steps: int) -> list[StepRow]:
+    """Train from the start, and write a checkpoint into the recipe's run folder."""
+    state = _build(recipe)
+    rows = _steps(state, num_steps)
+    resume.save(state)
+    return rows
+
+
+def resume_and_train(recipe: Recipe, num_steps: int) -> list[StepRow]:
+    """Go on from the checkpoint in the recipe's run folder."""
+    state = _build(recipe)
+    assert resume.resume(state) is not None, "no checkpoint was found"
+    return _steps(state, num_steps)
+
+
+def first_gradients(recipe: Recipe) -> dict[str, torch.Tensor]:
+    """Whole gradients of the first step by global parameter name, of the parameters that this rank has a part of.
+
+    The recipe must not use the distributed optimizer: it leaves a rank with its own part of the reduced gradients.
+    """
+    assert not recipe.parallel.use_distributed_optimizer and recipe.optimizer.clip_grad == 0
+    state = _build(recipe)
+    train_step(state, 0)
+    return {
+        name: gradient
+        for model in state.models
+        for name, parameter in named_parameters(model)
+        if (gradient := _whole_gradient(state, model, name, parameter)) is not None
+    }
+
+
+def num_trainable(recipe: Recipe) -> int:
+    """Parameters that this rank trains."""
+    state = _build(recipe)
+    return sum(p.numel() for model in state.models for p in model.parameters() if p.requires_grad)
+
+
+def num_buckets(recipe: Recipe, bucket_size: int) -> int:
+    """Gradient buckets of this rank."""
+    state = _build(recipe, bucket_size)
+    return sum(len(buffer.buckets) for chunk in state.chunks for buffer in chunk.buffers)
+
+
+def _build(recipe: Recipe, bucket_size: int | None = None) -> TrainState:
+    validate_recipe(recipe)
+    return build_state(recipe, bucket_size or OVERLAP_BUCKET_PARAMETERS)
+
+
+def _steps(state: TrainState, num_steps: int) -> list[StepRow]:
+    rows = []
+    for _ in range(num_steps):
+        result = train_step(state, state.step)
+        state.step += 1
+        norms = {"total": result.norms.total} | result.norms.by_component
+        rows.append(StepRow(result.loss, result.count, result.num_images, norms))
+    state.loader.close()
+    return rows
+
+
+def _whole_gradient(
+    state: TrainState, model: VisionLanguageModel, name: str, parameter: torch.nn.Parameter
+) -> torch.Tensor | None:
+    """Put the parts of tensor-parallel ranks together; None for what is not trained."""
+    if not parameter.requires_grad:
+        return None
+    marks = vars(parameter)
+    gradient = marks["main_grad"].clone()
+    group = state.groups.vision.tp if name.startswith(("vision.", "projector.")) else state.groups.tensor
+    if not marks.get("tensor_model_parallel", False) or group.size() == 1:
+        return gradient
+    parts = [torch.empty_like(gradient) for _ in range(group.size())]
+    dist.all_gather(parts, gradient.contiguous(), group=group)
+    halves = {entry.native: entry.halves for entry in state.directory.entries}
+    if not halves.get(name, False):
+        return torch.cat(parts, marks["partition_dim"])
+    gates, ups = zip(*(part.chunk(2) for part in parts), strict=True)
+    return torch.cat([*gates, *ups])

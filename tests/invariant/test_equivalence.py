@@ -1,0 +1,98 @@
+"""Twenty steps under every layout against twenty steps in one process."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from megavlm.config.schema import Recipe
+from tests.invariant import canon
+from tests.invariant.measure import StepRow, broken, distances, record
+from tests.invariant.members import MEMBERS, REFERENCES, SMALL_BUCKET, SWITCHES, Member, Switch
+from tests.pool import PoolKeeper
+
+Canonical = Callable[[str], list[StepRow]]
+TIMEOUT_S = 300.0
+SWITCH_AT = 10
+
+
+def _recipe(inputs: Path, member: Member, **changes: dict[str, Any]) -> Recipe:
+    reference = REFERENCES[member.against]
+    sections: dict[str, dict[str, Any]] = {
+        "parallel": member.parallel,
+        "optimizer": reference.optimizer,
+        "train": {"micro_batch_size": member.micro_batch_size},
+    }
+    for name, values in changes.items():
+        sections[name] = sections.get(name, {}) | values
+    return canon.recipe(inputs, reference.family, **sections)
+
+
+def _of_all_ranks(results: list[list[StepRow]]) -> list[StepRow]:
+    assert all(rows == results[0] for rows in results), "ranks report different figures"
+    return results[0]
+
+
+@pytest.mark.parametrize("reference", REFERENCES)
+def test_canonical_run_learns_and_would_show_an_encoder_fault(canonical: Canonical, reference: str) -> None:
+    rows = canonical(reference)
+    assert rows[-1].loss < rows[0].loss - (0.3 if "frozen language" not in reference else 0.01)
+    assert {row.num_images for row in rows} != {rows[0].num_images}
+    assert len({row.count for row in rows}) > 5
+    for component in rows[0].norms:
+        assert min(row.norms[component] / row.norms["total"] for row in rows) >= 0.05, component
+
+
+@pytest.mark.parametrize(
+    "member", [one for one in MEMBERS if one.quick or canon.FULL_MATRIX], ids=lambda member: member.name
+)
+def test_layout_trains_to_the_same(workers: PoolKeeper, inputs: Path, canonical: Canonical, member: Member) -> None:
+    results = workers(member.world_size).run(
+        "tests.invariant.runs:train",
+        timeout_s=TIMEOUT_S,
+        recipe=_recipe(inputs, member),
+        num_steps=canon.NUM_STEPS,
+        bucket_size=member.bucket_size,
+    )
+    measured = distances(_of_all_ranks(results), canonical(member.against))
+    record(member.name, measured, f"one process ({member.against})")
+    assert not broken(measured)
+
+
+@pytest.mark.parametrize(
+    "switch", [one for one in SWITCHES if one.quick or canon.FULL_MATRIX], ids=lambda switch: switch.name
+)
+def test_resuming_in_another_layout_continues_the_run(
+    workers: PoolKeeper, inputs: Path, tmp_path: Path, canonical: Canonical, switch: Switch
+) -> None:
+    before, after = (
+        dataclasses.replace(_recipe(inputs, member), output_dir=str(tmp_path))
+        for member in (switch.before, switch.after)
+    )
+    first = workers(switch.before.world_size).run(
+        "tests.invariant.runs:train_and_save", timeout_s=TIMEOUT_S, recipe=before, num_steps=SWITCH_AT
+    )
+    second = workers(switch.after.world_size).run(
+        "tests.invariant.runs:resume_and_train",
+        timeout_s=TIMEOUT_S,
+        recipe=after,
+        num_steps=canon.NUM_STEPS - SWITCH_AT,
+    )
+    measured = distances(_of_all_ranks(first) + _of_all_ranks(second), canonical("qwen3_vl"))
+    record(f"resume at step {SWITCH_AT}, {switch.name}", measured, "one process (qwen3_vl), not interrupted")
+    assert not broken(measured)
+
+
+def test_small_buckets_are_several(workers: PoolKeeper, inputs: Path) -> None:
+    overlap = next(member for member in MEMBERS if member.bucket_size and member.world_size == 2)
+    counts = workers(2).run(
+        "tests.invariant.runs:num_buckets", recipe=_recipe(inputs, overlap), bucket_size=SMALL_BUCKET
+    )
+    assert min(counts) >= 3
+
+
+def test_a_pipeline_rank_has_nothing_to_train(workers: PoolKeeper, inputs: Path) -> None:
+    member = next(member for member in MEMBERS if member.against == "frozen language")
+    first, second = workers(2).run("tests.invariant.runs:num_trainable", recipe=_recipe(inputs, member))
+    assert first > 0 and second == 0

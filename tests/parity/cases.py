@@ -1,0 +1,161 @@
+"""What the workers run: our model on packed rows, compared with what transformers made of the same samples.
+
+Imports megatron only inside functions: pytest imports this module too.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.parity.mutations import mutation
+from tests.parity.reference import Reference
+from tests.parity.rows import Item, pack_items
+
+# What must hold in fp32: largest difference of logits; relative difference of the loss, of every parameter's gradient
+# (by norms), and of vision features (largest difference over largest value). In bf16, BF16_LOGITS.
+TOLERANCES = {"logits": 1e-5, "loss": 1e-5, "gradients": 1e-4, "tower": 1e-5, "features": 1e-5, "deepstack": 1e-5}
+BF16_LOGITS = 0.05
+
+# Measured figure by name; "worst parameter" is a name.
+Measured = dict[str, Any]
+
+
+def input_spec(hf_dir: Path) -> Any:
+    """The family's InputSpec for a directory."""
+    from megavlm.checkpoint.hf_io import HFDirectory
+
+    return HFDirectory(hf_dir).architecture.inputs
+
+
+def recipe_of(hf_dir: Path, parallel: Mapping[str, Any], precision: str = "fp32", **sections: Any) -> Any:
+    """A recipe for tests."""
+    from megavlm.config.schema import ModelConfig, ParallelConfig, Recipe, TrainConfig
+
+    sections.setdefault("train", TrainConfig(precision=precision))
+    layout = ParallelConfig(**{"use_distributed_optimizer": False, **parallel})
+    return Recipe(model=ModelConfig(hf_dir=str(hf_dir)), parallel=layout, **sections)
+
+
+def compare(
+    hf_dir: Path,
+    rows: Mapping[str, tuple[Sequence[Item], Reference]],
+    parallel: Mapping[str, Any],
+    precision: str = "fp32",
+    broken: str = "",
+) -> dict[str, Measured]:
+    """Largest differences of this rank's part, by row and by name.
+
+    Args:
+        hf_dir: the model.
+        rows: samples of each packed row, with what transformers made of them.
+        parallel: layout.
+        precision: fp32, or bf16 (logits alone).
+        broken: what to break on purpose, a key of `MUTATIONS`.
+    """
+    from megavlm.checkpoint.hf_io import HFDirectory
+    from megavlm.parallel.groups import initialize
+    from megavlm.platform.seeds import seed_everything
+    from megavlm.train.state import build_model, row_multiples
+    from megavlm.train.stages.sft import SupervisedFineTuning
+
+    judge = HFDirectory(hf_dir)
+    with mutation(broken):
+        recipe = recipe_of(hf_dir, parallel, precision)
+        groups = initialize(recipe.parallel)
+        seed_everything(recipe.train.seed)
+        _, (chunk,), (model,) = build_model(recipe, HFDirectory(hf_dir), groups, 0)
+        stage = SupervisedFineTuning(groups)
+        measured = {}
+        for name, (items, expected) in rows.items():
+            batch = pack_items(items, judge.architecture.inputs.patch_channels, *row_multiples(recipe))
+            if precision == "bf16":
+                with torch.no_grad():
+                    measured[name] = _compare_logits(_forward(chunk, batch), model, expected)
+            else:
+                measured[name] = _compare_all(chunk, model, stage, batch, expected, judge)
+    return measured
+
+
+def _forward(chunk: Any, batch: Any) -> torch.Tensor:
+    return chunk(batch.patches_PC, batch.tokens_T, batch.position_ids_3T, batch.cu_seqlens, batch.grid_thw_N3)
+
+
+def _compare_all(chunk: Any, model: Any, stage: Any, batch: Any, expected: Reference, judge: Any) -> Measured:
+    from megatron.core.distributed import finalize_model_grads
+
+    chunk.zero_grad_buffer()
+    logits_TW = _forward(chunk, batch)
+    loss_sum, count, _ = stage.loss(logits_TW, batch)
+    loss_sum.backward()
+    finalize_model_grads([chunk], None)
+    chunk.scale_gradients(1.0 / float(count))
+    measured = _compare_logits(logits_TW.detach(), model, expected)
+    measured["loss"] = abs(float(loss_sum) / float(count) / expected.loss - 1)
+    measured |= compare_gradients([model], expected.gradients, judge)
+    if expected.tower_PD is not None and expected.features_VKH is not None:
+        with torch.no_grad():
+            tower_PD = model.vision(batch.patches_PC, batch.grid_thw_N3)[0]
+            features_VKH = model.encode_images(batch.patches_PC, batch.grid_thw_N3)
+        theirs_VKH = expected.features_VKH
+        measured["tower"] = _relative(tower_PD, expected.tower_PD)
+        measured["features"] = _relative(features_VKH[:, 0], theirs_VKH[:, 0])
+        if features_VKH.shape[1] > 1:
+            measured["deepstack"] = _relative(features_VKH[:, 1:], theirs_VKH[:, 1:])
+    return measured
+
+
+def _compare_logits(logits_TW: torch.Tensor, model: Any, expected: Reference) -> Measured:
+    """Padding, at the row's end only, is left out; each rank compares its part of the vocabulary."""
+    tensor = model.groups.tensor
+    part_TW = expected.logits_TY.chunk(tensor.size(), dim=1)[tensor.rank()]
+    return {"logits": _largest(logits_TW[: len(part_TW)], part_TW)}
+
+
+def _largest(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
+    return (ours.float() - theirs).abs().max().item()
+
+
+def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return _largest(ours, theirs) / theirs.abs().max().item()
+
+
+def compare_gradients(models: Sequence[Any], expected: Mapping[str, torch.Tensor | None], judge: Any) -> Measured:
+    """|ours - theirs| / |theirs| of the worst native parameter, and the parameters that only one side trains.
+
+    A parameter without gradient there (a frozen or unused one) must have none here, or one that is exactly 0.
+    """
+    from megavlm.checkpoint.hf_io import _shard
+    from megavlm.models.names import named_parameters
+
+    by_native = {entry.native: entry for entry in judge.entries}
+    theirs = {judge.family.public_name(name): gradient for name, gradient in expected.items()}
+    unused_here, unused_there, worst, worst_name, count = [], [], 0.0, "", 0
+    for model in models:
+        for name, parameter in named_parameters(model):
+            entry = by_native[name]
+            parts = [theirs[part] for part in entry.names]
+            unused_here += [name] if not parameter.requires_grad else []
+            if any(part is None for part in parts):
+                unused_there.append(name)
+                assert all(part is None for part in parts), name
+                assert not parameter.requires_grad or not parameter.main_grad.any(), f"{name} has a gradient"
+                continue
+            if not parameter.requires_grad:
+                continue
+            part = _shard(entry.to_native(parts), parameter, entry, model)
+            difference = ((parameter.main_grad - part).norm() / part.norm()).item()
+            count += 1
+            assert math.isfinite(difference), name
+            if difference >= worst:
+                worst, worst_name = difference, name
+    return {
+        "gradients": worst,
+        "worst parameter": worst_name,
+        "compared": count,
+        "unused here": unused_here,
+        "unused there": unused_there,
+    }

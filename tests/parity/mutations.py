@@ -1,0 +1,188 @@
+"""Mistakes made on purpose, one at a time: each replaces something of ours while a model is built and run.
+
+They are what a rewrite of that part could plausibly get wrong. Used in the workers only: imports megatron when a
+mutation is entered, never before.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+
+Patches = list[Any]
+
+
+@contextlib.contextmanager
+def mutation(name: str) -> Iterator[None]:
+    """Break one thing while inside; the empty name breaks nothing."""
+    with contextlib.ExitStack() as stack:
+        for replacement in MUTATIONS[name]() if name else []:
+            stack.enter_context(replacement)
+        yield
+
+
+def _deepstack_late() -> Patches:
+    from megavlm.models import vlm
+
+    def one_slot_more(*args: Any, **kwargs: Any) -> torch.Tensor:
+        hidden_TKH = merge_features(*args, **kwargs)
+        empty = torch.zeros_like(hidden_TKH[:, :1])
+        return torch.cat((hidden_TKH[:, :1], empty, hidden_TKH[:, 1:]), dim=1)
+
+    merge_features = vlm.merge_features
+    return [patch.object(vlm, "merge_features", one_slot_more)]
+
+
+def _gate_up_swapped() -> Patches:
+    from megavlm.models import weight_map
+
+    gated = weight_map.gated
+    return [patch.object(weight_map, "gated", lambda native, gate, up: gated(native, up, gate))]
+
+
+def _chunked_mrope() -> Patches:
+    from megavlm.models import language
+
+    real = language.RotaryAngles
+    return [
+        patch.object(
+            language, "RotaryAngles", lambda size, base, section, _, device: real(size, base, section, False, device)
+        )
+    ]
+
+
+def _one_vision_segment() -> Patches:
+    from megavlm.models.families import llava, qwen3_vl
+
+    def whole(lengths: Any, device: torch.device) -> Any:
+        return pack_params([sum(lengths)], device)
+
+    pack_params = qwen3_vl.pack_params
+    return [patch.object(family, "pack_params", whole) for family in (llava, qwen3_vl)]
+
+
+def _one_language_segment() -> Patches:
+    from megavlm.models import vlm
+
+    def whole(cu_seqlens_q: torch.Tensor, cu_seqlens_kv: torch.Tensor, **kwargs: Any) -> Any:
+        borders = cu_seqlens_q[[0, -1]]
+        return packed_seq_params(cu_seqlens_q=borders, cu_seqlens_kv=borders, **kwargs)
+
+    packed_seq_params = vlm.PackedSeqParams
+    return [patch.object(vlm, "PackedSeqParams", whole)]
+
+
+def _exact_gelu() -> Patches:
+    from megavlm.models.activations import ACTIVATIONS
+
+    return [patch.dict(ACTIVATIONS, gelu_pytorch_tanh=F.gelu)]
+
+
+def _tanh_gelu() -> Patches:
+    from megavlm.models.activations import ACTIVATIONS, gelu_tanh
+
+    return [patch.dict(ACTIVATIONS, gelu=gelu_tanh)]
+
+
+def _slow_gelu() -> Patches:
+    from megavlm.models.activations import ACTIVATIONS
+
+    return [patch.dict(ACTIVATIONS, quick_gelu=F.gelu)]
+
+
+def _other_epsilon() -> Patches:
+    from megavlm.train import state
+
+    def changed(*args: Any) -> Any:
+        return dataclasses.replace(transformer_config(*args), layernorm_epsilon=1e-5)
+
+    transformer_config = state.transformer_config
+    return [patch.object(state, "transformer_config", changed)]
+
+
+def _plain_language_qkv() -> Patches:
+    from megavlm.models import weight_map
+
+    def plain(native: str, names: tuple[str, str, str], num_groups: int, head_dim: int) -> Any:
+        return dataclasses.replace(split_qkv(native, names, num_groups, head_dim), to_native=torch.cat)
+
+    split_qkv = weight_map.split_qkv
+    return [patch.object(weight_map, "split_qkv", plain)]
+
+
+def _plain_vision_qkv() -> Patches:
+    from megavlm.models.families import qwen3_vl
+
+    return [patch.object(qwen3_vl, "fused_qkv", lambda native, name, _: qwen3_vl.direct(native, name))]
+
+
+def _causal_vision() -> Patches:
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from megavlm.models.families import llava, qwen3_vl
+
+    layer_spec = qwen3_vl.layer_spec
+    return [
+        patch.object(family, "layer_spec", lambda provider, _: layer_spec(provider, AttnMaskType.causal))
+        for family in (llava, qwen3_vl)
+    ]
+
+
+def _no_loss_mask() -> Patches:
+    from megavlm.train.stages import sft
+
+    cross_entropy = sft.cross_entropy
+    return [
+        patch.object(
+            sft,
+            "cross_entropy",
+            lambda logits, labels, weights, group: cross_entropy(logits, labels, torch.ones_like(weights), group),
+        )
+    ]
+
+
+def _microbatch_means() -> Patches:
+    """Each microbatch is divided by its own count, then their number is what is divided by."""
+    from megavlm.train.stages import sft
+
+    def mean(*args: Any) -> Any:
+        loss_sum, count, metrics = cross_entropy(*args)
+        return loss_sum / count, torch.ones_like(count), metrics
+
+    cross_entropy = sft.cross_entropy
+    return [patch.object(sft, "cross_entropy", mean)]
+
+
+def _local_count() -> Patches:
+    """Each data rank divides by the count of its own tokens, times the number of ranks, as averaging DDP would."""
+    import torch.distributed as dist
+
+    from megavlm.train import step
+
+    def local_sums(local: torch.Tensor, data_context: dist.ProcessGroup, *_args: Any) -> torch.Tensor:
+        return local * data_context.size()
+
+    return [patch.object(step, "global_sums", local_sums)]
+
+
+MUTATIONS: dict[str, Callable[[], Patches]] = {
+    "DeepStack one layer late": _deepstack_late,
+    "gate and up swapped": _gate_up_swapped,
+    "chunked MRoPE": _chunked_mrope,
+    "all images one attention segment": _one_vision_segment,
+    "packed row one attention segment": _one_language_segment,
+    "erf for tanh GELU in the tower": _exact_gelu,
+    "tanh for erf GELU in the connector": _tanh_gelu,
+    "erf for quick GELU": _slow_gelu,
+    "RMSNorm epsilon 1e-5 for 1e-6": _other_epsilon,
+    "plain q/k/v concatenation, language": _plain_language_qkv,
+    "plain q/k/v concatenation, vision": _plain_vision_qkv,
+    "causal vision tower": _causal_vision,
+    "no loss mask": _no_loss_mask,
+    "microbatches divided one by one": _microbatch_means,
+    "local token count": _local_count,
+}

@@ -1,0 +1,119 @@
+"""The other side: transformers' model, sample by sample, in a process without Megatron-Core's adapter.
+
+Shape suffixes: S tokens of a sample, T tokens of all samples, Y vocabulary, P patches, C values of a patch, D tower
+hidden size, V visual tokens, K slots (1 + DeepStack features), H hidden size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+
+from tests.parity.rows import Item
+
+
+@dataclass
+class Reference:
+    """What transformers makes of a packed row's samples, one after the other.
+
+    `loss` is the weighted mean over all of them; `gradients` are its own, by parameter, None where there is none.
+    """
+
+    logits_TY: torch.Tensor
+    loss: float = 0.0
+    gradients: dict[str, torch.Tensor | None] = field(default_factory=dict)
+    tower_PD: torch.Tensor | None = None
+    features_VKH: torch.Tensor | None = None
+
+
+def amplify_vision(hf_dir: Path) -> Path:
+    """Scale the matrices of tower and connector so that they keep the size of their input, and return `hf_dir`.
+
+    As transformers initialises them, activations in a tiny tower stay where every GELU is a straight line, and logits
+    hardly depend on the image: mistakes there would not show.
+    """
+    file = hf_dir / "model.safetensors"
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if tensor.ndim > 1 and "language_model" not in name and "lm_head" not in name:
+            gain = 2.5 if name.endswith("fc1.weight") else 1.0
+            tensors[name] = (tensor * gain / (tensor.std() * tensor[0].numel() ** 0.5)).contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+    return hf_dir
+
+
+def load_reference(hf_dir: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model as transformers builds it, attention written out."""
+    model = AutoModelForImageTextToText.from_pretrained(hf_dir, attn_implementation="eager", dtype=dtype)
+    return model.train(False)
+
+
+def reference(model: PreTrainedModel, items: Sequence[Item], inputs: Sequence[dict[str, Any]] | None = None) -> Reference:
+    """Logits, loss, gradients and vision features of some samples.
+
+    Args:
+        model: from `load_reference`.
+        items: the samples.
+        inputs: transformers' arguments of each sample, where something else than the item's own arrays made them.
+    """
+    model.zero_grad()
+    inputs = inputs or [model_inputs(model, item) for item in items]
+    logits, loss_sums, weights = [], [], []
+    for item, arguments in zip(items, inputs, strict=True):
+        out_SY = model(**arguments).logits[0]
+        logits.append(out_SY.detach().float())
+        labels_S, weights_S = arguments["input_ids"][0], torch.from_numpy(item.encoded.loss_weights_S)
+        losses = F.cross_entropy(out_SY[:-1].float(), labels_S[1:], reduction="none")
+        loss_sums.append((losses * weights_S[1:]).sum())
+        weights.append(weights_S[1:].sum())
+    loss = torch.stack(loss_sums).sum() / torch.stack(weights).sum()
+    loss.backward()
+    result = Reference(torch.cat(logits), loss.item())
+    result.gradients = {
+        name: None if parameter.grad is None else parameter.grad.clone() for name, parameter in model.named_parameters()
+    }
+    _add_features(result, model, [arguments for arguments in inputs if "pixel_values" in arguments])
+    return result
+
+
+def model_inputs(model: PreTrainedModel, item: Item) -> dict[str, Any]:
+    """A sample in the form that transformers takes."""
+    tokens_1S = torch.from_numpy(item.encoded.tokens_S)[None]
+    arguments: dict[str, Any] = {"input_ids": tokens_1S}
+    if model.config.model_type == "qwen3_vl":
+        arguments["mm_token_type_ids"] = (tokens_1S == model.config.image_token_id).int()
+        if item.encoded.grids_thw:
+            arguments |= {"pixel_values": item.patches_PC.to(model.dtype), "image_grid_thw": item.grid_thw_N3}
+    elif item.encoded.grids_thw:
+        arguments["pixel_values"] = _whole_images(item).to(model.dtype)
+    return arguments
+
+
+def _whole_images(item: Item) -> torch.Tensor:
+    """Patches row by row back to [images, 3, height, width]."""
+    num_images, (_, rows, columns) = len(item.encoded.grids_thw), item.encoded.grids_thw[0]
+    side = int((item.patches_PC.shape[1] // 3) ** 0.5)
+    patches = item.patches_PC.view(num_images, rows, columns, 3, side, side)
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(num_images, 3, rows * side, columns * side)
+
+
+@torch.no_grad()
+def _add_features(result: Reference, model: PreTrainedModel, inputs: Sequence[dict[str, Any]]) -> None:
+    towers, features = [], []
+    for arguments in inputs:
+        names = ("pixel_values", "image_grid_thw")
+        out = model.get_image_features(**{name: arguments[name] for name in names if name in arguments})
+        slots = [torch.cat(list(out.pooler_output))]
+        if model.config.model_type == "qwen3_vl":
+            towers.append(out.last_hidden_state)
+            slots += [torch.cat(list(feature)) for feature in out.deepstack_features]
+        else:
+            towers.append(out.hidden_states[model.config.vision_feature_layer][:, 1:].flatten(0, 1))
+        features.append(torch.stack(slots, dim=1))
+    if towers:
+        result.tower_PD, result.features_VKH = torch.cat(towers).float(), torch.cat(features).float()

@@ -32,14 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert."""
     from megavlm.errors import use_error
-    from megavlm.platform import cpu, log
+    from megavlm.platform.start import start
 
     if args.direction == "export" and not args.checkpoint:
         raise use_error("--checkpoint", "nothing", "a native checkpoint", "name the folder to export")
     if args.direction == "import" and (args.checkpoint or args.dtype):
         raise use_error("convert import", "--checkpoint or --dtype", "neither", "they belong to export")
-    log.configure()
-    cpu.install()
+    start()
     from megavlm.checkpoint.convert import export_checkpoint, import_checkpoint
     from megavlm.checkpoint.hf_io import HFDirectory, make_empty
     from megavlm.checkpoint.native import find_checkpoint

@@ -32,15 +32,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Answer on standard output."""
     from megavlm.errors import use_error
-    from megavlm.platform import cpu, log
+    from megavlm.platform.start import start
 
     if args.max_new_tokens < 1:
         raise use_error("--max-new-tokens", args.max_new_tokens, "at least 1", "drop it for 64")
     for image in args.image:
         if not Path(image).is_file():
             raise use_error("--image", image, "an image file", "check the path")
-    log.configure()
-    cpu.install()
+    start()
     from megavlm.train.ask import ask
 
     answer = ask(

@@ -63,6 +63,8 @@ def save(state: TrainState) -> Path:
 def resume(state: TrainState) -> Path | None:
     """Go on from a checkpoint, if the recipe says so and there is one; returns its folder.
 
+    Imported weights (`megavlm convert import`) are taken as the start of a new run: None is returned.
+
     Raises:
         UseError: the checkpoint belongs to another model, or its optimizer state has another form.
     """
@@ -75,7 +77,13 @@ def resume(state: TrainState) -> Path | None:
     if folder is None:
         return None
     common = native.read_common(folder)["common"]
-    _check(state, common, folder)
+    _check_model(state, common, folder)
+    if common.get("weights_only"):
+        loaded = native.load_sharded(folder, native.model_state(state.models, state.groups), knobs.save_timeout_s)
+        native.restore_models(state.models, loaded)
+        state.optimizer.reload_model_params()
+        return None
+    _check_run(state, common, folder)
     sharded: dict[str, Any] = native.model_state(state.models, state.groups)
     sharded["optimizer"] = native.optimizer_state(state.optimizer, sharded, state.groups, is_loading=True)
     same_layout = common["layout"] == _layout(state)
@@ -95,7 +103,7 @@ def resume(state: TrainState) -> Path | None:
     return folder
 
 
-def _check(state: TrainState, common: dict[str, Any], folder: Path) -> None:
+def _check_model(state: TrainState, common: dict[str, Any], folder: Path) -> None:
     ours = repr(state.directory.architecture)
     if common["architecture"] != ours:
         what = common["family"] if common["family"] != state.directory.family.model_type else "other sizes"
@@ -105,6 +113,9 @@ def _check(state: TrainState, common: dict[str, Any], folder: Path) -> None:
             f"one of {state.recipe.model.hf_dir} ({state.directory.family.model_type})",
             "set model.hf_dir to the model of the checkpoint, or choose another run name",
         )
+
+
+def _check_run(state: TrainState, common: dict[str, Any], folder: Path) -> None:
     distributed = state.recipe.parallel.use_distributed_optimizer
     if common["use_distributed_optimizer"] != distributed:
         raise use_error(

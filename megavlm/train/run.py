@@ -5,20 +5,17 @@ import logging
 import sys
 from collections.abc import Iterator
 
-import torch
 import torch.distributed as dist
 
 from megavlm.config.schema import Recipe
-from megavlm.platform import cpu, log
+from megavlm.platform.start import start
 
 logger = logging.getLogger(__name__)
 
 
 def run_training(recipe: Recipe) -> int:
     """Install the platform, join the world, train. Returns the process's exit code."""
-    log.configure()
-    if cpu.install():
-        torch.set_num_threads(1)
+    start()
     from megavlm.parallel import groups
     from megavlm.train.loop import layout_name, train
     from megavlm.train.state import build_state

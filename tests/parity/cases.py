@@ -30,6 +30,22 @@ def input_spec(hf_dir: Path) -> Any:
     return HFDirectory(hf_dir).architecture.inputs
 
 
+def encode_rows(hf_dir: Path, rows_file: Path) -> list[Item]:
+    """A file's rows as our data room prepares them."""
+    from megavlm.checkpoint.hf_io import HFDirectory
+    from megavlm.data.dataset import load_sample_patches
+    from megavlm.data.readers import read_samples
+    from megavlm.train.state import build_encoder
+
+    encoder = build_encoder(recipe_of(hf_dir, {}), HFDirectory(hf_dir))
+    items = []
+    for sample in read_samples((str(rows_file),), ""):
+        encoded = encoder.encode(sample)
+        patches = [torch.zeros(0, encoder.inputs.patch_channels), *load_sample_patches(encoded, encoder)]
+        items.append(Item(encoded, torch.cat(patches)))
+    return items
+
+
 def recipe_of(hf_dir: Path, parallel: Mapping[str, Any], precision: str = "fp32", **sections: Any) -> Any:
     """A recipe for tests."""
     from megavlm.config.schema import ModelConfig, ParallelConfig, Recipe, TrainConfig
@@ -158,4 +174,59 @@ def compare_gradients(models: Sequence[Any], expected: Mapping[str, torch.Tensor
         "compared": count,
         "unused here": unused_here,
         "unused there": unused_there,
+    }
+
+
+def train_step_against(
+    hf_dir: Path, rows_file: Path, expected: Reference, micro_batch_size: int, broken: str = ""
+) -> Measured:
+    """One training step on all rows of a file, in order, over all ranks as data ranks."""
+    from megavlm.checkpoint.hf_io import HFDirectory
+    from megavlm.config.schema import DataConfig, OptimizerConfig, TrainConfig
+    from megavlm.train.state import build_state
+    from megavlm.train.step import train_step
+
+    num_rows = len(rows_file.read_text().splitlines())
+    recipe = recipe_of(
+        hf_dir,
+        {},
+        data=DataConfig(train=(str(rows_file),), shuffle=False),
+        # not clipped: the gradients are looked at after the step
+        optimizer=OptimizerConfig(clip_grad=0.0),
+        train=TrainConfig(
+            train_iters=1, precision="fp32", global_batch_size=num_rows, micro_batch_size=micro_batch_size
+        ),
+    )
+    with mutation(broken):
+        state = build_state(recipe)
+        result = train_step(state, 0)
+    measured = compare_gradients(state.models, expected.gradients, HFDirectory(hf_dir))
+    return measured | {"loss": abs(result.loss / expected.loss - 1)}
+
+
+def round_trip(hf_dir: Path, out_dir: Path, max_shard_bytes: int) -> dict[str, Any]:
+    """Load a directory, write it again, load that: names that are on one side only, and tensors that differ."""
+    from megavlm.checkpoint.hf_io import HFDirectory, export_weights
+    from megavlm.models.names import named_parameters
+    from megavlm.parallel.groups import initialize
+    from megavlm.platform.seeds import seed_everything
+    from megavlm.train.state import build_model
+
+    source = HFDirectory(hf_dir)
+    precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[source.dtype]
+    recipe = recipe_of(hf_dir, {}, precision)
+    groups = initialize(recipe.parallel)
+    seed_everything(0)
+    _, _, (model,) = build_model(recipe, source, groups, 0)
+    native = {name: parameter.data for name, parameter in named_parameters(model)}
+    export_weights(source.entries, native, source, out_dir, max_shard_bytes=max_shard_bytes)
+    written = HFDirectory(out_dir)
+    seed_everything(1)
+    _, _, (again,) = build_model(recipe, written, groups, 0)
+    return {
+        "tensors": len(source.names),
+        "dtype": {str(parameter.dtype) for parameter in native.values()},
+        "one side only": sorted(set(source.names) ^ set(written.names)),
+        "different": [name for name in source.names if not torch.equal(source.read(name), written.read(name))],
+        "different native": [name for name, value in named_parameters(again) if not torch.equal(value, native[name])],
     }

@@ -4,6 +4,7 @@ Shape suffixes: S tokens of a sample, T tokens of all samples, Y vocabulary, P p
 hidden size, V visual tokens, K slots (1 + DeepStack features), H hidden size.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +12,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 from tests.parity.rows import Item
 
@@ -41,7 +49,7 @@ def amplify_vision(hf_dir: Path) -> Path:
     tensors = load_file(file)
     for name, tensor in tensors.items():
         if tensor.ndim > 1 and "language_model" not in name and "lm_head" not in name:
-            gain = 2.5 if name.endswith("fc1.weight") else 1.0
+            gain = 2.5 if name.endswith(("fc1.weight", "linear_1.weight")) else 1.0
             tensors[name] = (tensor * gain / (tensor.std() * tensor[0].numel() ** 0.5)).contiguous()
     save_file(tensors, file, metadata={"format": "pt"})
     return hf_dir
@@ -92,6 +100,27 @@ def model_inputs(model: PreTrainedModel, item: Item) -> dict[str, Any]:
     elif item.encoded.grids_thw:
         arguments["pixel_values"] = _whole_images(item).to(model.dtype)
     return arguments
+
+
+def processor_inputs(hf_dir: Path, messages: list[dict[str, Any]], images: Sequence[Path]) -> dict[str, Any]:
+    """A conversation as transformers' own template, tokenizer and image processor make it."""
+    tokenizer = AutoTokenizer.from_pretrained(hf_dir)
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    pixels = [Image.open(path) for path in images]
+    config = json.loads((hf_dir / "config.json").read_text())
+    if config["model_type"] == "llava":
+        processor = AutoProcessor.from_pretrained(hf_dir)
+        arguments = processor(text=text, images=pixels or None, return_tensors="pt")
+        return {name: arguments[name] for name in ("input_ids", "pixel_values") if name in arguments}
+    # Qwen3VLProcessor cannot be made without torchvision (for videos): what it does with images, step by step.
+    vision = AutoImageProcessor.from_pretrained(hf_dir)(images=pixels, return_tensors="pt") if pixels else {}
+    image_token = tokenizer.convert_ids_to_tokens(config["image_token_id"])
+    pieces = text.split(image_token)
+    counts = [int(grid.prod()) // 4 for grid in vision["image_grid_thw"]] if pixels else []
+    text = pieces[0] + "".join(image_token * n + piece for n, piece in zip(counts, pieces[1:], strict=True))
+    tokens_1S = tokenizer(text, return_tensors="pt")["input_ids"]
+    types = (tokens_1S == config["image_token_id"]).int()
+    return {"input_ids": tokens_1S, "mm_token_type_ids": types, **vision}
 
 
 def _whole_images(item: Item) -> torch.Tensor:

@@ -130,8 +130,12 @@ def _reset() -> None:
     """
     import torch.distributed as dist
 
+    wrap = sys.modules.get("megavlm.parallel.wrap")
+    if wrap is not None:
+        wrap.release()
     groups = sys.modules.get("megavlm.parallel.groups")
     if groups is not None:
         groups.destroy()
     if dist.is_initialized():
         dist.destroy_process_group()
+    gc.collect()

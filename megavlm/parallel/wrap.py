@@ -10,6 +10,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megavlm.config.schema import ParallelConfig
 from megavlm.parallel.groups import Groups
 
+_wrapped: list[DistributedDataParallel] = []
+
 # With overlap, gradients travel bucket by bucket; one bucket otherwise.
 OVERLAP_BUCKET_PARAMETERS = 40_000_000
 
@@ -38,6 +40,7 @@ def wrap_chunks(
         DistributedDataParallel(config, settings, chunk, disable_bucketing=number > 0, pg_collection=groups.language)
         for number, chunk in enumerate(chunks)
     ]
+    _wrapped.extend(wrapped)
     for chunk in wrapped:
         chunk.broadcast_params()
     if overlap:
@@ -47,3 +50,15 @@ def wrap_chunks(
             starts = [chunk.start_param_sync for chunk in wrapped]
             config.param_sync_func = starts if len(starts) > 1 else starts[0]
     return wrapped
+
+
+def release() -> None:
+    """Let go of wrapped chunks that are no longer used, when a process builds several models after each other (tests).
+
+    DDP's gradient hooks hold it from inside autograd's C++ nodes, which its parameters hold: a cycle that Python's
+    collector cannot see. It would keep the process groups, and hundreds of gloo threads, alive for ever. So the wrapped
+    chunks are emptied; the parameters themselves stay behind.
+    """
+    for chunk in _wrapped:
+        vars(chunk).clear()
+    _wrapped.clear()

@@ -1,0 +1,71 @@
+"""Exact matrix-multiplication FLOPs of a vision-language model's forward pass, per image and per packed row.
+
+A multiply-add counts as two. Element-wise work, norms and softmax are left out, as is usual; they are a few percent.
+A trained module costs three times its forward pass, a frozen one once, a frozen one that passes gradients on twice.
+Attention is counted in full for vision (every patch of a segment sees every other) and, for causal language models,
+by what is computed: the whole square (as unfused and most fused kernels are credited), or its lower half.
+"""
+
+import math
+from collections.abc import Sequence
+
+from megavlm.models.architecture import Architecture, LanguageArchitecture, VisionArchitecture
+
+Grid = tuple[int, int, int]
+
+
+def tower_flops(vision: VisionArchitecture, grid: Grid) -> int:
+    """Forward FLOPs of the vision tower on one image of `grid` (frames, rows, columns) patches.
+
+    Attention stays inside each frame. A tower that counts positions of its own class token (CLIP) is given by
+    `merge_size == 1` and one more token a frame.
+    """
+    frames, rows, columns = grid
+    patches = frames * rows * columns
+    has_class_token = vision.feature_layer != -1
+    segment = rows * columns + (1 if has_class_token else 0)
+    tokens = frames * segment
+    size = vision.hidden_size
+    layers = vision.num_layers + 1 + vision.feature_layer
+    linear = 2 * tokens * (4 * size * size + 2 * size * vision.ffn_hidden_size)
+    attention = 2 * 2 * frames * segment * segment * size
+    embed = 2 * patches * vision.patch_channels * size
+    return embed + layers * (linear + attention)
+
+
+def connector_flops(architecture: Architecture, grid: Grid) -> int:
+    """Forward FLOPs of all connectors (the projector, and DeepStack's) on one image."""
+    vision, hidden = architecture.vision, architecture.language.hidden_size
+    merged = vision.hidden_size * vision.merge_size**2
+    middle = merged if vision.merge_size > 1 else hidden
+    tokens = math.prod(grid) // vision.merge_size**2
+    one = 2 * tokens * (merged * middle + middle * hidden)
+    return one * (1 + architecture.num_deepstack)
+
+
+def image_flops(architecture: Architecture, grid: Grid) -> int:
+    """Forward FLOPs that one image costs before the language model."""
+    return tower_flops(architecture.vision, grid) + connector_flops(architecture, grid)
+
+
+def decoder_layer_flops(language: LanguageArchitecture, lengths: Sequence[int], causal_half: bool = False) -> int:
+    """Forward FLOPs of one decoder layer on a packed row of samples with these lengths in tokens."""
+    tokens = sum(lengths)
+    width = language.num_attention_heads * language.head_dim
+    key_value = 2 * language.num_query_groups * language.head_dim
+    size = language.hidden_size
+    linear = 2 * tokens * (size * (width + key_value) + width * size + 3 * size * language.ffn_hidden_size)
+    attention = 2 * 2 * width * sum(length * length for length in lengths)
+    return linear + (attention // 2 if causal_half else attention)
+
+
+def head_flops(language: LanguageArchitecture, num_tokens: int) -> int:
+    """Forward FLOPs of the output layer."""
+    return 2 * num_tokens * language.hidden_size * language.vocab_size
+
+
+def language_flops(language: LanguageArchitecture, lengths: Sequence[int], causal_half: bool = False) -> int:
+    """Forward FLOPs of the whole language model on a packed row."""
+    return language.num_layers * decoder_layer_flops(language, lengths, causal_half) + head_flops(
+        language, sum(lengths)
+    )

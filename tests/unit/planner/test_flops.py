@@ -1,0 +1,60 @@
+"""The formulas against torch's own count of what transformers' models execute."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForImageTextToText
+
+from megavlm.models.architecture import Architecture
+from megavlm.planner.flops import image_flops, language_flops
+from tests.tiny import write_tiny_llava, write_tiny_qwen3vl
+from tests.unit.planner.reading import read_architecture
+
+
+def _counted(call):
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        call()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("grid", [(1, 2, 2), (1, 4, 6), (1, 8, 4)])
+def test_qwen3_vl_image(tmp_path, grid):
+    hf_dir = write_tiny_qwen3vl(tmp_path / "model")
+    model = AutoModelForImageTextToText.from_pretrained(hf_dir, attn_implementation="eager")
+    architecture: Architecture = read_architecture(hf_dir)
+    patches = torch.randn(grid[1] * grid[2], architecture.vision.patch_channels)
+    grid_thw = torch.tensor([grid])
+    # the model embeds patches by a convolution, which is counted alike
+    assert _counted(lambda: model.model.visual(patches, grid_thw)) == image_flops(architecture, grid)
+
+
+def test_llava_image(tmp_path):
+    hf_dir = write_tiny_llava(tmp_path / "model")
+    model = AutoModelForImageTextToText.from_pretrained(hf_dir, attn_implementation="eager")
+    architecture = read_architecture(hf_dir)
+    pixels = torch.randn(1, 3, 28, 28)
+    counted = _counted(lambda: model.model.get_image_features(pixels))
+    # transformers runs CLIP's last layer too, whose output LLaVA never uses
+    vision = architecture.vision
+    tokens = vision.num_positions + 1
+    unused = 2 * tokens * (4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.ffn_hidden_size)
+    unused += 4 * tokens**2 * vision.hidden_size
+    assert counted - unused == image_flops(architecture, (1, 4, 4))
+
+
+@pytest.mark.parametrize("length", [1, 7, 64])
+def test_language(tmp_path, length):
+    hf_dir = write_tiny_qwen3vl(tmp_path / "model")
+    model = AutoModelForImageTextToText.from_pretrained(hf_dir, attn_implementation="eager")
+    architecture = read_architecture(hf_dir)
+    tokens = torch.arange(20, 20 + length)[None]
+    kinds = torch.zeros(1, length, dtype=torch.int)
+    counted = _counted(lambda: model(input_ids=tokens, mm_token_type_ids=kinds))
+    assert counted == language_flops(architecture.language, [length])
+
+
+def test_a_packed_row_is_its_samples(tmp_path):
+    language = read_architecture(write_tiny_qwen3vl(tmp_path / "model")).language
+    together = language_flops(language, [5, 9, 2])
+    assert together == sum(language_flops(language, [length]) for length in (5, 9, 2))
+    assert language_flops(language, [16]) > together

@@ -25,6 +25,7 @@ COLUMNS = {
     "reference": "Compared with",
     "reference_value": "Its value",
 }
+MOST_COLUMNS = 5
 NOT_MEASURED = "*Not measured yet.*"
 
 _PLACE = re.compile(r"(?ms)^<!-- evidence:([\w-]+) -->\n(.*?)^<!-- /evidence -->$")
@@ -63,9 +64,28 @@ def table(rows: list[dict[str, Any]]) -> str:
     keys = [key for key in COLUMNS if any(_cell(row[key]) for row in rows)]
     lines = [_line([COLUMNS[key] for key in keys]), _line(["---"] * len(keys))]
     lines += [_line([_cell(row[key]) for key in keys]) for row in rows]
+    return "\n".join(lines + _origins(rows)) + "\n"
+
+
+def compact(rows: list[dict[str, Any]]) -> str:
+    """One line for each subject, where rows are named `subject: measure` and several subjects share measures."""
+    named = [(*row["name"].rpartition(": ")[::2], row) for row in rows]
+    measures = dict.fromkeys(measure for _, measure, _ in named)
+    subjects = dict.fromkeys(subject for subject, _, _ in named)
+    if "" in subjects or len(measures) > MOST_COLUMNS or len(subjects) < 2 * len(measures):
+        return table(rows)
+    required = {measure: row["required"] for _, measure, row in named}
+    heads = [measure + (f" ({required[measure]})" if required[measure] else "") for measure in measures]
+    values = {(subject, measure): _cell(row["value"]) for subject, measure, row in named}
+    lines = [_line(["What", *heads]), _line(["---"] * (len(heads) + 1))]
+    for subject in subjects:
+        lines.append(_line([_cell(subject), *(values.get((subject, measure), "") for measure in measures)]))
+    return "\n".join(lines + _origins(rows)) + "\n"
+
+
+def _origins(rows: list[dict[str, Any]]) -> list[str]:
     origins = dict.fromkeys((row["command"], row["date"], row["machine"]) for row in rows)
-    lines += [""] + [f"Measured by `{command}` on {date} ({machine})." for command, date, machine in origins]
-    return "\n".join(lines) + "\n"
+    return [""] + [f"Measured by `{command}` on {date} ({machine})." for command, date, machine in origins]
 
 
 def fill(text: str, evidence_dir: Path) -> str:
@@ -77,7 +97,7 @@ def fill(text: str, evidence_dir: Path) -> str:
 
     def place(match: re.Match[str]) -> str:
         rows = read_rows(evidence_dir / f"{match.group(1)}.json")
-        return f"<!-- evidence:{match.group(1)} -->\n{table(rows)}<!-- /evidence -->"
+        return f"<!-- evidence:{match.group(1)} -->\n{compact(rows)}<!-- /evidence -->"
 
     filled, num_places = _PLACE.subn(place, text)
     num_openings, num_closings = text.count("<!-- evidence:"), text.count("<!-- /evidence -->")

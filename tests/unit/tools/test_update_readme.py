@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tools.update_readme import NOT_MEASURED, EvidenceError, fill, main, read_rows, table
+from tools.update_readme import NOT_MEASURED, EvidenceError, compact, fill, main, read_rows, table
 
 README = "# Title\n\n<!-- evidence:equivalence -->\nold\n<!-- /evidence -->\n\nrest\n"
 
@@ -37,6 +37,22 @@ def test_places_are_filled_and_the_rest_stays(repo: Path) -> None:
 
 def test_zero_is_shown() -> None:
     assert "| x | 0 |" in table([row(name="x", value=0.0, required=None)])
+
+
+def test_measures_of_a_subject_share_a_line() -> None:
+    names = [
+        f"{layout}: {measure}" for layout in ("TP2", "CP2, ring: p2p", "PP2", "DP2") for measure in ("loss", "norm")
+    ]
+    text = compact([row(name=name, value=number) for number, name in enumerate(names)])
+    assert "| What | loss (<= 1e-5) | norm (<= 1e-5) |" in text
+    assert "| CP2, ring: p2p | 2 | 3 |" in text and "| DP2 | 6 | 7 |" in text
+    one_missing = compact([row(name=name, value=1) for name in names[:-1]])
+    assert "| DP2 | 1 |  |" in one_missing
+
+
+def test_other_names_keep_their_own_lines() -> None:
+    rows = [row(name="wall time"), row(name="accuracy")]
+    assert compact(rows) == table(rows)
 
 
 def test_a_topic_without_a_file_says_so(tmp_path: Path) -> None:

@@ -69,6 +69,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def compact(rows: list[dict[str, Any]]) -> str:
     """One line for each subject, where rows are named `subject: measure` and several subjects share measures."""
+    if not rows:
+        return table(rows)
     named = [(*row["name"].rpartition(": ")[::2], row) for row in rows]
     measures = dict.fromkeys(measure for _, measure, _ in named)
     subjects = dict.fromkeys(subject for subject, _, _ in named)

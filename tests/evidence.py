@@ -34,6 +34,11 @@ TITLES = {
         "Equivalence",
         "Every layout against one process: the same model, rows and seed. Written by the tests that measure it.",
     ),
+    "equivalence-bf16": (
+        "Equivalence in bf16",
+        "The first step of layouts in bf16 against one process in bf16, where rounding depends on the layout; the "
+        "equivalence itself is shown in fp32. Written by the tests that measure it.",
+    ),
     "parity": (
         "Parity",
         "Tiny random models against transformers (eager attention), with the same weights and inputs, and mistakes "

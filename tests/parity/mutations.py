@@ -158,7 +158,7 @@ def _microbatch_means() -> Patches:
 
 
 def _local_count() -> Patches:
-    """Each data rank divides by the count of its own tokens, times the number of ranks, as averaging DDP would."""
+    """Each data rank divides by the count of its own tokens, times the number of ranks."""
     import torch.distributed as dist
 
     from megavlm.train import step

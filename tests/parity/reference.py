@@ -49,8 +49,7 @@ def amplify_vision(hf_dir: Path) -> Path:
     tensors = load_file(file)
     for name, tensor in tensors.items():
         if tensor.ndim > 1 and "language_model" not in name and "lm_head" not in name:
-            gain = 2.5 if name.endswith(("fc1.weight", "linear_1.weight")) else 1.0
-            tensors[name] = (tensor * gain / (tensor.std() * tensor[0].numel() ** 0.5)).contiguous()
+            tensors[name] = (tensor / (tensor.std() * tensor[0].numel() ** 0.5)).contiguous()
     save_file(tensors, file, metadata={"format": "pt"})
     return hf_dir
 
@@ -61,7 +60,9 @@ def load_reference(hf_dir: Path, dtype: torch.dtype = torch.float32) -> PreTrain
     return model.train(False)
 
 
-def reference(model: PreTrainedModel, items: Sequence[Item], inputs: Sequence[dict[str, Any]] | None = None) -> Reference:
+def reference(
+    model: PreTrainedModel, items: Sequence[Item], inputs: Sequence[dict[str, Any]] | None = None
+) -> Reference:
     """Logits, loss, gradients and vision features of some samples.
 
     Args:

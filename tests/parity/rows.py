@@ -50,7 +50,7 @@ def item_of(parts: Sequence[Part], inputs: InputSpec, generator: torch.Generator
     tokens, weights, grids = [], [], []
     for part in parts:
         if isinstance(part, int):
-            tokens.append(torch.randint(20, 300, (part,), generator=generator))
+            tokens.append(torch.randint(20, inputs.vocab_size, (part,), generator=generator))
             weights.append(torch.tensor([0.0, 0.5, 1.0])[torch.randint(3, (part,), generator=generator)])
         else:
             grids.append((1, *part))

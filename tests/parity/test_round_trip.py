@@ -33,9 +33,7 @@ def load(hf_dir, dtype):
 def test_export_equals_what_was_loaded(family, precision, tie, tmp_path, workers):
     dtype = DTYPES[precision]
     source = WRITERS[family](tmp_path / "source", tie=tie, dtype=dtype)
-    report = workers(1).run(
-        cases.round_trip, hf_dir=source, out_dir=tmp_path / "out", max_shard_bytes=ONE_FILE
-    )[0]
+    report = workers(1).run(cases.round_trip, hf_dir=source, out_dir=tmp_path / "out", max_shard_bytes=ONE_FILE)[0]
     before, after = load(source, dtype), load(tmp_path / "out", dtype)
     same = set(before) == set(after) and all(torch.equal(before[name], after[name]) for name in before)
     evidence = row(

@@ -1,0 +1,81 @@
+import pytest
+import torch
+from transformers import LlamaConfig, Qwen3VLConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding, Qwen3VLVisionRotaryEmbedding
+
+from megavlm.models.rope import RotaryAngles, axial_angles
+
+CPU = torch.device("cpu")
+SECTIONS = [(16, (3, 3, 2)), (128, (24, 20, 20))]
+
+
+def text_config(head_dim, section, base):
+    rope = {"rope_type": "default", "rope_theta": base, "mrope_section": list(section), "mrope_interleaved": True}
+    text = {"head_dim": head_dim, "rope_parameters": rope, "hidden_size": 64, "num_attention_heads": 4}
+    return Qwen3VLConfig(text_config=text).text_config
+
+
+def random_positions(num_tokens):
+    """Different along the three axes, as inside an image."""
+    return torch.randint(0, 3000, (3, 1, num_tokens), generator=torch.Generator().manual_seed(0))
+
+
+def assert_same_rotation(angles, cos, sin):
+    assert angles.dtype == torch.float32
+    torch.testing.assert_close(angles.cos(), cos.reshape(angles.shape), rtol=0, atol=1e-6)
+    torch.testing.assert_close(angles.sin(), sin.reshape(angles.shape), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("head_dim", "section"), SECTIONS)
+@pytest.mark.parametrize("base", [1e4, 5e6])
+def test_interleaved_axes_equal_transformers(head_dim, section, base):
+    positions = random_positions(50)
+    theirs = Qwen3VLTextRotaryEmbedding(text_config(head_dim, section, base))
+    cos, sin = theirs(torch.zeros(1, 50, head_dim), positions)
+    angles = RotaryAngles(head_dim, base, section, True, CPU)(positions)
+    assert angles.shape == (50, 1, 1, head_dim)
+    assert_same_rotation(angles, cos, sin)
+
+
+@pytest.mark.parametrize(("head_dim", "section"), SECTIONS)
+def test_chunked_axes_are_blocks_of_frequencies(head_dim, section):
+    positions = random_positions(20)
+    angles = RotaryAngles(head_dim, 1e4, section, False, CPU)(positions)[:, 0, 0]
+    frequencies = 1e4 ** (-torch.arange(0, head_dim, 2) / head_dim)
+    start = 0
+    for axis, size in enumerate(section):
+        expected = positions[axis, 0, :, None] * frequencies[start : start + size]
+        torch.testing.assert_close(angles[:, start : start + size], expected)
+        start += size
+    torch.testing.assert_close(angles[:, : head_dim // 2], angles[:, head_dim // 2 :])
+
+
+def test_one_axis_equals_llama():
+    config = LlamaConfig(hidden_size=64, num_attention_heads=4, head_dim=16, rope_theta=10000.0)
+    positions = torch.arange(40)[None]
+    cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1, 40, 16), positions)
+    angles = RotaryAngles(16, 1e4, None, False, CPU)(positions.expand(3, 1, 40))
+    assert_same_rotation(angles, cos, sin)
+
+
+def test_equal_axes_make_the_section_irrelevant():
+    positions = torch.arange(30).expand(3, 1, 30)
+    plain = RotaryAngles(16, 1e4, None, False, CPU)(positions)
+    for interleaved in (True, False):
+        assert torch.equal(RotaryAngles(16, 1e4, (3, 3, 2), interleaved, CPU)(positions), plain)
+
+
+def test_frequencies_stay_exact_in_a_bf16_model_and_are_no_state():
+    module = RotaryAngles(16, 1e4, (3, 3, 2), True, CPU).to(torch.bfloat16)
+    assert module.inverse_frequencies_F.dtype == torch.float32 and not module.state_dict()
+
+
+@pytest.mark.parametrize("head_dim", [8, 72])
+def test_vision_equals_transformers(head_dim):
+    config = Qwen3VLConfig(vision_config={"hidden_size": head_dim * 2, "num_heads": 2}).vision_config
+    rows, columns = torch.randint(0, 60, (2, 33), generator=torch.Generator().manual_seed(1))
+    cos, sin = Qwen3VLVisionRotaryEmbedding(config)(torch.zeros(33, head_dim), torch.stack((rows, columns), -1))
+    angles = axial_angles(rows, columns, head_dim)
+    assert angles.shape == (33, 1, 1, head_dim)
+    assert_same_rotation(angles, cos, sin)

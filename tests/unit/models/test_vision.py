@@ -1,0 +1,82 @@
+"""The functions run on a worker: `megavlm.models.vision` imports megatron."""
+
+import torch
+
+# Frames, rows and columns: tall, wide, the table's own size, smaller and larger, several frames.
+GRIDS = [(1, 2, 2), (1, 8, 4), (1, 4, 4), (1, 6, 20), (3, 4, 6)]
+SIDE, HIDDEN = 4, 5
+
+
+def test_geometry_equals_transformers(workers):
+    workers(1).run(check_geometry)
+
+
+def check_geometry():
+    from transformers.vision_utils import get_vision_position_ids
+
+    from megavlm.models.vision import patch_geometry
+
+    grids = torch.tensor(GRIDS)
+    for merge in (1, 2):
+        geometry = patch_geometry(grids, merge)
+        ours = torch.stack((geometry.rows_P, geometry.columns_P), dim=-1)
+        assert torch.equal(ours, get_vision_position_ids(grids, merge))
+        sizes = [grid for grid in GRIDS for _ in range(grid[0] * grid[1] * grid[2])]
+        assert torch.stack((geometry.heights_P, geometry.widths_P), -1).tolist() == [list(size[1:]) for size in sizes]
+
+
+def test_patches_of_a_visual_token_are_neighbours(workers):
+    workers(1).run(check_blocks)
+
+
+def check_blocks():
+    from megavlm.models.vision import patch_geometry
+
+    geometry = patch_geometry(torch.tensor([[1, 4, 6]]), 2)
+    places = list(zip(geometry.rows_P.tolist(), geometry.columns_P.tolist(), strict=True))
+    assert places[:8] == [(0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (0, 3), (1, 2), (1, 3)]
+    assert sorted(places) == [(row, column) for row in range(4) for column in range(6)]
+
+
+def test_positions_are_resampled_as_torch_does(workers):
+    workers(1).run(check_interpolation)
+
+
+def check_interpolation():
+    from megavlm.models.vision import interpolate_positions, patch_geometry
+
+    table = torch.randn(SIDE**2, HIDDEN, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    picture = table.T.reshape(1, HIDDEN, SIDE, SIDE)
+    # With merge size 1 also a single row and a single column.
+    for merge, grids in ((2, GRIDS), (1, [(1, 1, 5), (1, 7, 1), (1, 1, 1), (1, 3, 4)])):
+        geometry = patch_geometry(torch.tensor(grids), merge)
+        expected, start = [], 0
+        for frames, height, width in grids:
+            size = {"size": (height, width), "mode": "bilinear", "align_corners": True}
+            resampled = torch.nn.functional.interpolate(picture, **size)[0]
+            places = slice(start, start + frames * height * width)
+            expected.append(resampled[:, geometry.rows_P[places], geometry.columns_P[places]].T)
+            start += frames * height * width
+        actual = interpolate_positions(table, SIDE, geometry)
+        torch.testing.assert_close(actual, torch.cat(expected), rtol=0, atol=1e-6)
+        weights = torch.randn(actual.shape, generator=torch.Generator().manual_seed(1))
+        ours, theirs = (torch.autograd.grad((x * weights).sum(), table)[0] for x in (actual, torch.cat(expected)))
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    half = interpolate_positions(table.detach().bfloat16(), SIDE, geometry)
+    assert half.dtype == torch.bfloat16
+
+
+def test_segments_are_frames(workers):
+    workers(1).run(check_segments)
+
+
+def check_segments():
+    from megavlm.models.vision import frame_lengths, pack_params
+
+    lengths = frame_lengths(torch.tensor(GRIDS))
+    assert lengths == [4, 32, 16, 120, 24, 24, 24]
+    packing = pack_params(lengths, torch.device("cpu"))
+    assert packing.cu_seqlens_q.tolist() == [0, 4, 36, 52, 172, 196, 220, 244]
+    assert packing.cu_seqlens_kv.tolist() == packing.cu_seqlens_q.tolist()
+    assert packing.cu_seqlens_q.dtype == torch.int32 and packing.qkv_format == "thd"
+    assert packing.max_seqlen_q == packing.max_seqlen_kv == 120

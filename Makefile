@@ -6,13 +6,14 @@ TESTS := $(wildcard tests/unit tests/parity tests/invariant tests/distributed te
 PYTEST_ARGS ?=
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup demo test test-full check clean
+.PHONY: help setup demo test test-full check bench bench-balance clean
 
 help:
 	@echo 'make demo       train, export and question a tiny model on real images, on the CPU'
 	@echo 'make test       the tests: pairwise choice of layouts'
 	@echo 'make test-full  the tests: every layout'
 	@echo 'make check      lint, format, types'
+	@echo 'make bench      all benches (bench-balance: simulated placements of the encoder)'
 	@echo 'make setup      .venv alone'
 	@echo 'make clean      remove caches and build folders; .venv and runs/ stay'
 
@@ -33,6 +34,11 @@ check: setup
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m ruff format --check .
 	@$(PYTHON) -m mypy
+
+bench: bench-balance
+
+bench-balance: setup
+	$(TEST_ENV) $(PYTHON) -m benchmarks.balance
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,6 +1,6 @@
 """Step time of vision-encoder placements over the lower bound total work / ranks, on the lengths of real datasets.
 
-    python -m benchmarks.balance [--trials 3] [--live 8] [--models ViT0.6B+7B ...]
+    python -m benchmarks.balance [--trials 3] [--live 8] [--models ViT0.6B+7B ...]    (all at once: make bench-balance)
 
 PP4 x DP8, packs of 8K tokens, encoder and language model both trained; costs in FLOPs (backward twice the forward),
 messages cost nothing. Every policy gets the same samples. See data/README.md for where the lengths come from.
@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from megavlm.pipeline.costs import StageCosts, stage_costs
 from megavlm.pipeline.schedules import first_stage, spread
 from megavlm.pipeline.shares import share_images
 from megavlm.pipeline.simulate import Simulation, simulate
+from tests.evidence import record, row
 
 NUM_RANKS = 4
 NUM_DATA_RANKS = 8
@@ -344,9 +346,26 @@ def report(name: str, model: Model, trials: list[dict[str, Row]]) -> bool:
         print(f"  {policy:46} {ratio:.3f}   encoder activations of {live:.1f} microbatches on the fullest rank")
     bubble_ratio = next(ratio for policy, ratio in ratios.items() if policy.startswith("E bubble"))
     reached = bubble_ratio <= model.required and bubble_ratio < ratios["D spread"]
+    record("balance", evidence(name, model, ratios))
     verdict = "reached" if reached else "MISSED"
     print(f"  {verdict}: bubble {bubble_ratio:.3f}, at most {model.required} and below spread; the aim is {model.aim}")
     return reached
+
+
+def evidence(name: str, model: Model, ratios: dict[str, float]) -> list[dict[str, Any]]:
+    """Rows for docs/evidence: what each policy reaches, the bubble's with what is required of it."""
+    return [
+        row(
+            f"{name}, {model.num_microbatches} microbatches: {policy}",
+            ratio,
+            unit="simulated step time / (total work / ranks)",
+            required=f"<= {model.required} (aim {model.aim})" if policy.startswith("E bubble, bound 8") else None,
+            reference="D spread, same samples",
+            reference_value=ratios["D spread"],
+            command="make bench-balance",
+        )
+        for policy, ratio in ratios.items()
+    ]
 
 
 def main() -> int:

@@ -25,6 +25,11 @@ EVIDENCE_DIR = Path(__file__).resolve().parents[1] / "docs" / "evidence"
 
 # Topic to the title and the first lines of its page.
 TITLES = {
+    "balance": (
+        "Balance",
+        "Simulated step time of encoder placements, costs in FLOPs and messages free, on the lengths of real data sets "
+        "(PP4 x DP8, packs of 8K tokens). A simulation, no measurement of training. Written by `make bench-balance`.",
+    ),
     "demo": (
         "Demo",
         "A tiny Qwen3-VL trained on handwriting by four CPU processes, exported, and asked by transformers about "

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import queue
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import (
     TorchDistLoadShardedStrategy,
     TorchDistSaveShardedStrategy,
@@ -115,6 +117,9 @@ def save_checkpoint(
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
             dist.barrier()
+            # Its own queue (0.16.1) is a server process, for saves in the background: it takes seconds to start, and
+            # outlives a rank that is killed.
+            filesystem_async._results_queue = queue.SimpleQueue()
             dist_checkpointing.save(state, str(temporary), TorchDistSaveShardedStrategy("torch_dist", 1))
             dist.barrier()
             if dist.get_rank() == 0:
@@ -146,8 +151,11 @@ def _finish(root: Path, temporary: Path, final: Path, keep_last: int) -> None:
         return
     manifest = {name: entry for part in everyones for name, entry in part.items()}
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
-    shutil.rmtree(final, ignore_errors=True)
+    replaced = root / f".replaced_{final.name}"
+    if final.exists():  # an earlier save of the same step stays until the new one is in its place
+        os.replace(final, replaced)
     os.replace(temporary, final)
+    shutil.rmtree(replaced, ignore_errors=True)
     pointer = root / f".{LATEST}"
     pointer.write_text(final.name + "\n", encoding="utf-8")
     os.replace(pointer, root / LATEST)
@@ -163,8 +171,11 @@ def _last_line(error: BaseException) -> str:
 
 
 def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def complete_checkpoints(root: Path) -> list[Path]:
@@ -176,8 +187,11 @@ def complete_checkpoints(root: Path) -> list[Path]:
 
 def is_intact(folder: Path) -> bool:
     """Whether every file of the manifest is there with its size (hashes are for `verify`, they cost a full read)."""
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    return all(
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return bool(manifest) and all(
         (folder / name).is_file() and (folder / name).stat().st_size == entry["bytes"]
         for name, entry in manifest.items()
     )

@@ -6,7 +6,6 @@ example) and `run(args) -> int`. It is imported when it is asked for, and import
 
 import argparse
 import importlib
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -14,7 +13,8 @@ from types import ModuleType
 from typing import NoReturn
 
 from megavlm import __version__
-from megavlm.errors import RunError, UseError
+from megavlm.cli.report import HINT, report, say
+from megavlm.errors import UseError
 
 COMMANDS: dict[str, str] = {
     "train": "megavlm.cli.train",
@@ -52,12 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(words)
     except KeyboardInterrupt:
-        _say("interrupted")
+        say("interrupted")
         return 130
     except Exception as error:  # the last stop before the user
         if "--debug" in words:
             traceback.print_exception(error)
-        return _report(error, hint="" if "--debug" in words else " (--debug shows where)")
+        return report(error, hint="" if "--debug" in words else HINT)
 
 
 def _run(words: list[str]) -> int:
@@ -114,22 +114,3 @@ def _command_parser(name: str, module: ModuleType) -> _Parser:
 
 def _add_debug(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-
-
-def _report(error: Exception, hint: str) -> int:
-    """Say an error in one line, and return the exit code that belongs to it."""
-    rank = f"rank {os.environ.get('RANK')}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
-    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
-    if isinstance(error, UseError):
-        _say(f"error: {rank}{text}")
-        return 2
-    if isinstance(error, RunError | OSError):
-        _say(f"error: {rank}{text or type(error).__name__}")
-        return 1
-    _say(f"internal error: {rank}{type(error).__name__}: {text}{hint}")
-    return 1
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"megavlm: {text}\n")
-    sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""`megavlm train`: run a recipe, starting torchrun itself when several processes are asked for."""
+"""`megavlm train`: run a recipe, in this process, in several that it starts, or as a part of torchrun's job."""
 
 import argparse
 import os
@@ -7,8 +7,8 @@ SUMMARY = "train a model by a recipe"
 
 EPILOG = """\
 examples:
-  megavlm train examples/recipes/tiny_qwen3vl_sft.yaml
-  megavlm train examples/recipes/tiny_qwen3vl_sft.yaml parallel.tensor_model_parallel_size=2 --nproc 2
+  megavlm train RECIPE.yaml
+  megavlm train examples/recipes/demo_handwriting.yaml train.train_iters=100 --nproc 4
   torchrun --nproc_per_node 8 -m megavlm train RECIPE.yaml train.global_batch_size=64
 
 A run that was stopped goes on from its newest checkpoint when it is started again.
@@ -27,13 +27,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check the recipe before anything is built; then launch, or join torchrun's job."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or args.debug:
+        return _run(args)
+    try:
+        return _run(args)
+    except Exception as error:  # every rank may come here with the same mistake
+        from megavlm.cli.report import report
+        from megavlm.train.voice import speak_once
+
+        return speak_once(error, report)
+
+
+def _run(args: argparse.Namespace) -> int:
     from megavlm.config.facts import read_model_facts
     from megavlm.config.load import load_recipe
     from megavlm.config.validate import validate_layout, validate_model, validate_recipe
     from megavlm.errors import use_error
     from megavlm.platform.capabilities import BACKEND_NEEDS, require
 
-    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ or "RANK" in os.environ
+    under_torchrun = {"RANK", "WORLD_SIZE"} <= os.environ.keys()
     if under_torchrun and args.nproc:
         raise use_error("--nproc", args.nproc, "no --nproc under torchrun", "drop it; torchrun sets the processes")
     if args.nproc < 0:

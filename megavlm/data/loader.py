@@ -1,6 +1,7 @@
 """From rows to the microbatches of one data rank, in this process or in worker processes: the same either way."""
 
 import itertools
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -184,10 +185,17 @@ class BatchLoader:
             sampler=microbatches,
             num_workers=self._num_workers,
             collate_fn=_unchanged,  # type: ignore[arg-type]
+            worker_init_fn=_leave_signals_to_the_rank if self._num_workers else None,
             # Not fork: this process has threads (of the collectives, of the CUDA runtime).
             multiprocessing_context="spawn",
             persistent_workers=keep_workers,
         )
+
+
+def _leave_signals_to_the_rank(_worker: int) -> None:
+    """Schedulers and terminals signal every process of a job; the rank needs its workers until it has saved."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _unchanged(batch: Batch | _Failure) -> Batch | _Failure:

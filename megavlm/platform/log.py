@@ -31,6 +31,8 @@ def configure(verbose: bool = False) -> None:
     logger.propagate = False
     if not verbose:
         logging.getLogger("megatron").setLevel(logging.ERROR)
+        # What fails there is raised as well.
+        logging.getLogger("megatron.core.dist_checkpointing.strategies.filesystem_async").setLevel(logging.CRITICAL)
         for text in _QUIET:
             warnings.filterwarnings("ignore", message=f".*{text}.*")
         warnings.filterwarnings("ignore", module=r"megatron\..*")

@@ -13,13 +13,14 @@ import torch.distributed as dist
 
 from megavlm.config.load import dump_recipe
 from megavlm.observe.environment import collect_environment
-from megavlm.observe.metrics import RunLog, StepMetrics
+from megavlm.observe.metrics import LOG_NAME, RunLog, StepMetrics, read_log
 from megavlm.observe.progress import Progress
 from megavlm.observe.report import write_report
 from megavlm.train import answers, resume
 from megavlm.train.optim import learning_rates
 from megavlm.train.state import TrainState, is_main_rank, run_path
 from megavlm.train.step import StepResult, evaluate, train_step
+from megavlm.train.voice import lost_peer
 
 logger = logging.getLogger(__name__)
 
@@ -153,13 +154,32 @@ def train(state: TrainState) -> bool:
         UseError: a row or image cannot be read.
     """
     folder = resume.resume(state)
+    if folder is not None and _has_ended(state):
+        logger.info("%s: nothing to do, %d of %d steps are done (%s)", state.recipe.name, state.step, state.total_steps,
+                    folder)  # fmt: skip
+        return True
     observer = _Observer(state, resumed=folder is not None)
     try:
         with _graceful_stop() as request, observer.progress:
-            return _run(state, observer, request, str(folder) if folder else "")
+            try:
+                return _run(state, observer, request, str(folder) if folder else "")
+            except RuntimeError as error:
+                if request.asked and lost_peer(error):
+                    # The launcher is ending every rank, because of one that has failed and said why.
+                    raise SystemExit(128 + signal.SIGTERM) from error
+                raise
     finally:
         state.loader.close()
         observer.close()
+
+
+def _has_ended(state: TrainState) -> bool:
+    """Whether an earlier attempt did everything, to the last answer. What the main rank sees decides."""
+    log = run_path(state.recipe) / LOG_NAME
+    done = state.step >= state.total_steps
+    if done and is_main_rank():
+        done = log.is_file() and any(row.get("event") == "end" for row in read_log(log))
+    return not _any_rank(not done, state.device)
 
 
 def _run(state: TrainState, observer: _Observer, request: _StopRequest, resumed_from: str) -> bool:

@@ -16,6 +16,8 @@ from megavlm.train.state import TrainState, run_path
 
 logger = logging.getLogger(__name__)
 
+_GROUP_KNOBS = ("max_lr", "min_lr", "betas", "eps")
+
 
 def checkpoint_root(state: TrainState) -> Path:
     """Where the run's checkpoints are."""
@@ -91,8 +93,12 @@ def resume(state: TrainState) -> Path | None:
         sharded["random_state"] = native.random_state(state.groups)
     loaded = native.load_sharded(folder, sharded, knobs.save_timeout_s)
     native.restore_models(state.models, loaded)
+    # The checkpoint brings along the knobs it was written under; those of the recipe count.
+    knobs_of_groups = [{name: group[name] for name in _GROUP_KNOBS} for group in state.optimizer.param_groups]
     with torch.no_grad():
         state.optimizer.load_state_dict(loaded["optimizer"])
+    for group, ours in zip(state.optimizer.param_groups, knobs_of_groups, strict=True):
+        group.update(ours)
     if same_layout:
         native.restore_random_state(loaded)
     else:
@@ -131,6 +137,14 @@ def _check_run(state: TrainState, common: dict[str, Any], folder: Path) -> None:
             f"frozen {frozen or 'nothing'}",
             f"{common['frozen'] or 'nothing'}, as {folder} was written",
             "export the checkpoint with `megavlm convert` and start a new run from it",
+        )
+    expected = state.plan.num_consumed(common["step"])
+    if common["consumed_samples"] != expected:
+        raise use_error(
+            "train.global_batch_size",
+            f"{state.recipe.train.global_batch_size}, which puts step {common['step']} at sample {expected}",
+            f"the size that {folder} was written with: {common['consumed_samples']} samples by then",
+            "keep it: the position in the data comes from it",
         )
     if common["seed"] != state.recipe.train.seed:
         raise use_error(

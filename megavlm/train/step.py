@@ -173,10 +173,14 @@ def _checked_norms(state: TrainState, step: int, sample_ids: list[str]) -> Gradi
         for name, parameter in named_parameters(model)
         if parameter.requires_grad and not bool(torch.isfinite(vars(parameter)["main_grad"]).all())
     ]
+    # The norm is everybody's, so all ranks come here; only some hold the parameter at fault.
+    everyones: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, where[:1])
+    seen = ", ".join(itertools.chain(*everyones)) or "no parameter: the sum overflows"
     groups = ", ".join(name for name, norm in norms.by_component.items() if not _finite(norm))
     raise RunError(
         f"step {step + 1}, rank {dist.get_rank()}: gradient of {groups} is not finite; "
-        f"first seen in {where[0] if where else 'parameters of another rank'}; samples: {', '.join(sample_ids)}"
+        f"first seen in {seen}; samples: {', '.join(sample_ids)}"
     )
 
 

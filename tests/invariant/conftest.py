@@ -2,6 +2,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from tests.invariant import canon
 from tests.invariant.measure import StepRow
 from tests.invariant.members import REFERENCES

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from megavlm.config.schema import Recipe
 from tests.invariant import canon
 from tests.invariant.measure import StepRow, broken, distances, record

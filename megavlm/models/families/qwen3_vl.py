@@ -66,6 +66,13 @@ def read_config(config: dict[str, Any]) -> Architecture:
         num_positions=vision.get("num_position_embeddings", 2304),
         deepstack_layers=tuple(vision.get("deepstack_visual_indexes", (8, 16, 24))),
     )
+    if len(tower.deepstack_layers) > language.num_layers:
+        raise use_error(
+            "config.json deepstack_visual_indexes",
+            f"{len(tower.deepstack_layers)} layers",
+            f"at most {language.num_layers}, the language model's layers, which add one each",
+            "name fewer layers",
+        )
     inputs = InputSpec(
         image_token_id=config["image_token_id"],
         vocab_size=language.vocab_size,

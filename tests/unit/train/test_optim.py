@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from megavlm.config.schema import Recipe
 from tests.invariant import canon
 from tests.pool import PoolKeeper
@@ -39,9 +40,7 @@ def rates_of(workers: PoolKeeper, inputs: Path, num_steps: int = 12, **optimizer
         (
             "cosine",
             {"lr_warmup_iters": 2},
-            [0, 5e-4, 1e-3]
-            + [5.5e-4 + 4.5e-4 * math.cos(math.pi * k / 8) for k in range(1, 8)]
-            + [1e-4, 1e-4],
+            [0, 5e-4, 1e-3] + [5.5e-4 + 4.5e-4 * math.cos(math.pi * k / 8) for k in range(1, 8)] + [1e-4, 1e-4],
         ),
         (
             "linear",
@@ -146,3 +145,16 @@ def test_groups_and_moments_survive_a_checkpoint(
         names |= set(rank_moments)
         assert rank_loss == pytest.approx(loss, rel=1e-6)
     assert names >= set(moments)
+
+
+def test_a_resumed_run_takes_the_rates_of_its_own_recipe(workers: PoolKeeper, inputs: Path, tmp_path: Path) -> None:
+    def recipe_with(optimizer: dict[str, Any]) -> Recipe:
+        recipe = make_recipe(inputs, RATES | {"lr_decay_style": "constant"} | optimizer)
+        return dataclasses.replace(recipe, output_dir=str(tmp_path))
+
+    workers(1).run(f"{CASES}:groups_after_steps", recipe=recipe_with({}), num_steps=1)
+    changed = recipe_with({"lr": 3e-3, "aligner_lr": 7e-5, "weight_decay": 0.2})
+    ((groups, _, _, folder),) = workers(1).run(f"{CASES}:groups_after_resume", recipe=changed)
+    assert folder is not None
+    assert sorted(group["lr"] for group in groups.values()) == pytest.approx([7e-5, 7e-5, 2e-4, 2e-4, 3e-3, 3e-3])
+    assert sorted(group["weight_decay"] for group in groups.values()) == pytest.approx([0, 0, 0, 0.2, 0.2, 0.2])

@@ -1,0 +1,179 @@
+"""Commands end to end, and the words that help and README promise."""
+
+import importlib
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megavlm.cli import main as frame
+from megavlm.data.readers import read_samples
+from megavlm.evaluate.transformers_generate import _inputs, generate_answers, load_checked
+from tests.distributed.running import REPO_DIR, Inputs, call, succeed, the_error
+from tests.pool import PoolKeeper
+
+FAMILIES = ["qwen3_vl", "llava"]
+NUM_NEW_TOKENS = 8
+
+
+def shown_commands(text: str) -> list[list[str]]:
+    """Every `megavlm ...` of a text as words, whatever stands in front of it and behind a pipe."""
+    joined = re.sub(r"\\\n\s*", " ", text)
+    found = []
+    for line in joined.splitlines():
+        words = shlex.split(line.partition(" | ")[0], comments=True) if "megavlm " in line else []
+        if "-m" in words and words[words.index("-m") + 1] == "megavlm":
+            words = words[words.index("-m") + 1 :]
+        if words[:1] == ["megavlm"]:
+            found.append(words[1:])
+    return found
+
+
+def check_parses(words: list[str]) -> None:
+    """The command's own parser takes the words; recipes that are named are there, placeholders aside."""
+    name, rest = words[0], words[1:]
+    parser = frame._command_parser(name, importlib.import_module(frame.COMMANDS[name]))
+    if rest == ["--help"]:
+        return
+    args = parser.parse_intermixed_args(rest)
+    if name == "train":
+        assert args.recipe == "RECIPE.yaml" or (REPO_DIR / args.recipe).is_file(), words
+        assert all("=" in override for override in args.overrides)
+
+
+@pytest.mark.parametrize("name", frame.COMMANDS)
+def test_the_examples_of_help_are_right(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert frame.main([name, "--help"]) == 0
+    shown = shown_commands(capsys.readouterr().out.partition("example")[2])
+    assert any(words[0] == name for words in shown)
+    for words in shown:
+        check_parses(words)
+
+
+def test_the_commands_of_the_readme_are_right() -> None:
+    blocks = re.findall(r"```bash\n(.*?)```", (REPO_DIR / "README.md").read_text(), re.DOTALL)
+    shown = [words for block in blocks for words in shown_commands(block)]
+    assert {words[0] for words in shown} >= {"doctor", "train", "convert", "generate"}
+    for words in shown:
+        check_parses(words)
+
+
+@pytest.mark.parametrize("target", ["demo", "test", "test-full", "check", "setup"])
+def test_make_knows_the_target(target: str) -> None:
+    done = subprocess.run(["make", "-n", target], cwd=REPO_DIR, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "tools/setup_env.sh" in done.stdout
+
+
+def native_logits(hf_dir: str, checkpoint: str, rows: str) -> tuple[list[int], torch.Tensor]:
+    """In a worker: tokens and logits of the first row's prompt, from a checkpoint's weights."""
+    from megavlm.checkpoint.convert import load_checkpoint_weights
+    from megavlm.checkpoint.hf_io import HFDirectory
+    from megavlm.checkpoint.native import find_checkpoint
+    from megavlm.data.dataset import load_sample_patches
+    from megavlm.data.encode import SampleEncoder
+    from megavlm.data.images import read_image_spec
+    from megavlm.data.packing import pack
+    from megavlm.data.tokens import Tokenizer
+    from megavlm.train.single import build_single
+    from megavlm.train.step import run_batch
+
+    directory = HFDirectory(hf_dir)
+    inputs = directory.architecture.inputs
+    tokenizer = Tokenizer(hf_dir, inputs.image_token_id)
+    encoder = SampleEncoder(inputs, read_image_spec(hf_dir, inputs, 0, 0), tokenizer, 512)
+    row = encoder.encode_prompt(read_samples([rows])[0])
+    sizes = {"sample_multiple": 1, "total_multiple": 1, "pad_token_id": 0, "patch_channels": inputs.patch_channels}
+    batch = pack([row], load_sample_patches(row, encoder), **sizes)
+    model, groups, _ = build_single(directory, "fp32")
+    folder = find_checkpoint(Path(checkpoint), required=True)
+    assert folder is not None
+    load_checkpoint_weights(folder, directory, model, groups)
+    with torch.no_grad():
+        return row.tokens_S.tolist(), run_batch(model, model, batch, torch.device("cpu"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_was_trained_is_exported_and_loads_in_transformers(
+    inputs: Inputs, workers: PoolKeeper, tmp_path: Path, family: str
+) -> None:
+    hf_dir, rows = str(inputs.model(family)), str(inputs.rows)
+    words = inputs.train(tmp_path, "train.train_iters=2", f"model.hf_dir={hf_dir}", "optimizer.lr=1e-2")
+    succeed(workers, 1, words)
+    native, exported = str(tmp_path / "run" / "checkpoints"), str(tmp_path / "exported")
+    words = ["convert", "export", "--checkpoint", native, "--hf-dir", hf_dir, "--out", exported]
+    succeed(workers, 1, words)
+
+    [(tokens, logits)] = workers(1).run(native_logits, hf_dir=hf_dir, checkpoint=native, rows=rows)
+    model = load_checked(exported)  # refuses missing and unexpected keys
+    arguments = prompt_arguments(exported, rows, model.config)
+    assert arguments["input_ids"][0].tolist() == tokens
+    torch.testing.assert_close(model(**arguments).logits[0], logits.view(len(tokens), -1), rtol=0, atol=1e-5)
+    untrained = load_checked(hf_dir)(**arguments).logits[0]
+    assert (untrained - logits.view(len(tokens), -1)).abs().max() > 1e-2
+
+    # A second export has nowhere to go.
+    [(code, _, err)] = workers(1).run(call, words=words)
+    assert code == 2
+    the_error(err, exported, "not empty")
+
+
+def prompt_arguments(hf_dir: str, rows: str, config: Any) -> dict[str, Any]:
+    """The first row's prompt as transformers' own tokenizer and image processor make it."""
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    processor = AutoImageProcessor.from_pretrained(hf_dir)
+    return _inputs(read_samples([rows])[:1], AutoTokenizer.from_pretrained(hf_dir), processor, config)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate_answers_as_transformers_does(
+    inputs: Inputs, workers: PoolKeeper, tmp_path: Path, family: str
+) -> None:
+    hf_dir = str(inputs.model(family))
+    samples = read_samples([str(inputs.rows)])[:4]
+    expected = generate_answers(hf_dir, samples, NUM_NEW_TOKENS)
+    assert len(set(expected)) > 1 and all(expected), "answers that are all alike would prove little"
+    imported = str(tmp_path / "native")
+    words = ["convert", "import", "--hf-dir", hf_dir, "--out", imported]
+    succeed(workers, 1, words)
+    for number, sample in enumerate(samples):
+        asked = ["generate", "--hf-dir", hf_dir, "--prompt", sample.turns[0].text]
+        asked += ["--max-new-tokens", str(NUM_NEW_TOKENS)]
+        asked += [word for image in sample.images for word in ("--image", image)]
+        asked += ["--checkpoint", imported] if number % 2 else []
+        out, _ = succeed(workers, 1, asked)
+        assert out == expected[number] + "\n"
+
+
+def answers_in_layout(words: list[str]) -> list[str]:
+    """In a worker: greedy answers to the report's samples, in the layout of a recipe."""
+    from megavlm.config.load import load_recipe
+    from megavlm.train import answers
+    from megavlm.train.state import build_state
+
+    state = build_state(load_recipe(words[0], words[1:]))
+    return answers.answer(state, answers.report_samples(state))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layout", [
+    ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"],
+    ["parallel.pipeline_model_parallel_size=2"],
+    ["parallel.context_parallel_size=2"],
+], ids=["TP2+SP", "PP2", "CP2"])  # fmt: skip
+def test_answers_do_not_depend_on_the_layout(
+    inputs: Inputs, workers: PoolKeeper, tmp_path: Path, family: str, layout: list[str]
+) -> None:
+    samples = read_samples([str(inputs.rows)])
+    chosen = [samples[index] for index in (0, 3, 6, 9)]
+    expected = generate_answers(str(inputs.model(family)), chosen, NUM_NEW_TOKENS)
+    words = inputs.train(tmp_path, f"model.hf_dir={inputs.model(family)}", f"data.eval={inputs.rows}", *layout)[1:]
+    words += ["data.max_pixels=0", "observe.report=true", "observe.num_report_samples=4"]
+    words += [f"observe.report_max_new_tokens={NUM_NEW_TOKENS}"]
+    assert workers(2).run(answers_in_layout, words=words) == [expected, expected]

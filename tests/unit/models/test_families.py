@@ -1,0 +1,53 @@
+"""What a family refuses to read; what it reads is shown by the parity tests."""
+
+from typing import Any
+
+import pytest
+
+from tests.pool import PoolKeeper
+
+
+def read_changed(family: str, changes: dict[str, Any]) -> str:
+    """Read a tiny config with changes, on a worker; returns the error."""
+    import json
+    import tempfile
+    from pathlib import Path
+
+    from megavlm.errors import UseError
+    from megavlm.models.registry import FAMILIES
+    from tests.tiny import write_tiny_llava, write_tiny_qwen3vl
+
+    write = {"qwen3_vl": write_tiny_qwen3vl, "llava": write_tiny_llava}[family]
+    with tempfile.TemporaryDirectory() as folder:
+        config = json.loads((write(Path(folder) / "model") / "config.json").read_text())
+    for dotted, value in changes.items():
+        section: Any = config
+        *path, key = dotted.split(".")
+        for part in path:
+            section = section[part]
+        section[key] = value
+    try:
+        FAMILIES[family].read_config(config)
+    except UseError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        (
+            "qwen3_vl",
+            {"text_config.num_hidden_layers": 2},
+            "deepstack_visual_indexes: got 3 layers; expected at most 2",
+        ),
+        ("qwen3_vl", {"text_config.rope_parameters": {"rope_type": "yarn"}}, "rope_type: got yarn; expected default"),
+        ("llava", {"vision_feature_layer": -1}, "vision_feature_layer: got -1; expected -2"),
+        ("llava", {"vision_feature_select_strategy": "full"}, "got full; expected default"),
+        ("llava", {}, ""),
+        ("qwen3_vl", {}, ""),
+    ],
+)
+def test_configs(workers: PoolKeeper, family: str, changes: dict[str, Any], message: str) -> None:
+    (said,) = workers(1).run(read_changed, family=family, changes=changes)
+    assert message in said and bool(message) == bool(said)

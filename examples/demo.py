@@ -1,7 +1,7 @@
 """The demo: handwriting in, a vision-language model that reads numbers out, all on the CPU.
 
-Makes real images (handwritten digits composed into numbers) and a tiny Qwen3-VL directory, trains it on
-four processes with tensor and pipeline parallelism, exports it, and asks transformers about held-out images before and after.
+Makes real images (handwritten digits composed into numbers) and a tiny Qwen3-VL directory, trains it on four processes
+with tensor and pipeline parallelism, exports it, and asks transformers about held-out images before and after.
 Writes runs/demo/summary.json, runs/demo/report.html and docs/evidence/demo.json. Run it through `make demo`.
 """
 

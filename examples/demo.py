@@ -31,7 +31,7 @@ from megavlm.observe.report import write_report  # noqa: E402
 
 RECIPE = "examples/recipes/demo_handwriting.yaml"
 NUM_PROCESSES = 4
-NUM_TRAIN, NUM_HELDOUT = 16_000, 400
+NUM_TRAIN, NUM_HELDOUT = 24_000, 600
 REQUIRED_EXACT_MATCH, REQUIRED_WALL_S = 0.90, 720.0
 
 

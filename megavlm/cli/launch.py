@@ -62,7 +62,8 @@ def _start(rank: int, num_processes: int, port: int, words: Sequence[str]) -> su
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
     }
-    environment = {"OMP_NUM_THREADS": "1"} | os.environ | {name: str(value) for name, value in place.items()}
+    threads = max(1, len(os.sched_getaffinity(0)) // num_processes)
+    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ | {name: str(value) for name, value in place.items()}
     # A session of its own: Ctrl-C comes here alone, and what the process starts is killed with it.
     return subprocess.Popen(
         [sys.executable, "-u", "-m", "megavlm", *words],

@@ -19,11 +19,12 @@ from torch import nn
 from megavlm.config.inputs import InputSpec
 from megavlm.errors import use_error
 from megavlm.models.activations import ACTIVATIONS
-from megavlm.models.architecture import Architecture, LanguageArchitecture, VisionArchitecture
+from megavlm.models.architecture import Architecture, VisionArchitecture
 from megavlm.models.family import ModelFamily
 from megavlm.models.norm import plain_layer_norm
 from megavlm.models.projector import Connectors, TwoLayerMLP
 from megavlm.models.specs import layer_spec
+from megavlm.models.text_config import read_language
 from megavlm.models.vision import pack_params, run_layers
 from megavlm.models.weight_map import Entry, direct, flattened, language_entries, split_qkv
 
@@ -36,6 +37,7 @@ TEXT_DEFAULTS: dict[str, Any] = {
     "vocab_size": 32000,
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
 }
 VISION_DEFAULTS: dict[str, Any] = {
     "hidden_size": 1024,
@@ -51,28 +53,12 @@ VISION_DEFAULTS: dict[str, Any] = {
 
 def read_config(config: dict[str, Any]) -> Architecture:
     """Read config.json of a `llava` model."""
-    text, vision = {**TEXT_DEFAULTS, **config["text_config"]}, {**VISION_DEFAULTS, **config["vision_config"]}
+    text, vision = config["text_config"], {**VISION_DEFAULTS, **config["vision_config"]}
     expected = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
     for key, value in expected.items():
         if config.get(key, value) != value:
             raise use_error(f"config.json {key}", config[key], str(value), "only LLaVA-1.5's own choice is supported")
-    rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
-    if rope.get("rope_type", "default") != "default":
-        raise use_error("text_config rope_type", rope["rope_type"], "default", "RoPE scaling is not supported yet")
-    heads = text["num_attention_heads"]
-    language = LanguageArchitecture(
-        num_layers=text["num_hidden_layers"],
-        hidden_size=text["hidden_size"],
-        ffn_hidden_size=text["intermediate_size"],
-        num_attention_heads=heads,
-        num_query_groups=text.get("num_key_value_heads") or heads,
-        head_dim=text.get("head_dim") or text["hidden_size"] // heads,
-        norm_epsilon=text["rms_norm_eps"],
-        vocab_size=text["vocab_size"],
-        max_positions=text["max_position_embeddings"],
-        rotary_base=rope.get("rope_theta", text.get("rope_theta", 10000.0)),
-        tied_embeddings=config.get("tie_word_embeddings", False),
-    )
+    language = read_language(text, config.get("tie_word_embeddings", False), TEXT_DEFAULTS)
     patch_px, image_px = vision["patch_size"], vision["image_size"]
     tower = VisionArchitecture(
         num_layers=vision["num_hidden_layers"],

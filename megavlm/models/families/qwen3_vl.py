@@ -19,37 +19,34 @@ from torch import nn
 from megavlm.config.inputs import InputSpec
 from megavlm.errors import use_error
 from megavlm.models.activations import ACTIVATIONS
-from megavlm.models.architecture import Architecture, LanguageArchitecture, VisionArchitecture
+from megavlm.models.architecture import Architecture, VisionArchitecture
 from megavlm.models.family import ModelFamily
 from megavlm.models.projector import Connectors, TwoLayerMLP
 from megavlm.models.rope import axial_angles
 from megavlm.models.specs import layer_spec
+from megavlm.models.text_config import read_language, rope_settings
 from megavlm.models.vision import frame_lengths, interpolate_positions, pack_params, patch_geometry, run_layers
 from megavlm.models.weight_map import Entry, direct, flattened, fused_qkv, language_entries
+
+# What transformers assumes when a config.json leaves a key out.
+TEXT_DEFAULTS: dict[str, Any] = {
+    "head_dim": 128,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 128000,
+    "rope_theta": 500000.0,
+}
 
 
 def read_config(config: dict[str, Any]) -> Architecture:
     """Read config.json; both the hub's `rope_scaling` spelling and `rope_parameters` are understood."""
     text, vision = config["text_config"], config["vision_config"]
-    rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
-    if rope.get("rope_type", "default") != "default":
-        raise use_error("text_config rope_type", rope["rope_type"], "default", "RoPE scaling is not supported yet")
-    heads = text["num_attention_heads"]
-    language = LanguageArchitecture(
-        num_layers=text["num_hidden_layers"],
-        hidden_size=text["hidden_size"],
-        ffn_hidden_size=text["intermediate_size"],
-        num_attention_heads=heads,
-        num_query_groups=text.get("num_key_value_heads", heads),
-        head_dim=text.get("head_dim") or 128,
-        norm_epsilon=text.get("rms_norm_eps", 1e-6),
-        vocab_size=text["vocab_size"],
-        max_positions=text.get("max_position_embeddings", 128000),
-        rotary_base=rope.get("rope_theta", text.get("rope_theta", 500000.0)),
-        tied_embeddings=config.get("tie_word_embeddings", False),
+    language = read_language(
+        text,
+        config.get("tie_word_embeddings", False),
+        TEXT_DEFAULTS,
         qk_norm=True,
         qkv_bias=text.get("attention_bias", False),
-        mrope_section=tuple(rope.get("mrope_section", (24, 20, 20))),
+        mrope_section=tuple(rope_settings(text).get("mrope_section", (24, 20, 20))),
         mrope_interleaved=True,
     )
     patch_px, temporal = vision.get("patch_size", 16), vision.get("temporal_patch_size", 2)

@@ -113,10 +113,11 @@ def test_load_dir_takes_a_step_folder(workers: PoolKeeper, recipe: Recipe, input
         ("llava", {}, ("another model (qwen3_vl)", "llava")),
         ("qwen3_vl", {"train": {"seed": 4321}}, ("train.seed: got 4321; expected 1234",)),
         ("qwen3_vl", {"parallel": {"use_distributed_optimizer": False}}, ("parallel.use_distributed_optimizer",)),
+        ("qwen3_vl", {"train": {"global_batch_size": 4}}, ("train.global_batch_size: got 4", "8 samples by then")),
         ("qwen3_vl", {"optimizer": {"freeze_vit": True}}, ("optimizer.freeze_*", "vision")),
         ("other sizes", {}, ("another model (other sizes)",)),
     ],
-    ids=["family", "seed", "optimizer", "frozen", "sizes"],
+    ids=["family", "seed", "optimizer", "batch", "frozen", "sizes"],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(
     workers: PoolKeeper,
@@ -130,7 +131,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
     if family == "other sizes":
         from tests.tiny import write_tiny_qwen3vl
 
-        write_tiny_qwen3vl(inputs / family, num_layers=2)
+        write_tiny_qwen3vl(inputs / family, num_layers=3)
     workers(1).run(f"{CASES}:save_steps", recipe=recipe, steps=[1])
     (message,) = workers(1).run(f"{CASES}:resume_error", recipe=with_changes(inputs, tmp_path, family, **changes))
     for part in (*wanted, "; fix: "):

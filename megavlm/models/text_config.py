@@ -1,0 +1,53 @@
+"""The text part of a Hugging Face config: what Llama- and Qwen-like decoders have in common."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from megavlm.errors import use_error
+from megavlm.models.architecture import LanguageArchitecture
+
+
+def rope_settings(text: Mapping[str, Any]) -> dict[str, Any]:
+    """RoPE keys, in the hub's spelling (`rope_theta`, `rope_scaling`) or that of transformers 5 (`rope_parameters`).
+
+    Raises:
+        UseError: a kind of RoPE scaling that is not supported.
+    """
+    found = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
+    if "rope_theta" not in found and "rope_theta" in text:
+        found["rope_theta"] = text["rope_theta"]
+    kind = found.get("rope_type", found.get("type", "default"))
+    # Qwen2-VL's checkpoints on the hub call plain multimodal RoPE `mrope`
+    if kind not in ("default", "mrope"):
+        raise use_error("text_config rope_type", kind, "default", "RoPE scaling is not supported yet")
+    return found
+
+
+def read_language(
+    text: Mapping[str, Any], tied: bool, defaults: Mapping[str, Any], **traits: Any
+) -> LanguageArchitecture:
+    """Read a decoder.
+
+    Args:
+        text: `text_config`.
+        tied: whether embedding and output layer share their weights.
+        defaults: values of keys that a config may leave out, `rope_theta` and `head_dim` (None: hidden size / heads)
+            among them.
+        **traits: further fields of `LanguageArchitecture`: what the config does not say.
+    """
+    text = {**defaults, **text}
+    heads = text["num_attention_heads"]
+    return LanguageArchitecture(
+        num_layers=text["num_hidden_layers"],
+        hidden_size=text["hidden_size"],
+        ffn_hidden_size=text["intermediate_size"],
+        num_attention_heads=heads,
+        num_query_groups=text.get("num_key_value_heads") or heads,
+        head_dim=text.get("head_dim") or text["hidden_size"] // heads,
+        norm_epsilon=text["rms_norm_eps"],
+        vocab_size=text["vocab_size"],
+        max_positions=text["max_position_embeddings"],
+        rotary_base=rope_settings(text)["rope_theta"],
+        tied_embeddings=tied,
+        **traits,
+    )

@@ -1,6 +1,7 @@
 """Between Hugging Face directories and native checkpoints, in one process."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -8,8 +9,7 @@ import torch
 from megavlm.checkpoint import native
 from megavlm.checkpoint.hf_io import DTYPE_NAMES, HFDirectory, export_weights, load_weights, make_empty
 from megavlm.errors import use_error
-from megavlm.models.names import named_parameters
-from megavlm.models.vlm import VisionLanguageModel
+from megavlm.models.names import Part, named_parameters
 from megavlm.parallel.groups import Groups
 
 logger = logging.getLogger(__name__)
@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 TIMEOUT_S = 3600
 
 
-def load_checkpoint_weights(folder: Path, directory: HFDirectory, model: VisionLanguageModel, groups: Groups) -> int:
-    """Fill a model with a native checkpoint's weights; returns its step.
+def load_checkpoint_weights(folder: Path, directory: HFDirectory, models: Sequence[Part], groups: Groups) -> int:
+    """Fill the parts of a whole model with a native checkpoint's weights; returns its step.
 
     Raises:
         UseError: the checkpoint is of another model.
@@ -31,16 +31,16 @@ def load_checkpoint_weights(folder: Path, directory: HFDirectory, model: VisionL
             f"one of {directory.path} (family {directory.family.model_type})",
             "give the Hugging Face directory that the run started from",
         )
-    loaded = native.load_sharded(folder, native.model_state([model], groups), TIMEOUT_S)
-    native.restore_models([model], loaded)
+    loaded = native.load_sharded(folder, native.model_state(models, groups), TIMEOUT_S)
+    native.restore_models(models, loaded)
     return int(common["step"])
 
 
-def import_checkpoint(directory: HFDirectory, model: VisionLanguageModel, groups: Groups, out_dir: Path) -> Path:
+def import_checkpoint(directory: HFDirectory, models: Sequence[Part], groups: Groups, out_dir: Path) -> Path:
     """Write a directory's weights as a native checkpoint of step 0, without optimizer state."""
     make_empty(out_dir)
-    load_weights(directory, [model])
-    state = native.model_state([model], groups)
+    load_weights(directory, models)
+    state = native.model_state(models, groups)
     state["common"] = {
         "step": 0,
         "family": directory.family.model_type,
@@ -53,7 +53,7 @@ def import_checkpoint(directory: HFDirectory, model: VisionLanguageModel, groups
 def export_checkpoint(
     folder: Path,
     directory: HFDirectory,
-    model: VisionLanguageModel,
+    models: Sequence[Part],
     groups: Groups,
     out_dir: Path,
     dtype: str | None,
@@ -63,12 +63,14 @@ def export_checkpoint(
     Args:
         folder: the checkpoint's step folder.
         directory: the model it started from: config, tokenizer and processor files are copied from there.
-        model: a whole model to load into.
+        models: parts that make up a whole model, to load into.
         groups: a world of one.
         out_dir: new or empty.
         dtype: float32, bfloat16, float16, or None: what the directory's config says.
     """
-    step = load_checkpoint_weights(folder, directory, model, groups)
-    whole: dict[str, torch.Tensor] = {name: parameter.data for name, parameter in named_parameters(model)}
+    step = load_checkpoint_weights(folder, directory, models, groups)
+    whole: dict[str, torch.Tensor] = {
+        name: parameter.data for model in models for name, parameter in named_parameters(model)
+    }
     export_weights(directory.entries, whole, directory, out_dir, DTYPE_NAMES[dtype] if dtype else None)
     return step

@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 
 from megavlm.errors import UseError, use_error
 from megavlm.models.architecture import Architecture
+from megavlm.models.encoder import VisionEncoder
 from megavlm.models.family import ModelFamily
-from megavlm.models.names import named_parameters
+from megavlm.models.names import Part, named_parameters
 from megavlm.models.registry import family_of
-from megavlm.models.vlm import VisionLanguageModel
 from megavlm.models.weight_map import Entry, check_names
 
 INDEX = "model.safetensors.index.json"
@@ -133,7 +133,7 @@ def open_safetensors(path: Path) -> Any:
         raise use_error(str(path), f"unreadable ({error})", "a safetensors file", "restore the file") from error
 
 
-def load_weights(directory: HFDirectory, models: Iterable[VisionLanguageModel]) -> None:
+def load_weights(directory: HFDirectory, models: Iterable[Part]) -> None:
     """Fill this rank's parameters from a directory, each rank reading only what it holds.
 
     Raises:
@@ -157,21 +157,19 @@ def load_weights(directory: HFDirectory, models: Iterable[VisionLanguageModel]) 
                 parameter.copy_(part)
 
 
-def _tied_name(name: str, model: VisionLanguageModel) -> str:
-    if name == "language.output_layer.weight" and model.share_embeddings_and_output_weights:
+def _tied_name(name: str, model: Part) -> str:
+    tied = not isinstance(model, VisionEncoder) and model.share_embeddings_and_output_weights
+    if name == "language.output_layer.weight" and tied:
         return "language.embedding.word_embeddings.weight"
     return name
 
 
-def _shard(
-    whole: torch.Tensor, parameter: torch.nn.Parameter, entry: Entry, model: VisionLanguageModel
-) -> torch.Tensor:
+def _shard(whole: torch.Tensor, parameter: torch.nn.Parameter, entry: Entry, model: Part) -> torch.Tensor:
     """Cut this tensor-parallel rank's part. Megatron-Core marks its sharded parameters with these attributes."""
     marks = vars(parameter)
     if not marks.get("tensor_model_parallel", False):
         return whole
-    in_encoder = entry.native.startswith(("vision.", "projector."))
-    group = model.groups.vision.tp if in_encoder else model.groups.tensor
+    group = model.groups.vision.tp if isinstance(model, VisionEncoder) else model.groups.tensor
     dimension, size, rank = marks["partition_dim"], group.size(), group.rank()
     if entry.halves:
         return torch.cat([half.chunk(size, dimension)[rank] for half in whole.chunk(2, dimension)], dimension)

@@ -11,26 +11,30 @@ import os
 import queue
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import merge
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import (
     TorchDistLoadShardedStrategy,
     TorchDistSaveShardedStrategy,
 )
-from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.dist_checkpointing.utils import extract_sharded_base
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megavlm.checkpoint.watchdog import time_limit
 from megavlm.errors import RunError, use_error
-from megavlm.models.vlm import VisionLanguageModel
+from megavlm.models.encoder import VisionEncoder
+from megavlm.models.names import Part
 from megavlm.parallel.groups import Groups
 
 logger = logging.getLogger(__name__)
@@ -45,39 +49,98 @@ def step_folder(root: Path, step: int) -> Path:
     return root / f"step_{step:08d}"
 
 
-def model_state(models: Iterable[VisionLanguageModel], groups: Groups) -> dict[str, Any]:
-    """Sharded weights of this rank's chunks, by names that do not depend on the layout."""
-    metadata = {"non_homogeneous_layers": True, "dp_cp_group": groups.data_context, "singleton_local_shards": False}
+OPTIMIZERS = ("language", "encoder")
+"""Names of the chained optimizers, in their order."""
+
+
+def model_state(models: Iterable[Part], groups: Groups) -> dict[str, Any]:
+    """Sharded weights of this rank's parts, by names that do not depend on the layout."""
     state: dict[str, Any] = {}
-    for number, model in enumerate(models):
-        shards = model.sharded_state_dict(prefix="", metadata=metadata)
-        if groups.vision.tp.size() < groups.tensor.size():
-            _number_encoder_replicas(shards, groups)
-        state[f"model{number}"] = shards
+    number = 0
+    for model in models:
+        is_encoder = isinstance(model, VisionEncoder)
+        copies = groups.vision.dp_cp if is_encoder else groups.data_context
+        metadata = {"non_homogeneous_layers": True, "dp_cp_group": copies, "singleton_local_shards": False}
+        name = "encoder" if is_encoder else f"language{number}"
+        number += not is_encoder
+        state[name] = model.sharded_state_dict(prefix="", metadata=metadata)
     return state
 
 
-def _number_encoder_replicas(shards: Mapping[str, Any], groups: Groups) -> None:
-    """With a replicated encoder, tensor-parallel ranks hold copies: only the first one's is written."""
-    replica = (0, groups.tensor.rank(), groups.data_context.rank())
-    for shard in shards.values():
-        if isinstance(shard, ShardedTensor) and shard.key.startswith(("vision.", "projector.")):
-            shard.replica_id = replica
-
-
 def optimizer_state(
-    optimizer: ChainedOptimizer, model: Mapping[str, Any], groups: Groups, is_loading: bool
+    optimizer: ChainedOptimizer, model: Mapping[str, Any], groups: Groups, learns: Sequence[bool], is_loading: bool
 ) -> dict[str, Any]:
-    """Sharded optimizer state; with the distributed optimizer in the form that any layout can load."""
+    """Sharded optimizer state; with the distributed optimizer in the form that any layout can load.
+
+    Only what is sharded. Megatron-Core would take the rest (parameter groups, their number of steps) from rank 0, which
+    may hold the encoder alone; both follow from the recipe and the number of the step (`restore_optimizer`).
+
+    Args:
+        optimizer: chained, those of `OPTIMIZERS`.
+        model: sharded weights (`model_state`).
+        groups: process groups.
+        learns: for each optimizer, whether this rank holds weights of its that learn.
+        is_loading: whether the state is to be filled.
+    """
+    state: dict[str, Any] = {}
+    collections = (groups.language, groups.vision)
+    optimizers = zip(OPTIMIZERS, optimizer.chained_optimizers, collections, learns, strict=True)
+    for name, inner, collection, is_used in optimizers:
+        if not is_used:
+            continue
+        whole = _inner_state(inner, model, collection, is_loading)
+        state[name], _local = extract_sharded_base(whole)
+    return state
+
+
+def _inner_state(
+    inner: MegatronOptimizer, model: Mapping[str, Any], collection: ProcessGroupCollection, is_loading: bool
+) -> dict[str, Any]:
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
         "distrib_optim_fully_reshardable_mem_efficient": False,
         "chained_optim_avoid_prefix": True,
         "singleton_local_shards": False,
-        "dp_cp_group": groups.data_context,
+        "dp_cp_group": collection.dp_cp,
     }
-    state: dict[str, Any] = optimizer.sharded_state_dict(dict(model), is_loading=is_loading, metadata=metadata)
-    return state
+    whole: dict[str, Any] = inner.sharded_state_dict(dict(model), is_loading=is_loading, metadata=metadata)
+    return whole
+
+
+@torch.no_grad()
+def restore_optimizer(
+    optimizer: ChainedOptimizer,
+    model: Mapping[str, Any],
+    groups: Groups,
+    loaded: Mapping[str, Any],
+    step: int,
+) -> None:
+    """Put a loaded state into the optimizers; their knobs stay those of the recipe.
+
+    Args:
+        optimizer: as it is built.
+        model: sharded weights (`model_state`) that `loaded` was asked for with.
+        groups: process groups.
+        loaded: what `load_sharded` made of `optimizer_state`.
+        step: updates that the optimizer had done.
+    """
+    collections = (groups.language, groups.vision)
+    for name, inner, collection in zip(OPTIMIZERS, optimizer.chained_optimizers, collections, strict=True):
+        if name not in loaded:
+            continue
+        _sharded, local = extract_sharded_base(_inner_state(inner, model, collection, is_loading=True))
+        state = merge(local, loaded[name])
+        _set_steps(state, step)
+        inner.load_state_dict(state)
+
+
+def _set_steps(state: dict[str, Any], step: int) -> None:
+    """Adam's number of updates, which stands in each parameter group (or once beside the parameters' state)."""
+    inner = state.get("optimizer", state)
+    for group in inner["param_groups"]:
+        group["step"] = step
+    if "common_step" in inner.get("state", {}):
+        inner["state"]["common_step"] = step
 
 
 def random_state(groups: Groups) -> ShardedObject:
@@ -233,10 +296,13 @@ def load_sharded(folder: Path, state: dict[str, Any], timeout_s: int) -> dict[st
     return loaded
 
 
-def restore_models(models: Iterable[VisionLanguageModel], loaded: Mapping[str, Any]) -> None:
-    """Put loaded weights into this rank's chunks."""
-    for number, model in enumerate(models):
-        model.load_state_dict(loaded[f"model{number}"], strict=True)
+def restore_models(models: Iterable[Part], loaded: Mapping[str, Any]) -> None:
+    """Put loaded weights into this rank's parts."""
+    number = 0
+    for model in models:
+        is_encoder = isinstance(model, VisionEncoder)
+        model.load_state_dict(loaded["encoder" if is_encoder else f"language{number}"], strict=True)
+        number += not is_encoder
 
 
 def restore_random_state(loaded: Mapping[str, Any]) -> None:

@@ -51,11 +51,11 @@ def run(args: argparse.Namespace) -> int:
     make_empty(out)
     folder = find_checkpoint(Path(args.checkpoint), required=True) if args.checkpoint else None
     # fp32 holds bf16 and fp16 exactly, so that a round trip changes no bit
-    model, groups, _config = build_single(directory, "fp32")
+    model = build_single(directory, "fp32")
     if folder is not None:
-        step = export_checkpoint(folder, directory, model, groups, out, args.dtype)
+        step = export_checkpoint(folder, directory, model.parts, model.groups, out, args.dtype)
         logger.info("exported step %d of %s to %s", step, folder, out)
     else:
-        written = import_checkpoint(directory, model, groups, out)
+        written = import_checkpoint(directory, model.parts, model.groups, out)
         logger.info("imported %s to %s", directory.path, written)
     return 0

@@ -19,6 +19,8 @@ def validate_layout(recipe: Recipe, world_size: int) -> int:
         UseError: they do not divide; the message lists what would.
     """
     parallel, train = recipe.parallel, recipe.train
+    own_ranks = _own_ranks(parallel, world_size)
+    world_size -= own_ranks
     sizes = {
         "tensor": parallel.tensor_model_parallel_size,
         "pipeline": parallel.pipeline_model_parallel_size,
@@ -29,11 +31,20 @@ def validate_layout(recipe: Recipe, world_size: int) -> int:
     if world_size % model_ranks != 0:
         raise use_error(
             "world size",
-            f"{world_size} processes",
-            f"a multiple of {model_ranks} ({product})",
-            f"start {_multiples(world_size, model_ranks)} processes, or change the parallel sizes",
+            f"{world_size + own_ranks} processes",
+            f"a multiple of {model_ranks} ({product})" + (f" and {own_ranks} for the encoder" if own_ranks else ""),
+            f"start {_multiples(world_size, model_ranks, own_ranks)} processes, or change the parallel sizes",
         )
     data_parallel_size = world_size // model_ranks
+    if recipe.data.packing:  # rows are filled by length and cost, as many as it takes
+        if train.global_batch_size < data_parallel_size:
+            raise use_error(
+                "train.global_batch_size",
+                train.global_batch_size,
+                f"at least {data_parallel_size}, a sample for each data rank",
+                "raise it, or start fewer processes",
+            )
+        return data_parallel_size
     samples = train.micro_batch_size * data_parallel_size
     if train.global_batch_size % samples != 0:
         raise use_error(
@@ -41,7 +52,7 @@ def validate_layout(recipe: Recipe, world_size: int) -> int:
             train.global_batch_size,
             f"a multiple of {samples} (micro_batch_size {train.micro_batch_size} x data parallel {data_parallel_size})",
             f"use {_multiples(train.global_batch_size, samples)}, or a world size out of "
-            f"{_legal_world_sizes(recipe, model_ranks)}",
+            f"{_legal_world_sizes(recipe, model_ranks, own_ranks)}",
         )
     _check_interleaving(recipe, train.global_batch_size // samples)
     return data_parallel_size
@@ -55,6 +66,7 @@ def validate_model(recipe: Recipe, facts: ModelFacts) -> None:
     """
     parallel = recipe.parallel
     _check_tensor_sizes(parallel, facts)
+    _check_vision_stages(parallel, facts)
     layers_per_stage(parallel, facts.num_layers)
     if recipe.data.max_length > facts.max_positions:
         raise use_error(
@@ -62,6 +74,17 @@ def validate_model(recipe: Recipe, facts: ModelFacts) -> None:
             recipe.data.max_length,
             f"at most the model's max_position_embeddings {facts.max_positions}",
             f"set data.max_length={facts.max_positions}",
+        )
+
+
+def _check_vision_stages(parallel: ParallelConfig, facts: ModelFacts) -> None:
+    num_stages = parallel.vision_pipeline_model_parallel_size
+    if num_stages > facts.vision_num_layers:
+        raise use_error(
+            "parallel.vision_pipeline_model_parallel_size",
+            num_stages,
+            f"at most the vision tower's {facts.vision_num_layers} layers",
+            f"set it to {facts.vision_num_layers} or less",
         )
 
 
@@ -85,6 +108,9 @@ def _check_tensor_sizes(parallel: ParallelConfig, facts: ModelFacts) -> None:
     tensor, vision_tensor = parallel.tensor_model_parallel_size, parallel.vision_tensor_model_parallel_size
     key = "parallel.tensor_model_parallel_size"
     legal = [size for size in range(1, 65) if not _tensor_problem(size, facts)]
+    if parallel.vision_placement == "own_ranks":
+        _check_own_tensor_sizes(vision_tensor or 1, facts)
+        vision_tensor = 1
     if vision_tensor != 1:  # the vision tower is split as the language model is
         legal = [size for size in legal if not _vision_tensor_problem(size, facts)]
     fix = f"use one of {', '.join(map(str, legal))}"
@@ -94,6 +120,13 @@ def _check_tensor_sizes(parallel: ParallelConfig, facts: ModelFacts) -> None:
     problem = _vision_tensor_problem(vision_tensor or tensor, facts)
     if problem:
         raise use_error(key, tensor, problem, f"{fix}, or set parallel.vision_tensor_model_parallel_size=1")
+
+
+def _check_own_tensor_sizes(tensor: int, facts: ModelFacts) -> None:
+    problem = _vision_tensor_problem(tensor, facts)
+    if problem:
+        legal = ", ".join(str(size) for size in range(1, 65) if not _vision_tensor_problem(size, facts))
+        raise use_error("parallel.vision_tensor_model_parallel_size", tensor, problem, f"use one of {legal}")
 
 
 def _tensor_problem(tensor: int, facts: ModelFacts) -> str:
@@ -122,13 +155,28 @@ def _vision_tensor_problem(tensor: int, facts: ModelFacts) -> str:
     return ""
 
 
-def _legal_world_sizes(recipe: Recipe, model_ranks: int) -> str:
+def _own_ranks(parallel: ParallelConfig, world_size: int) -> int:
+    """Ranks of an encoder that has its own; 0 for the other placements."""
+    if parallel.vision_placement != "own_ranks":
+        return 0
+    encoders, tensor = parallel.vision_data_parallel_size, parallel.vision_tensor_model_parallel_size or 1
+    if encoders * tensor >= world_size:
+        raise use_error(
+            "parallel.vision_data_parallel_size",
+            f"{encoders} encoders x tensor parallel {tensor} of {world_size} processes",
+            "ranks that are left for the language model",
+            f"start more than {encoders * tensor} processes, or lower it",
+        )
+    return encoders * tensor
+
+
+def _legal_world_sizes(recipe: Recipe, model_ranks: int, own_ranks: int) -> str:
     """World sizes under which the global batch divides."""
     rounds = recipe.train.global_batch_size // recipe.train.micro_batch_size
-    return ", ".join(str(model_ranks * size) for size in range(1, rounds + 1) if rounds % size == 0)
+    return ", ".join(str(own_ranks + model_ranks * size) for size in range(1, rounds + 1) if rounds % size == 0)
 
 
-def _multiples(number: int, step: int) -> str:
-    """Return the multiples of `step` around `number`."""
+def _multiples(number: int, step: int, further: int = 0) -> str:
+    """Return the multiples of `step` around `number`, with `further` added."""
     below = number // step * step
-    return f"{below} or {below + step}" if below else str(step)
+    return f"{below + further} or {below + step + further}" if below else str(step + further)

@@ -54,13 +54,25 @@ def parse_pipeline_layout(text: str, num_layers: int | None, num_stages: int) ->
     return counts
 
 
+def language_pipeline_size(parallel: ParallelConfig) -> int:
+    """Pipeline ranks that hold the language model: all, but with `stage` those that the encoder has."""
+    vision = parallel.vision_pipeline_model_parallel_size if parallel.vision_placement == "stage" else 0
+    return parallel.pipeline_model_parallel_size - vision
+
+
+def split_evenly(num_layers: int, num_stages: int) -> tuple[int, ...]:
+    """Layers of each stage, the larger parts first."""
+    small, num_larger = divmod(num_layers, num_stages)
+    return tuple(small + (stage < num_larger) for stage in range(num_stages))
+
+
 def layers_per_stage(parallel: ParallelConfig, num_layers: int) -> tuple[int, ...]:
     """Return the decoder layers of each stage, in stage order: the layout's, or an even split where there is none.
 
     Raises:
         UseError: the layout is wrong, or there is none and the layers do not divide by the stages.
     """
-    num_stages = parallel.pipeline_model_parallel_size * parallel.virtual_pipeline_model_parallel_size
+    num_stages = language_pipeline_size(parallel) * parallel.virtual_pipeline_model_parallel_size
     if parallel.pipeline_model_parallel_layout:
         return parse_pipeline_layout(parallel.pipeline_model_parallel_layout, num_layers, num_stages)
     if num_layers % num_stages != 0:

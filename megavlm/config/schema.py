@@ -35,9 +35,23 @@ class ParallelConfig:
     cp_comm_type: Literal["all_gather", "p2p"] = "all_gather"
     """How context-parallel attention moves keys and values: `p2p` is the ring."""
     expert_model_parallel_size: int = 1
+    vision_placement: Literal["first_stage", "stage", "spread", "bubble", "own_ranks"] = "first_stage"
+    """Where the vision encoder is. `first_stage`: on the first pipeline rank, beside the language model's first layers.
+    `stage`: its layers have pipeline ranks of their own in front of the language model's. `spread`: all ranks encode
+    shares of equal cost of the whole global batch before the language model starts. `bubble`: the ranks of a pipeline
+    encode shares of its images where the pipeline would be idle. `own_ranks`: on ranks of its own, in front of all
+    others, with tensor and data parallelism of its own."""
     vision_tensor_model_parallel_size: int = 0
-    """0: the same as tensor_model_parallel_size; otherwise 1 or the same."""
-    vision_placement: Literal["first_stage"] = "first_stage"
+    """0: the same as tensor_model_parallel_size; otherwise 1 or the same. With `own_ranks` any; 0 means 1."""
+    vision_pipeline_model_parallel_size: int = 1
+    """With `stage`: how many of the pipeline_model_parallel_size ranks hold the encoder; the rest hold the language
+    model."""
+    vision_data_parallel_size: int = 1
+    """With `own_ranks`: encoders, each on vision_tensor_model_parallel_size ranks; added to the world size."""
+    vision_max_live_microbatches: int = 0
+    """With `bubble`: a rank holds encoder activations of at most so many microbatches; 0: pipeline ranks + 4."""
+    vision_recompute: bool = False
+    """With `spread` or `bubble`: keep features only, and encode again before each backward pass of the encoder."""
     use_distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
@@ -63,6 +77,11 @@ class DataConfig:
     min_pixels: int = 0
     """Least image area in pixels (dynamic resolution); 0: what the image processor of hf_dir says."""
     max_pixels: int = 0
+    packing: bool = False
+    """True: each global batch is split into rows of equal cost, of encoder and language model, each of at most
+    packing_length tokens; False: micro_batch_size samples a row, in their order."""
+    packing_length: int = 0
+    """Longest packed row in tokens; 0: max_length."""
     shuffle: bool = True
     dataloader_num_workers: int = 0
 
@@ -102,7 +121,7 @@ class TrainConfig:
 
     stage: Literal["sft"] = "sft"
     micro_batch_size: int = 1
-    """Samples packed into one row."""
+    """Samples packed into one row (without data.packing)."""
     global_batch_size: int = 8
     """Samples per optimizer step, over all data ranks."""
     train_iters: int = 0
@@ -146,6 +165,8 @@ class ObserveConfig:
     num_report_samples: int = 4
     """Held-out samples that are answered before and after training (0: none)."""
     report_max_new_tokens: int = 32
+    timeline_step: int = 0
+    """Record what every rank does in this optimizer step (from 1; 0: none) into timeline.json, for the report."""
 
 
 @dataclass(frozen=True)

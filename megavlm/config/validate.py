@@ -10,8 +10,9 @@ import re
 from pathlib import Path
 
 from megavlm.config.fit import validate_layout, validate_model
-from megavlm.config.layout import divisors, parse_pipeline_layout
+from megavlm.config.layout import divisors, language_pipeline_size, parse_pipeline_layout
 from megavlm.config.load import recipe_to_dict
+from megavlm.config.placement import check_placement
 from megavlm.config.schema import ParallelConfig, Recipe
 from megavlm.errors import UseError, use_error
 
@@ -30,10 +31,14 @@ LEAST: dict[str, float] = {
     "parallel.context_parallel_size": 1,
     "parallel.expert_model_parallel_size": 1,
     "parallel.vision_tensor_model_parallel_size": 0,
+    "parallel.vision_pipeline_model_parallel_size": 1,
+    "parallel.vision_data_parallel_size": 1,
+    "parallel.vision_max_live_microbatches": 0,
     "parallel.recompute_num_layers": 1,
     "data.max_length": 2,  # one token read, one predicted
     "data.min_pixels": 0,
     "data.max_pixels": 0,
+    "data.packing_length": 0,
     "data.dataloader_num_workers": 0,
     "optimizer.lr": 0,
     "optimizer.min_lr": 0,
@@ -61,6 +66,7 @@ LEAST: dict[str, float] = {
     "observe.log_steps": 1,
     "observe.num_report_samples": 0,
     "observe.report_max_new_tokens": 1,
+    "observe.timeline_step": 0,
 }
 _BELOW_ONE = (
     "model.attention_dropout",
@@ -81,6 +87,7 @@ def validate_recipe(recipe: Recipe) -> None:
     _check_numbers(recipe)
     _check_name(recipe)
     _check_model(recipe)
+    check_placement(recipe.parallel)
     _check_pipeline(recipe.parallel)
     _check_tensor_parallel(recipe.parallel)
     _check_overlap(recipe.parallel)
@@ -154,7 +161,8 @@ def _check_pipeline(parallel: ParallelConfig) -> None:
             "set parallel.virtual_pipeline_model_parallel_size=1 or parallel.pipeline_model_parallel_size=2",
         )
     if parallel.pipeline_model_parallel_layout:
-        parse_pipeline_layout(parallel.pipeline_model_parallel_layout, None, pipeline * virtual)
+        num_stages = language_pipeline_size(parallel) * virtual
+        parse_pipeline_layout(parallel.pipeline_model_parallel_layout, None, num_stages)
 
 
 def _check_tensor_parallel(parallel: ParallelConfig) -> None:
@@ -167,7 +175,7 @@ def _check_tensor_parallel(parallel: ParallelConfig) -> None:
             "set parallel.sequence_parallel=false or parallel.tensor_model_parallel_size=2",
         )
     vision = parallel.vision_tensor_model_parallel_size
-    if vision not in (0, 1, tensor):
+    if vision not in (0, 1, tensor) and parallel.vision_placement != "own_ranks":
         raise use_error(
             "parallel.vision_tensor_model_parallel_size",
             vision,
@@ -285,6 +293,27 @@ def _check_data(recipe: Recipe) -> None:
     data, train = recipe.data, recipe.train
     if not data.train:
         raise use_error("data.train", "nothing", "one file of training rows or more", "set data.train=rows.jsonl")
+    if data.packing_length and not data.packing:
+        raise use_error(
+            "data.packing_length",
+            f"{data.packing_length} without data.packing",
+            "data.packing=true",
+            "set data.packing=true or data.packing_length=0",
+        )
+    if data.packing and 0 < data.packing_length < data.max_length:
+        raise use_error(
+            "data.packing_length",
+            data.packing_length,
+            f"at least data.max_length {data.max_length}: a row has to hold the longest sample",
+            f"set data.packing_length={data.max_length} or lower data.max_length",
+        )
+    if data.packing and train.micro_batch_size != 1:
+        raise use_error(
+            "train.micro_batch_size",
+            f"{train.micro_batch_size} with data.packing",
+            "1: with packing, rows are filled by length and cost, not by number",
+            "set train.micro_batch_size=1 or data.packing=false",
+        )
     if 0 < data.max_pixels < data.min_pixels:
         raise use_error(
             "data.min_pixels", data.min_pixels, f"at most data.max_pixels {data.max_pixels}", "lower min_pixels"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megavlm.data.encode import SampleEncoder, TooLong
+from megavlm.data.encode import Grid, SampleEncoder, TooLong
 from megavlm.data.images import load_patches
 from megavlm.data.sample import EncodedSample, Sample
 from megavlm.errors import UseError, use_error
@@ -54,6 +54,7 @@ class Dataset:
         self._cache: dict[int, EncodedSample] = {}
         self._kept: list[int] | None = None
         self.num_tokens_each = np.zeros(0, dtype=np.int64)
+        self.grids_each: list[tuple[Grid, ...]] = []
 
     def prepare(self) -> PrepareReport:
         """Encode every row once (image headers, no pixels), drop what cannot be trained on, and report it.
@@ -65,6 +66,7 @@ class Dataset:
         """
         kept: list[int] = []
         lengths: list[int] = []
+        grids: list[tuple[Grid, ...]] = []
         dropped: dict[str, list[str]] = {"too_long": [], "nothing_to_learn": []}
         num_cached = 0
         self._cache = {}
@@ -80,6 +82,7 @@ class Dataset:
             length = len(encoded.tokens_S)
             kept.append(row)
             lengths.append(length)
+            grids.append(encoded.grids_thw)
             if num_cached + length <= self._cached_tokens:
                 self._cache[row] = encoded
                 num_cached += length
@@ -90,6 +93,7 @@ class Dataset:
             )
         self._kept = kept
         self.num_tokens_each = np.array(lengths, dtype=np.int64)
+        self.grids_each = grids
         return PrepareReport(
             num_rows=len(self._samples),
             num_kept=len(kept),
@@ -121,18 +125,25 @@ def load_sample_patches(sample: EncodedSample, encoder: SampleEncoder) -> list[t
     """Decode all images of a sample: float32 [P, C] each.
 
     Raises:
+        UseError: as `load_image_patches`.
+    """
+    return [load_image_patches(sample, number, encoder) for number in range(len(sample.images))]
+
+
+def load_image_patches(sample: EncodedSample, number: int, encoder: SampleEncoder) -> torch.Tensor:
+    """Decode one image of a sample: float32 [P, C].
+
+    Raises:
         UseError: naming the row, for an unreadable image, or one whose size changed since its header was read.
     """
-    loaded = []
+    path, grid = sample.images[number], sample.grids_thw[number]
     try:
-        for path, grid in zip(sample.images, sample.grids_thw, strict=True):
-            patches_PC = load_patches(path, encoder.image_spec)
-            expected = grid[0] * grid[1] * grid[2]
-            if len(patches_PC) != expected:
-                raise use_error(
-                    path, f"{len(patches_PC)} patches", f"{expected} by its header", "do not change images during a run"
-                )
-            loaded.append(patches_PC)
+        patches_PC = load_patches(path, encoder.image_spec)
+        expected = grid[0] * grid[1] * grid[2]
+        if len(patches_PC) != expected:
+            raise use_error(
+                path, f"{len(patches_PC)} patches", f"{expected} by its header", "do not change images during a run"
+            )
     except UseError as error:
         raise UseError(f"{sample.sample_id}: {error}") from error
-    return loaded
+    return patches_PC

@@ -1,27 +1,19 @@
-"""From rows to the microbatches of one data rank, in this process or in worker processes: the same either way."""
+"""From orders to the microbatches of one rank, in this process or in worker processes: the same either way."""
 
 import itertools
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.utils.data
 
-from megavlm.data.dataset import Dataset, PrepareReport, load_sample_patches
+from megavlm.data.dataset import Dataset, PrepareReport, load_image_patches
 from megavlm.data.packing import pack
-from megavlm.data.plan import GlobalBatchPlan
-from megavlm.data.sample import Batch
+from megavlm.data.sample import Microbatch, MicrobatchOrder
 from megavlm.errors import RunError, UseError
 
-__all__ = ["BatchLoader", "Dataset", "PrepareReport"]
-
-
-@dataclass(frozen=True)
-class _Microbatch:
-    """What to build: sample indices; a filler has weights 0."""
-
-    indices: tuple[int, ...]
-    filler: bool = False
+__all__ = ["BatchLoader", "Dataset", "PrepareReport", "evaluation_rows"]
 
 
 @dataclass(frozen=True)
@@ -34,116 +26,100 @@ class _Failure:
 class _MicrobatchBuilder(torch.utils.data.Dataset):
     """Builds microbatches on request; this is what is sent to worker processes."""
 
-    def __init__(self, dataset: Dataset, sample_multiple: int, total_multiple: int, load_pixels: bool) -> None:
+    def __init__(self, dataset: Dataset, sample_multiple: int, total_multiple: int) -> None:
         self.dataset = dataset
         self.sample_multiple = sample_multiple
         self.total_multiple = total_multiple
-        self.load_pixels = load_pixels
 
-    def build(self, microbatch: _Microbatch) -> Batch:
+    def build(self, order: MicrobatchOrder) -> Microbatch:
         encoder = self.dataset.encoder
-        samples = [self.dataset.encoded(index) for index in microbatch.indices]
-        patches = None
-        if self.load_pixels:
-            patches = [image for sample in samples for image in load_sample_patches(sample, encoder)]
         batch = pack(
-            samples,
-            patches,
+            [self.dataset.encoded(index) for index in order.indices],
+            None,
             sample_multiple=self.sample_multiple,
             total_multiple=self.total_multiple,
             pad_token_id=encoder.tokenizer.pad_token_id,
             patch_channels=encoder.inputs.patch_channels,
         )
-        if microbatch.filler:
+        if order.filler:
             batch.loss_weights_T.zero_()
-        return batch
+        patches = [load_image_patches(self.dataset.encoded(index), number, encoder) for index, number in order.images]
+        empty = torch.zeros(0, encoder.inputs.patch_channels)
+        return Microbatch(batch, torch.cat(patches) if patches else empty)
 
-    def __getitem__(self, microbatch: _Microbatch) -> Batch | _Failure:
+    def __getitem__(self, order: MicrobatchOrder) -> Microbatch | _Failure:
         try:
-            return self.build(microbatch)
+            return self.build(order)
         except UseError as error:
             return _Failure(str(error))
 
 
 class BatchLoader:
-    """The microbatches of one data rank; the same for any number of workers."""
+    """The microbatches of one rank; the same for any number of workers."""
 
     def __init__(
         self,
         dataset: Dataset,
-        plan: GlobalBatchPlan,
-        dp_rank: int,
-        dp_size: int,
+        orders_of: Callable[[int], Sequence[MicrobatchOrder]],
         sample_multiple: int,
         total_multiple: int,
         num_workers: int = 0,
-        load_pixels: bool = True,
     ) -> None:
         """Nothing is loaded yet.
 
         Args:
             dataset: prepared training rows.
-            plan: made for `len(dataset)` and `dp_size`.
-            dp_rank: this data rank.
-            dp_size: data ranks in all.
+            orders_of: step (from 0) to what this rank wants of its microbatches, in order; at least one a step.
             sample_multiple: see `packing.pack`.
             total_multiple: see `packing.pack`.
             num_workers: processes that prepare microbatches ahead; 0: prepared in this process when asked for.
-            load_pixels: False where no image is encoded (later pipeline stages): rows then have no patches.
         """
-        assert plan.num_samples == len(dataset) and plan.dp_size == dp_size and 0 <= dp_rank < dp_size
         self._dataset = dataset
-        self._plan = plan
-        self._dp_rank = dp_rank
-        self._dp_size = dp_size
-        self._build = (sample_multiple, total_multiple, load_pixels)
+        self._orders_of = orders_of
+        self._build = (sample_multiple, total_multiple)
         self._num_workers = num_workers
-        self._stream: Iterator[Batch] | None = None
+        self._stream: Iterator[Microbatch] | None = None
         self._stream_next = (-1, -1)
-        self._eval_loaders: dict[tuple[int, tuple[_Microbatch, ...]], torch.utils.data.DataLoader] = {}
+        self._eval_loaders: dict[tuple[int, tuple[MicrobatchOrder, ...]], torch.utils.data.DataLoader] = {}
 
-    def batches(self, step: int) -> Iterator[Batch]:
+    def batches(self, step: int) -> Iterator[Microbatch]:
         """The microbatches of this rank in a step; workers go on ahead to the steps that follow.
 
         Raises:
             UseError: naming the row whose image cannot be read.
             RunError: a worker process died.
         """
+        orders = self._orders_of(step)
         if self._num_workers == 0:
-            yield from self._in_this_process(self._dataset, self._of_step(step))
+            yield from self._in_this_process(self._dataset, orders)
             return
-        for number in range(self._plan.num_microbatches):
+        for number in range(len(orders)):
             if self._stream is None or self._stream_next != (step, number):
                 self._start_stream(step, number)
             assert self._stream is not None
             # Not known until the batch is out: a generator that is dropped halfway must not be gone on from.
             self._stream_next = (-1, -1)
             batch = next(self._stream)
-            done = number + 1 == self._plan.num_microbatches
+            done = number + 1 == len(orders)
             self._stream_next = (step + 1, 0) if done else (step, number + 1)
             yield batch
 
-    def eval_batches(self, held_out: Dataset, *, max_rounds: int = 0, rounds_multiple: int = 1) -> Iterator[Batch]:
-        """The part of this rank in a walk over held-out rows, once, in order.
-
-        Microbatches are dealt to the data ranks in turn. Every rank gets as many: one that runs short gets fillers,
-        whose weights are all 0.
+    def eval_batches(self, held_out: Dataset, orders: Sequence[MicrobatchOrder]) -> Iterator[Microbatch]:
+        """Microbatches of held-out rows (see `evaluation_rows`); their workers stay for the next evaluation.
 
         Args:
             held_out: prepared rows.
-            max_rounds: at most so many microbatches a rank; 0: all rows.
-            rounds_multiple: the number of microbatches is filled up to a multiple of this (interleaved pipelines).
+            orders: what this rank wants of them, the same at every evaluation.
 
         Raises:
             UseError: as in `batches`.
             RunError: as in `batches`.
         """
-        microbatches = self._eval_microbatches(held_out, max_rounds, rounds_multiple)
         if self._num_workers == 0:
-            return self._in_this_process(held_out, microbatches)
-        key = (id(held_out), tuple(microbatches))
+            return self._in_this_process(held_out, orders)
+        key = (id(held_out), tuple(orders))
         if key not in self._eval_loaders:
-            self._eval_loaders[key] = self._loader(held_out, microbatches, keep_workers=True)
+            self._eval_loaders[key] = self._loader(held_out, orders, keep_workers=True)
         return _checked(iter(self._eval_loaders[key]))
 
     def close(self) -> None:
@@ -152,37 +128,24 @@ class BatchLoader:
         self._stream_next = (-1, -1)
         self._eval_loaders.clear()
 
-    def _of_step(self, step: int) -> list[_Microbatch]:
-        return [_Microbatch(indices) for indices in self._plan.microbatches(step, self._dp_rank)]
-
-    def _eval_microbatches(self, held_out: Dataset, max_rounds: int, rounds_multiple: int) -> list[_Microbatch]:
-        size = self._plan.micro_batch_size
-        everyones = [tuple(range(start, min(start + size, len(held_out)))) for start in range(0, len(held_out), size)]
-        num_rounds = -(-len(everyones) // self._dp_size)
-        num_rounds = min(num_rounds, max_rounds) if max_rounds else num_rounds
-        mine = [_Microbatch(indices) for indices in everyones[self._dp_rank :: self._dp_size][:num_rounds]]
-        num_wanted = -(-num_rounds // rounds_multiple) * rounds_multiple
-        shortest = int(held_out.num_tokens_each.argmin())
-        return mine + [_Microbatch((shortest,), filler=True)] * (num_wanted - len(mine))
-
-    def _in_this_process(self, dataset: Dataset, microbatches: Iterable[_Microbatch]) -> Iterator[Batch]:
+    def _in_this_process(self, dataset: Dataset, orders: Iterable[MicrobatchOrder]) -> Iterator[Microbatch]:
         builder = _MicrobatchBuilder(dataset, *self._build)
-        for microbatch in microbatches:
-            yield builder.build(microbatch)
+        for order in orders:
+            yield builder.build(order)
 
     def _start_stream(self, step: int, number: int) -> None:
         self._stream = None  # ends the workers of the stream before
-        steps = (self._of_step(later) for later in itertools.count(step))
+        steps = (self._orders_of(later) for later in itertools.count(step))
         upcoming = itertools.islice(itertools.chain.from_iterable(steps), number, None)
         self._stream = _checked(iter(self._loader(self._dataset, upcoming, keep_workers=False)))
 
     def _loader(
-        self, dataset: Dataset, microbatches: Iterable[_Microbatch], *, keep_workers: bool
+        self, dataset: Dataset, orders: Iterable[MicrobatchOrder], *, keep_workers: bool
     ) -> torch.utils.data.DataLoader:
         return torch.utils.data.DataLoader(
             _MicrobatchBuilder(dataset, *self._build),
             batch_size=None,
-            sampler=microbatches,
+            sampler=orders,
             num_workers=self._num_workers,
             collate_fn=_unchanged,  # type: ignore[arg-type]
             worker_init_fn=_leave_signals_to_the_rank if self._num_workers else None,
@@ -198,11 +161,11 @@ def _leave_signals_to_the_rank(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _unchanged(batch: Batch | _Failure) -> Batch | _Failure:
+def _unchanged(batch: Microbatch | _Failure) -> Microbatch | _Failure:
     return batch
 
 
-def _checked(stream: Iterator[Batch | _Failure]) -> Iterator[Batch]:
+def _checked(stream: Iterator[Microbatch | _Failure]) -> Iterator[Microbatch]:
     """Turn what went wrong in a worker into the project's two kinds of error."""
     while True:
         try:
@@ -220,3 +183,29 @@ def _checked(stream: Iterator[Batch | _Failure]) -> Iterator[Batch]:
             del stream
             raise UseError(item.message)
         yield item
+
+
+def evaluation_rows(
+    held_out: Dataset, micro_batch_size: int, dp_size: int, *, max_rounds: int = 0
+) -> list[list[tuple[tuple[int, ...], bool]]]:
+    """A walk over held-out rows, once, in order: per data rank its microbatches as (sample indices, filler).
+
+    Microbatches are dealt to the data ranks in turn. Every rank gets as many: one that runs short gets a filler, whose
+    weights are all 0.
+
+    Args:
+        held_out: prepared rows.
+        micro_batch_size: samples of a microbatch.
+        dp_size: data ranks.
+        max_rounds: at most so many microbatches a rank; 0: all rows.
+    """
+    size = micro_batch_size
+    everyones = [tuple(range(start, min(start + size, len(held_out)))) for start in range(0, len(held_out), size)]
+    num_rounds = -(-len(everyones) // dp_size)
+    num_rounds = min(num_rounds, max_rounds) if max_rounds else num_rounds
+    shortest = int(held_out.num_tokens_each.argmin())
+    dealt = []
+    for data in range(dp_size):
+        rows = [(indices, False) for indices in everyones[data::dp_size][:num_rounds]]
+        dealt.append(rows + [((shortest,), True)] * (num_rounds - len(rows)))
+    return dealt

@@ -55,6 +55,8 @@ class EncodedSample:
 class Batch:
     """One packed row of T tokens: no padding but what the layout's alignment needs.
 
+    `grid_thw_N3` are the grids of all its images; `patches_PC` their patches, where pixels travel with the row.
+
     `labels_T[i]` is the token after i in the same sample, `loss_weights_T[i]` the weight of predicting it
     (0 at a sample's end and on padding). `cu_seqlens` (int32) holds the sample borders after padding, from 0 to T;
     padding at the very end is a segment of its own. `position_ids_3T` were computed per sample.
@@ -71,3 +73,27 @@ class Batch:
     sample_ids: tuple[str, ...]
     num_real_tokens: int
     pad_token_id: int = 0
+
+
+@dataclass(frozen=True)
+class MicrobatchOrder:
+    """What a rank wants of a microbatch, before anything is loaded.
+
+    Attributes:
+        indices: samples of the row, in order.
+        images: (sample, number of the image in it) of the images whose pixels the rank wants, in order; they may
+            belong to other rows.
+        filler: whether all weights are to be 0.
+    """
+
+    indices: tuple[int, ...]
+    images: tuple[tuple[int, int], ...] = ()
+    filler: bool = False
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """A packed row without pixels, and float32 patches [P, C] of the images that were ordered with it."""
+
+    batch: Batch
+    patches_PC: torch.Tensor

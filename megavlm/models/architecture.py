@@ -47,6 +47,11 @@ class VisionArchitecture:
     feature_layer: int = -1
     """Which hidden state is the feature: -1 after the last layer, -2 the one before (LLaVA-1.5)."""
 
+    @property
+    def num_computed_layers(self) -> int:
+        """Layers up to the feature; later ones are carried along for export only."""
+        return self.num_layers + 1 + self.feature_layer
+
 
 @dataclass(frozen=True)
 class Architecture:

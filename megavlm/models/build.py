@@ -1,21 +1,22 @@
-"""From an architecture and a layout to the model chunks of this rank."""
+"""From an architecture and a layout to the parts of the model that this rank holds."""
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state
-from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megavlm.config.layout import language_pipeline_size
 from megavlm.config.schema import ModelConfig, ParallelConfig
+from megavlm.errors import use_error
 from megavlm.models.architecture import Architecture
+from megavlm.models.chunk import LanguageChunk
+from megavlm.models.encoder import VisionEncoder
 from megavlm.models.family import ModelFamily
 from megavlm.models.language import build_language_model
 from megavlm.models.specs import provider_of
 from megavlm.models.tower_config import tower_config
-from megavlm.models.vlm import VisionLanguageModel
 from megavlm.parallel.groups import Groups
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -54,20 +55,13 @@ def transformer_config(
         bf16=precision == "bf16",
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        pipeline_model_parallel_size=language_pipeline_size(parallel),
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size if interleaved else None,
         pipeline_model_parallel_layout=parallel.pipeline_model_parallel_layout or None,
         context_parallel_size=parallel.context_parallel_size,
         cp_comm_type=parallel.cp_comm_type,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         calculate_per_token_loss=True,
-        # Microbatches differ in length. The interleaved schedule cannot exchange shapes (with two ranks, the next and
-        # the previous one are the same peer, and messages would mix), so there every microbatch of a step is padded.
-        variable_seq_lengths=parallel.pipeline_model_parallel_size > 1 and not interleaved,
-        # Measured with megatron-core 0.16.1 on gloo: batched p2p with overlap off swaps messages under PP2 x VPP2, and
-        # freeing outputs corrupts tensors that are still being sent.
-        overlap_p2p_comm=interleaved,
-        batch_p2p_comm=not interleaved,
         deallocate_pipeline_outputs=False,
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
@@ -95,58 +89,63 @@ def _recompute(parallel: ParallelConfig) -> dict[str, Any]:
     return {}
 
 
-def build_chunks(
-    family: ModelFamily,
-    architecture: Architecture,
-    config: TransformerConfig,
-    backend: str,
-    groups: Groups,
+def build_language_chunks(
+    architecture: Architecture, config: TransformerConfig, backend: str, groups: Groups
 ) -> list[MegatronModule]:
-    """This rank's model chunks, weights uninitialised; one unless the schedule is interleaved."""
-    virtual = config.virtual_pipeline_model_parallel_size
+    """This rank's chunks of the language model, weights uninitialised; one unless the schedule is interleaved.
+
+    Empty on a rank that only encodes.
+    """
+    if groups.place is None:
+        return []
     provider = provider_of(backend)
-    chunks = []
-    for number in range(virtual or 1):
-        chunk = _build_chunk(family, architecture, config, provider, groups, number if virtual else None)
+    num_virtual = config.virtual_pipeline_model_parallel_size or 1
+    stage, num_stages = groups.place.stage, groups.topology.pipeline
+    chunks: list[MegatronModule] = []
+    for number in range(num_virtual):
+        vp_stage = number if num_virtual > 1 else None
+        language = build_language_model(
+            config,
+            architecture.language,
+            provider,
+            groups.language,
+            architecture.num_deepstack,
+            pre_process=stage == 0 and number == 0,
+            post_process=stage == num_stages - 1 and number == num_virtual - 1,
+            vp_stage=vp_stage,
+        )
+        chunk = LanguageChunk(config, architecture, groups, language, vp_stage)
         chunks.append(Float16Module(config, chunk) if config.bf16 else chunk)
     return chunks
 
 
-def _build_chunk(
-    family: ModelFamily,
-    architecture: Architecture,
-    config: TransformerConfig,
-    provider: LocalSpecProvider,
-    groups: Groups,
-    vp_stage: int | None,
-) -> VisionLanguageModel:
-    first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
-    last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
-    language = build_language_model(
-        config, architecture.language, provider, groups.language, architecture.num_deepstack, first, last, vp_stage
-    )
-    vision = projector = None
-    if first:
-        encoder_config = tower_config(config, architecture.vision, groups.vision.tp.size())
-        vision = family.build_tower(encoder_config, architecture, provider, groups.vision)
+def build_encoder(
+    family: ModelFamily, architecture: Architecture, config: TransformerConfig, backend: str, groups: Groups
+) -> VisionEncoder | None:
+    """This rank's vision encoder, or its stage of it, weights uninitialised; None where there is none."""
+    if not groups.has_encoder:
+        return None
+    num_layers, num_stages = architecture.vision.num_computed_layers, groups.vision.pp.size()
+    if num_stages > num_layers:
+        raise use_error(
+            "parallel.vision_pipeline_model_parallel_size",
+            num_stages,
+            f"at most the {num_layers} layers of the vision tower that are computed",
+            f"set it to {num_layers} or less",
+        )
+    provider = provider_of(backend)
+    encoder_config = tower_config(config, architecture.vision, groups.vision)
+    vision = family.build_tower(encoder_config, architecture, provider, groups.vision)
+    projector = None
+    if groups.vision.pp.rank() == num_stages - 1:
         projector = family.build_projector(encoder_config, architecture, provider, groups.vision)
-        if groups.vision.tp.size() < groups.tensor.size():
-            _mark_replicated(vision, projector)
-    return VisionLanguageModel(
-        config, architecture, groups, language, vision, projector, fixed_slots=vp_stage is not None, vp_stage=vp_stage
-    )
+    encoder = VisionEncoder(encoder_config, architecture, groups, vision, projector)
+    return encoder.bfloat16() if config.bf16 else encoder
 
 
-def _mark_replicated(*modules: torch.nn.Module) -> None:
-    """Every tensor-parallel rank holds the whole encoder: its gradients count once in the gradient norm."""
-    for module in modules:
-        for parameter in module.parameters():
-            vars(parameter)["tensor_model_parallel"] = False
-
-
-def unwrap(chunk: torch.nn.Module) -> VisionLanguageModel:
+def unwrap(chunk: torch.nn.Module) -> LanguageChunk | VisionEncoder:
     """The model inside Megatron-Core's DDP and Float16Module wrappers."""
     module: Any = chunk
-    while not isinstance(module, VisionLanguageModel):
+    while not isinstance(module, LanguageChunk | VisionEncoder):
         module = module.module
     return module

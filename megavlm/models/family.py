@@ -20,8 +20,10 @@ class ModelFamily:
     Attributes:
         model_type: `model_type` of its config.json.
         read_config: config.json's content to our architecture.
-        build_tower: (transformer config, architecture, provider, groups) to a module that takes patches [P, C] and
-            grids [N, 3] and returns hidden states [P or V, D]: the last, then one per DeepStack layer.
+        build_tower: (transformer config, architecture, provider, groups) to a module, with its layers in `block`, that
+            takes a list of the patches [P, C], and grids [N, 3], and returns hidden states [P or V, D]: the last, then
+            one per DeepStack layer. Where `groups.pp` has several ranks it is one of as many stages: the first takes
+            the patches, every other one what the one before returned.
         build_projector: the same arguments to a module that takes those hidden states and returns features [V, K, H].
         weight_map: architecture to one entry per native parameter.
         public_name: spelling variants of a checkpoint's tensor names to the one that the map uses and an export writes.

@@ -5,24 +5,29 @@ from collections.abc import Iterator
 
 import torch
 
-from megavlm.models.vlm import VisionLanguageModel
+from megavlm.models.chunk import LanguageChunk
+from megavlm.models.encoder import VisionEncoder
 
 COMPONENTS = ("vision", "projector", "language")
 
-_LAYER = re.compile(r"^language\.decoder\.layers\.(\d+)\.")
+Part = VisionEncoder | LanguageChunk
+"""A part of the model that a rank holds."""
+
+_LAYER = re.compile(r"^(language\.decoder|vision\.block)\.layers\.(\d+)\.")
 
 
-def global_name(model: VisionLanguageModel, name: str) -> str:
-    """The name of a parameter of this chunk in the whole model."""
+def global_name(part: Part, name: str) -> str:
+    """The name of a parameter of this part in the whole model."""
     match = _LAYER.match(name)
     if not match:
         return name
-    number = model.language.decoder.layers[int(match.group(1))].layer_number - 1
-    return f"language.decoder.layers.{number}.{name[match.end() :]}"
+    block = part.vision.block if isinstance(part, VisionEncoder) else part.language.decoder
+    number = block.layers[int(match.group(2))].layer_number - 1
+    return f"{match.group(1)}.layers.{number}.{name[match.end() :]}"
 
 
-def named_parameters(model: VisionLanguageModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Parameters of this chunk by their global names.
+def named_parameters(model: Part) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Parameters of this part by their global names.
 
     A tied output layer is named as such, although it is (a copy of) the embedding.
     """

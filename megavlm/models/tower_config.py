@@ -2,8 +2,10 @@
 
 import dataclasses
 
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megavlm.config.layout import split_evenly
 from megavlm.models.activations import ACTIVATIONS
 from megavlm.models.architecture import VisionArchitecture
 
@@ -11,22 +13,23 @@ from megavlm.models.architecture import VisionArchitecture
 def tower_config(
     language: TransformerConfig,
     vision: VisionArchitecture,
-    tensor_parallel_size: int,
+    groups: ProcessGroupCollection,
     normalization: str = "LayerNorm",
     gated_mlp: bool = False,
 ) -> TransformerConfig:
-    """The tower sits whole on one pipeline rank: no pipeline, no context and no sequence parallelism of its own.
+    """The tower has tensor parallelism and stages of its own, no context and no sequence parallelism.
 
     Args:
         language: the language model's configuration (precision, recompute and parameter initialisation carry over).
         vision: what the tower is made of.
-        tensor_parallel_size: of the tower.
+        groups: of the encoder.
         normalization: LayerNorm or RMSNorm.
         gated_mlp: whether its MLP is gated (SwiGLU).
     """
+    num_stages = groups.pp.size()
     return dataclasses.replace(
         language,
-        num_layers=vision.num_layers,
+        num_layers=vision.num_computed_layers,
         hidden_size=vision.hidden_size,
         ffn_hidden_size=vision.ffn_hidden_size,
         num_attention_heads=vision.num_attention_heads,
@@ -42,12 +45,17 @@ def tower_config(
         mrope_section=None,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        tensor_model_parallel_size=tensor_parallel_size,
-        pipeline_model_parallel_size=1,
+        tensor_model_parallel_size=groups.tp.size(),
+        pipeline_model_parallel_size=num_stages,
         virtual_pipeline_model_parallel_size=None,
-        pipeline_model_parallel_layout=None,
+        pipeline_model_parallel_layout=_stage_layout(vision, num_stages) if num_stages > 1 else None,
         context_parallel_size=1,
         cp_comm_type=None,
         sequence_parallel=False,
-        variable_seq_lengths=False,
     )
+
+
+def _stage_layout(vision: VisionArchitecture, num_stages: int) -> str:
+    """The tower's layers by stage, in Megatron's notation, which wants an embedding and a loss at the ends."""
+    counts = split_evenly(vision.num_computed_layers, num_stages)
+    return "E" + "|".join("t" * count for count in counts) + "L"

@@ -9,8 +9,18 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_block import (
+    TransformerBlock,
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megavlm.models.specs import layer_spec
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,21 @@ def interpolate_positions(table_RD: torch.Tensor, side: int, geometry: PatchGeom
     return total.to(table_RD.dtype)
 
 
+def tower_block(
+    config: TransformerConfig, provider: LocalSpecProvider, groups: ProcessGroupCollection
+) -> TransformerBlock:
+    """The layers of a tower that this stage holds (all of them, unless `config` has a pipeline)."""
+    spec = layer_spec(provider, AttnMaskType.no_mask)
+    num_layers = get_num_layers_to_build(config, vp_stage=None, pp_rank=groups.pp.rank())
+    return TransformerBlock(
+        config,
+        TransformerBlockSubmodules([spec] * num_layers, layer_norm=provider.layer_norm()),
+        post_layer_norm=False,
+        post_process=False,
+        pg_collection=groups,
+    )
+
+
 def run_layers(
     block: TransformerBlock,
     hidden_P1D: torch.Tensor,
@@ -94,24 +119,25 @@ def run_layers(
     Args:
         block: the tower's layers; its full recompute setting is honoured.
         hidden_P1D: input of the first layer.
-        packing: attention segments of each layer.
+        packing: attention segments of each of these layers.
         angles: rotary angles, or None.
-        taps: layers (from 0) whose outputs to keep.
+        taps: layers of the whole tower (from 0) whose outputs to keep; those of other stages are passed over.
 
     Returns:
         The last hidden state [P, 1, D], and the kept ones in the order of `taps`.
     """
     recompute = block.config.recompute_granularity == "full" and block.training
     kept: dict[int, torch.Tensor] = {}
-    for number, layer in enumerate(block.layers):
+    for local_number, layer in enumerate(block.layers):
+        number = layer.layer_number - 1
 
-        def run(hidden: torch.Tensor, layer: torch.nn.Module = layer, number: int = number) -> torch.Tensor:
+        def run(hidden: torch.Tensor, layer: torch.nn.Module = layer, index: int = local_number) -> torch.Tensor:
             output, _ = layer(
-                hidden_states=hidden, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=packing[number]
+                hidden_states=hidden, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=packing[index]
             )
             return output
 
         hidden_P1D = tensor_parallel.checkpoint(run, False, hidden_P1D) if recompute else run(hidden_P1D)
         if number in taps:
             kept[number] = hidden_P1D
-    return hidden_P1D, [kept[number] for number in taps]
+    return hidden_P1D, [kept[number] for number in taps if number in kept]

@@ -1,28 +1,31 @@
-"""Process groups of a run: Megatron-Core's for the language model, and those of the vision encoder.
+"""Process groups of a run: those of the language model, and those of the vision encoder.
 
-Groups are handed to every module as arguments. `parallel_state` is initialised as well, because parts of
-Megatron-Core 0.16 still fall back to it.
+Groups are handed to every module as arguments. Megatron-Core's `parallel_state` is told about them as well, because
+parts of it still fall back to that.
 """
 
 import datetime
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megavlm.config.schema import ParallelConfig
+from megavlm.parallel.topology import Coordinates, Topology, everyone_once, topology_of
+from megavlm.platform import megatron_compat
 
 
 @dataclass(frozen=True)
 class Groups:
     """Everything a rank belongs to.
 
-    `language` and `vision` are what Megatron-Core modules take as `pg_collection`. `self_only` holds this rank alone:
-    the encoder's pipeline and context group while it sits whole on the first stage.
+    `language` and `vision` are what Megatron-Core modules take as `pg_collection`. On a rank that holds no language
+    model (or no encoder) their groups hold the rank alone.
     """
 
+    topology: Topology
     language: ProcessGroupCollection
     vision: ProcessGroupCollection
     self_only: dist.ProcessGroup
@@ -39,21 +42,38 @@ class Groups:
 
     @property
     def pipeline(self) -> dist.ProcessGroup:
-        """Pipeline group."""
+        """Pipeline group of the language model."""
         return self.language.pp
 
     @property
     def data(self) -> dist.ProcessGroup:
-        """Data-parallel group, without context parallelism."""
+        """Data-parallel group of the language model, without context parallelism."""
         return self.language.dp
 
     @property
     def data_context(self) -> dist.ProcessGroup:
-        """Ranks that hold the same weights and see different tokens."""
+        """Ranks that hold the same part of the language model and see different tokens."""
         return self.language.dp_cp
 
+    @property
+    def place(self) -> Coordinates | None:
+        """This rank in the language model's grid; None: it only encodes."""
+        return self.topology.coordinates(dist.get_rank())
 
-_self_groups: list[dist.ProcessGroup] = []
+    @property
+    def position(self) -> int:
+        """This rank's list in a schedule."""
+        return self.topology.position(dist.get_rank())
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether this rank holds (a part of) the vision encoder."""
+        return self.topology.replica_of(dist.get_rank()) is not None
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes the loss."""
+        return self.place is not None and self.place.stage == self.topology.pipeline - 1
 
 
 def join_world(timeout_s: int) -> None:
@@ -70,34 +90,93 @@ def join_world(timeout_s: int) -> None:
 
 
 def initialize(parallel: ParallelConfig) -> Groups:
-    """Make the groups of a layout. Every rank of the world calls this with the same layout.
-
-    Raises:
-        RuntimeError: from Megatron-Core, when the world does not divide (validated earlier for users).
-    """
+    """Make the groups of a layout. Every rank of the world calls this with the same layout."""
+    topology = topology_of(parallel, dist.get_world_size())
+    maker = _Maker(dist.get_world_size())
+    self_only = maker.own([])
+    language = _language_groups(topology, maker, self_only)
+    # Of the same ranks perhaps, but other groups: ranks may reduce the gradients of both in different orders.
+    vision = _vision_groups(topology, _Maker(dist.get_world_size()), self_only)
+    groups = Groups(topology, language, vision, self_only)
+    # Custom layouts of layers ask parallel_state for the pipeline rank: of the part that this rank holds.
+    part = vision if groups.place is None else language
     virtual = parallel.virtual_pipeline_model_parallel_size
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
-        context_parallel_size=parallel.context_parallel_size,
-        expert_model_parallel_size=parallel.expert_model_parallel_size,
+    megatron_compat.set_parallel_state(part, virtual if virtual > 1 else None)
+    return groups
+
+
+class _Maker:
+    """Makes groups, each set of ranks once."""
+
+    def __init__(self, world_size: int) -> None:
+        self._world_size = world_size
+        self._made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+
+    def own(self, groups: Sequence[Sequence[int]]) -> dist.ProcessGroup:
+        """This rank's group out of some that every rank of the world names alike; alone where it is in none."""
+        mine: dist.ProcessGroup | None = None
+        for ranks in everyone_once(groups, self._world_size):
+            key = tuple(ranks)
+            if key not in self._made:
+                self._made[key] = dist.new_group(list(ranks))
+            if dist.get_rank() in ranks:
+                mine = self._made[key]
+        assert mine is not None
+        return mine
+
+
+def _language_groups(topology: Topology, maker: _Maker, self_only: dist.ProcessGroup) -> ProcessGroupCollection:
+    data_context = maker.own(topology.language_groups("data", "context"))
+    model = maker.own(topology.language_groups("tensor", "stage"))
+    everybody = maker.own([list(range(topology.num_own_ranks, topology.world_size))])
+    return ProcessGroupCollection(
+        tp=maker.own(topology.language_groups("tensor")),
+        cp=maker.own(topology.language_groups("context")),
+        tp_cp=maker.own(topology.language_groups("tensor", "context")),
+        dp=maker.own(topology.language_groups("data")),
+        dp_cp=data_context,
+        intra_dp_cp=data_context,
+        tp_dp_cp=maker.own(topology.language_groups("tensor", "data", "context")),
+        pp=maker.own(topology.language_groups("stage")),
+        mp=model,
+        embd=maker.own(topology.embedding_groups()),
+        pos_embd=self_only,
+        # No expert parallelism yet: experts would be replicated like everything else.
+        ep=self_only,
+        expt_tp=self_only,
+        tp_ep=self_only,
+        tp_ep_pp=model,
+        expt_dp=data_context,
+        intra_expt_dp=data_context,
+        intra_dist_opt=everybody,
     )
-    language = ProcessGroupCollection.use_mpu_process_groups()
-    for rank in range(dist.get_world_size()):
-        group = dist.new_group([rank])
-        if rank == dist.get_rank():
-            _self_groups.append(group)
-    self_only = _self_groups[-1]
-    vision = ProcessGroupCollection.use_mpu_process_groups()
-    vision.pp = vision.cp = self_only
-    if parallel.vision_tensor_model_parallel_size == 1:
-        vision.tp = self_only
-    return Groups(language=language, vision=vision, self_only=self_only)
+
+
+def _vision_groups(topology: Topology, maker: _Maker, self_only: dist.ProcessGroup) -> ProcessGroupCollection:
+    copies = maker.own(topology.encoder_copy_groups())
+    tensor = maker.own(topology.encoder_tensor_groups())
+    return ProcessGroupCollection(
+        tp=tensor,
+        cp=self_only,
+        tp_cp=tensor,
+        dp=copies,
+        dp_cp=copies,
+        intra_dp_cp=copies,
+        tp_dp_cp=maker.own([[rank for replica in topology.replicas for row in replica.ranks for rank in row]]),
+        pp=maker.own(topology.encoder_stage_groups()),
+        mp=tensor,
+        embd=self_only,
+        pos_embd=self_only,
+        ep=self_only,
+        expt_tp=self_only,
+        tp_ep=self_only,
+        tp_ep_pp=tensor,
+        expt_dp=copies,
+        intra_expt_dp=copies,
+        intra_dist_opt=copies,
+    )
 
 
 def destroy() -> None:
     """Forget the layout, so that another one can be made in the same processes (tests)."""
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    _self_groups.clear()
+    megatron_compat.clear_parallel_state()

@@ -1,9 +1,10 @@
-"""Data parallelism: Megatron-Core's DDP around model chunks."""
+"""Data parallelism: Megatron-Core's DDP around the parts of the model that a rank holds."""
 
 from collections.abc import Sequence
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -16,16 +17,17 @@ _wrapped: list[DistributedDataParallel] = []
 OVERLAP_BUCKET_PARAMETERS = 40_000_000
 
 
-def wrap_chunks(
+def wrap_language(
     chunks: Sequence[MegatronModule],
     config: TransformerConfig,
     parallel: ParallelConfig,
     groups: Groups,
     bucket_size: int = OVERLAP_BUCKET_PARAMETERS,
 ) -> list[DistributedDataParallel]:
-    """Wrap every chunk, and start all data ranks from the same weights.
+    """Wrap the chunks of the language model, and start all data ranks from the same weights.
 
-    Gradients are summed (not averaged) over data ranks, in fp32.
+    Gradients are summed (not averaged) over data and context ranks, in fp32. A rank without a chunk gets an empty one:
+    optimizers are made, and gradients reduced, by all ranks together.
     """
     overlap = parallel.overlap_grad_reduce
     settings = DistributedDataParallelConfig(
@@ -36,19 +38,46 @@ def wrap_chunks(
         average_in_collective=False,
         bucket_size=bucket_size if overlap else None,
     )
-    wrapped = [
-        DistributedDataParallel(config, settings, chunk, disable_bucketing=number > 0, pg_collection=groups.language)
-        for number, chunk in enumerate(chunks)
-    ]
-    _wrapped.extend(wrapped)
-    for chunk in wrapped:
-        chunk.broadcast_params()
-    if overlap:
-        no_syncs = [chunk.no_sync for chunk in wrapped]
-        config.no_sync_func = no_syncs if len(no_syncs) > 1 else no_syncs[0]
-        if parallel.overlap_param_gather:
-            starts = [chunk.start_param_sync for chunk in wrapped]
-            config.param_sync_func = starts if len(starts) > 1 else starts[0]
+    modules = list(chunks) or [MegatronModule(config)]
+    return [_wrapped_in(config, settings, module, groups.language, number) for number, module in enumerate(modules)]
+
+
+def wrap_encoder(
+    encoder: MegatronModule | None,
+    config: TransformerConfig,
+    parallel: ParallelConfig,
+    groups: Groups,
+    bucket_size: int = OVERLAP_BUCKET_PARAMETERS,
+) -> DistributedDataParallel:
+    """Wrap this rank's encoder (an empty one where it has none): gradients are summed over all ranks with a copy.
+
+    Overlap of the reduction is started by the runtime behind the last backward pass, not by hooks: a rank whose share
+    of the images is empty runs no backward pass at all. Nor could such a rank take part in an overlapped gathering of
+    parameters, which the forward pass starts.
+    """
+    overlap = parallel.overlap_grad_reduce
+    settings = DistributedDataParallelConfig(
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=False,
+        grad_reduce_in_fp32=config.params_dtype != torch.float32,
+        average_in_collective=False,
+        bucket_size=bucket_size if overlap else None,
+    )
+    module = MegatronModule(config) if encoder is None else encoder
+    return _wrapped_in(module.config, settings, module, groups.vision, 0)
+
+
+def _wrapped_in(
+    config: TransformerConfig,
+    settings: DistributedDataParallelConfig,
+    module: MegatronModule,
+    groups: ProcessGroupCollection,
+    number: int,
+) -> DistributedDataParallel:
+    wrapped = DistributedDataParallel(config, settings, module, disable_bucketing=number > 0, pg_collection=groups)
+    _wrapped.append(wrapped)
+    wrapped.broadcast_params()
     return wrapped
 
 

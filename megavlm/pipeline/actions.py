@@ -132,17 +132,20 @@ class StageMap:
         num_microbatches: microbatches of one optimizer step.
         stages: (rank, chunk) of the language model's stages, in the order of its layers. A rank may hold none.
         encoder: None: text only, or the encoder is counted as a part of the first stage.
+        forward_only: nothing is differentiated (evaluation); the encoder is then not trained either.
     """
 
     num_ranks: int
     num_microbatches: int
     stages: tuple[tuple[int, int], ...]
     encoder: EncoderPlace | None = None
+    forward_only: bool = False
     _position: dict[tuple[int, int], int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         position = {stage: index for index, stage in enumerate(self.stages)}
         assert self.stages and len(position) == len(self.stages), f"a stage stands twice in {self.stages}"
+        assert not (self.forward_only and self.encoder and self.encoder.is_trained), "nothing is trained"
         ranks = {rank for rank, _ in self.stages} | set(self.encoder.ranks if self.encoder else ())
         assert ranks <= set(range(self.num_ranks)), (ranks, self.num_ranks)
         object.__setattr__(self, "_position", position)
@@ -159,11 +162,12 @@ class StageMap:
 
     def computes(self, rank: int) -> list[Compute]:
         """All the work of a rank, without order; `E` only where the encoder is frozen."""
+        language_kinds: tuple[Kind, ...] = ("F",) if self.forward_only else ("F", "B")
         work = [
             Compute(kind, microbatch, chunk)
             for owner, chunk in self.stages
             if owner == rank
-            for kind in ("F", "B")
+            for kind in language_kinds
             for microbatch in range(self.num_microbatches)
         ]
         if self.encoder is not None and rank in self.encoder.ranks:

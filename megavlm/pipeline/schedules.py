@@ -5,6 +5,7 @@ activations of min(m, p - i) microbatches. Interleaved (Narayanan et al., arXiv:
 layers, microbatches go round in groups of p; the bubble is v times smaller. Both in Megatron-Core's order.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 from megavlm.errors import use_error
@@ -93,6 +94,29 @@ def spread(
     after = [Compute(kind, microbatch) for microbatch in range(num_microbatches) for kind in kinds]
     orders = [[*before, *order, *after] for order in language_orders(num_ranks, num_chunks, num_microbatches)]
     return assemble("spread", stage_map, orders)
+
+
+def forward_pass(stage_map: StageMap) -> Schedule:
+    """Forwards only, for evaluation: microbatch after microbatch, encoded right before the language model takes it.
+
+    Args:
+        stage_map: who holds what; any number of microbatches, also with several chunks a rank.
+    """
+    encoder = stage_map.encoder and dataclasses.replace(stage_map.encoder, is_trained=False)
+    stage_map = dataclasses.replace(stage_map, encoder=encoder, forward_only=True)
+    table = _rounds(stage_map.num_ranks, stage_map.num_chunks, stage_map.num_microbatches)
+    orders = []
+    for rank in range(stage_map.num_ranks):
+        encodes = encoder is not None and rank in encoder.ranks
+        chunks = {chunk for owner, chunk in stage_map.stages if owner == rank}
+        order: list[Compute] = []
+        for microbatch, chunk in table:
+            if encodes and chunk == 0:
+                order.append(Compute("E", microbatch))
+            if chunk in chunks:
+                order.append(Compute("F", microbatch, chunk))
+        orders.append(order)
+    return assemble("forward", stage_map, orders)
 
 
 def language_stages(

@@ -1,6 +1,7 @@
 """The one place that knows how the Megatron-Core versions differ."""
 
 from importlib import metadata
+from typing import Any
 
 from megavlm.errors import use_error
 
@@ -26,3 +27,51 @@ def check_version() -> None:
             ">=0.16.1,<0.20",
             'pip install "megatron-core>=0.16.1,<0.20"',
         )
+
+
+# Megatron-Core's global for each group that parts of it fall back to (0.16.1 and 0.19.2), by the field of
+# ProcessGroupCollection that it holds.
+_GLOBAL_GROUPS = {
+    "_TENSOR_MODEL_PARALLEL_GROUP": "tp",
+    "_PIPELINE_MODEL_PARALLEL_GROUP": "pp",
+    "_MODEL_PARALLEL_GROUP": "mp",
+    "_EMBEDDING_GROUP": "embd",
+    "_POSITION_EMBEDDING_GROUP": "pos_embd",
+    "_CONTEXT_PARALLEL_GROUP": "cp",
+    "_DATA_PARALLEL_GROUP": "dp",
+    "_DATA_PARALLEL_GROUP_WITH_CP": "dp_cp",
+    "_TENSOR_AND_CONTEXT_PARALLEL_GROUP": "tp_cp",
+    "_TENSOR_AND_DATA_PARALLEL_GROUP_WITH_CP": "tp_dp_cp",
+    "_EXPERT_MODEL_PARALLEL_GROUP": "ep",
+    "_EXPERT_TENSOR_PARALLEL_GROUP": "expt_tp",
+    "_EXPERT_DATA_PARALLEL_GROUP": "expt_dp",
+}
+
+
+def set_parallel_state(groups: Any, num_virtual_stages: int | None) -> None:
+    """Tell Megatron-Core's `parallel_state` of groups that it has not made itself.
+
+    Its own `initialize_model_parallel` lays one grid over the whole world; ours has ranks that hold the encoder alone.
+
+    Args:
+        groups: a ProcessGroupCollection.
+        num_virtual_stages: model chunks of a pipeline rank; None: one.
+    """
+    from megatron.core import parallel_state
+
+    state = vars(parallel_state)
+    for name, field in _GLOBAL_GROUPS.items():
+        assert name in state, f"megatron-core has no parallel_state.{name} any more"
+        state[name] = vars(groups)[field]
+    assert "_VIRTUAL_PIPELINE_MODEL_PARALLEL_WORLD_SIZE" in state
+    state["_VIRTUAL_PIPELINE_MODEL_PARALLEL_WORLD_SIZE"] = num_virtual_stages
+    if state["_GLOBAL_MEMORY_BUFFER"] is None:
+        parallel_state._set_global_memory_buffer()
+
+
+def clear_parallel_state() -> None:
+    """Forget the groups."""
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()

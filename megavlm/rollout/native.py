@@ -106,9 +106,8 @@ def _next_tokens(run_forward: RunForward, batch: Batch, last: torch.Tensor, grou
     chosen: Any = run_forward(batch, choose)
     if chosen is None:
         chosen = torch.zeros(num_rows, dtype=torch.int64, device=torch.cuda.current_device())
-    pipeline = groups.pipeline
-    if pipeline.size() > 1:
-        dist.broadcast(chosen, src=dist.get_global_rank(pipeline, pipeline.size() - 1), group=pipeline)
+    # Every pipeline has the same rows; ranks that only encode are in none. The last rank is on a last stage.
+    dist.broadcast(chosen, src=dist.get_world_size() - 1)
     return [int(token) for token in chosen]
 
 

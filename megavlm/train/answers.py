@@ -11,6 +11,9 @@ import torch
 from megavlm.data.readers import IMAGE_PLACEHOLDER
 from megavlm.data.sample import Batch, Sample
 from megavlm.rollout.native import greedy_answers
+from megavlm.train.pipeline_work import Rows
+from megavlm.train.scheduling import evaluation_schedule
+from megavlm.train.shares import StepShares, share_step
 from megavlm.train.state import TrainState, row_multiples
 from megavlm.train.step import run_schedule
 
@@ -21,16 +24,18 @@ SAMPLES_NAME = "samples.json"
 def answer(state: TrainState, samples: list[Sample]) -> list[str]:
     """Greedy answers of the model as it stands; every rank calls this."""
     encoder = state.train_set.encoder
+    topology = state.groups.topology
     sample_multiple, total_multiple = row_multiples(state.recipe)
-    virtual = state.config.virtual_pipeline_model_parallel_size
-    repeats = state.groups.pipeline.size() if virtual else 1
 
     def run_forward(batch: Batch, choose: Callable[[torch.Tensor, Batch], torch.Tensor]) -> torch.Tensor | None:
         def on_output(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             return logits.sum(), torch.ones((), dtype=torch.int), choose(logits, batch)
 
-        # an interleaved schedule wants as many microbatches as there are stages
-        results = run_schedule(state, [batch] * repeats, on_output, forward_only=True)
+        # Every pipeline answers the same prompts.
+        grids = [(grid[0], grid[1], grid[2]) for grid in batch.grid_thw_N3.tolist()]
+        shares = share_step(topology, [{data: grids for data in range(topology.data)}], state.costs.encode)
+        rows = Rows([batch], [_own_patches(state, batch, shares)], shares)
+        results, _ = run_schedule(state, evaluation_schedule(state.layout, 1), rows, on_output)
         return results[0] if results else None
 
     state.set_training(False)
@@ -45,6 +50,16 @@ def answer(state: TrainState, samples: list[Sample]) -> list[str]:
     )
     state.set_training(True)
     return answers
+
+
+def _own_patches(state: TrainState, batch: Batch, shares: StepShares) -> torch.Tensor:
+    """Patches of the images that this rank encodes, out of those of the whole row."""
+    part = state.groups.topology.replica_of(state.parts.rank)
+    if part is None:
+        return batch.patches_PC[:0]
+    by_image = batch.patches_PC.split(batch.grid_thw_N3.prod(1).tolist())
+    wanted = [by_image[key.number] for key in shares.microbatches[0].images_of(part[0].number)]
+    return torch.cat(wanted) if wanted else batch.patches_PC[:0]
 
 
 def report_samples(state: TrainState) -> list[Sample]:

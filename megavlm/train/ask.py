@@ -16,7 +16,6 @@ from megavlm.data.tokens import Tokenizer
 from megavlm.errors import use_error
 from megavlm.rollout.native import greedy_answers
 from megavlm.train.single import build_single
-from megavlm.train.step import run_batch
 
 
 @torch.no_grad()
@@ -51,16 +50,16 @@ def ask(
     )
     turns = ((Turn("system", system),) if system else ()) + (Turn("user", text),)
     row = encoder.encode_prompt(Sample("prompt", turns, images))
-    model, groups, _config = build_single(directory, precision)
+    model = build_single(directory, precision)
     if checkpoint:
         folder = find_checkpoint(Path(checkpoint), required=True)
         assert folder is not None
-        load_checkpoint_weights(folder, directory, model, groups)
+        load_checkpoint_weights(folder, directory, model.parts, model.groups)
     else:
-        load_weights(directory, [model])
+        load_weights(directory, model.parts)
     device = torch.device(torch.cuda.current_device())
 
     def run_forward(batch: Batch, choose: Callable[[torch.Tensor, Batch], torch.Tensor]) -> torch.Tensor:
-        return choose(run_batch(model, model, batch, device), batch)
+        return choose(model.logits(batch, device), batch)
 
-    return greedy_answers([row], encoder, groups, run_forward, 1, 1, max_new_tokens)[0]
+    return greedy_answers([row], encoder, model.groups, run_forward, 1, 1, max_new_tokens)[0]

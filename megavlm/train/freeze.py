@@ -3,8 +3,7 @@
 from collections.abc import Iterable
 
 from megavlm.config.schema import OptimizerConfig
-from megavlm.models.names import component_of
-from megavlm.models.vlm import VisionLanguageModel
+from megavlm.models.names import Part, component_of
 
 
 def frozen_components(optimizer: OptimizerConfig) -> frozenset[str]:
@@ -13,7 +12,7 @@ def frozen_components(optimizer: OptimizerConfig) -> frozenset[str]:
     return frozenset(name for name, frozen in choices.items() if frozen)
 
 
-def freeze(models: Iterable[VisionLanguageModel], optimizer: OptimizerConfig) -> None:
+def freeze(models: Iterable[Part], optimizer: OptimizerConfig) -> None:
     """Freeze by component. Call before DDP wraps the model: it makes gradient buffers for what learns only."""
     frozen = frozen_components(optimizer)
     for model in models:

@@ -138,9 +138,10 @@ def layout_name(state: TrainState) -> str:
         if parallel.virtual_pipeline_model_parallel_size > 1
         else "",
         f"CP{parallel.context_parallel_size}" if parallel.context_parallel_size > 1 else "",
-        f"DP{state.groups.data.size()}" if state.groups.data.size() > 1 else "",
+        f"DP{state.groups.topology.data}" if state.groups.topology.data > 1 else "",
     ]
-    return " x ".join(part for part in parts if part) or "one process"
+    name = " x ".join(part for part in parts if part) or "one process"
+    return name if parallel.vision_placement == "first_stage" else f"{name}, encoder {parallel.vision_placement}"
 
 
 def train(state: TrainState) -> bool:
@@ -203,7 +204,7 @@ def _run(state: TrainState, observer: _Observer, request: _StopRequest, resumed_
     saved_step = state.step if resumed_from else -1
     stopping = False
     while state.step < state.total_steps and not stopping:
-        rates = learning_rates(state.optimizer, state.learning_components)
+        rates = learning_rates(state.scheduler, state.recipe.optimizer, state.learning_components)
         result = train_step(state, state.step)
         state.step += 1
         observer.step_done(result, rates)

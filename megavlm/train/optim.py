@@ -12,8 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -23,7 +22,7 @@ from megavlm.config.schema import OptimizerConfig as OptimizerRecipe
 from megavlm.config.schema import Recipe
 from megavlm.models.build import DTYPES
 from megavlm.models.names import COMPONENTS, component_of
-from megavlm.parallel.groups import Groups
+from megavlm.train.parts import Parts
 
 # Values of `lr_mult`; never a factor of anything.
 TAGS: dict[str, float] = {name: float(number) for number, name in enumerate(COMPONENTS, 1)}
@@ -38,15 +37,15 @@ def peak_learning_rates(recipe: OptimizerRecipe) -> dict[str, float]:
     return {"vision": either(recipe.vit_lr), "projector": either(recipe.aligner_lr), "language": recipe.lr}
 
 
-def build_optimizer(
-    recipe: Recipe, chunks: Sequence[DistributedDataParallel], groups: Groups, total_steps: int
-) -> tuple[ChainedOptimizer, OptimizerParamScheduler]:
+def build_optimizer(recipe: Recipe, parts: Parts, total_steps: int) -> tuple[ChainedOptimizer, OptimizerParamScheduler]:
     """AdamW with per-component learning rates, no decay of 1-D parameters, and its schedule.
+
+    Language model and encoder have an optimizer each, chained: their weights have copies on different sets of ranks,
+    over which a distributed optimizer shards its state. Every rank has both, one perhaps without parameters.
 
     Args:
         recipe: reads `optimizer`, `parallel` and `train.precision`.
-        chunks: wrapped model chunks, frozen parameters already marked.
-        groups: process groups.
+        parts: wrapped, frozen parameters already marked.
         total_steps: where the schedule ends.
     """
     knobs = recipe.optimizer
@@ -75,7 +74,14 @@ def build_optimizer(
         }
     flat = ParamWithNamePredicate("one_dimensional", lambda parameter, _name: parameter.dim() <= 1)
     overrides[ParamKey(with_name_predicate=flat)] = {"wd_mult": 0.0}
-    optimizer = get_megatron_optimizer(config, list(chunks), overrides)
+    inner: list[MegatronOptimizer] = []
+    for chunks, collection in ((parts.chunks, parts.groups.language), ((parts.encoder_chunk,), parts.groups.vision)):
+        made = get_megatron_optimizer(
+            config, list(chunks), overrides, use_gloo_process_groups=False, pg_collection=collection
+        )
+        (one,) = made.chained_optimizers
+        inner.append(one)
+    optimizer = ChainedOptimizer(inner)
     warmup = knobs.lr_warmup_iters or math.ceil(knobs.lr_warmup_fraction * total_steps)
     scheduler = OptimizerParamScheduler(
         optimizer,
@@ -121,20 +127,22 @@ def _live_groups(optimizer: ChainedOptimizer) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def gradient_norms(optimizer: ChainedOptimizer, components: Sequence[str]) -> GradientNorms:
+def gradient_norms(optimizer: ChainedOptimizer, parts: Parts, components: Sequence[str]) -> GradientNorms:
     """Norms after `prepare_grads`; each gradient counts once, however many ranks hold it."""
     by_tag = {tag: number for number, (name, tag) in enumerate(TAGS.items())}
     squares = torch.zeros(len(TAGS), dtype=torch.float64, device=torch.cuda.current_device())
-    inner = optimizer.chained_optimizers[0]
-    tensor_group = vars(inner).get("tp_group")
-    for group in _live_groups(optimizer):
-        for parameter in group["params"]:
-            counts = param_is_not_shared(parameter) and tensor_parallel.param_is_not_tensor_parallel_duplicate(
-                parameter, tensor_group
-            )
-            if counts and parameter.grad is not None:
-                squares[by_tag[group["lr_mult"]]] += parameter.grad.double().square().sum()
-    dist.all_reduce(squares, group=optimizer.get_grad_stats_parallel_group())
+    for inner, groups in zip(optimizer.chained_optimizers, (parts.groups.language, parts.groups.vision), strict=True):
+        # A distributed optimizer leaves each copy with its own part of the gradients, any other with all of them.
+        if inner.optimizer is None or (not inner.config.use_distributed_optimizer and groups.dp_cp.rank() > 0):
+            continue
+        for group in inner.optimizer.param_groups:
+            for parameter in group["params"]:
+                counts = param_is_not_shared(parameter) and tensor_parallel.param_is_not_tensor_parallel_duplicate(
+                    parameter, groups.tp
+                )
+                if counts and parameter.grad is not None:
+                    squares[by_tag[group["lr_mult"]]] += parameter.grad.double().square().sum()
+    dist.all_reduce(squares)
     roots = dict(zip(TAGS, squares.sqrt().tolist(), strict=True))
     return GradientNorms(float(squares.sum().sqrt()), {name: roots[name] for name in components})
 
@@ -150,7 +158,12 @@ def clip_and_update(optimizer: ChainedOptimizer, norms: GradientNorms, clip_grad
     assert updated, "the optimizer skipped a step although gradients are finite"
 
 
-def learning_rates(optimizer: ChainedOptimizer, components: Sequence[str]) -> dict[str, float]:
-    """Current learning rate of each component (every rank has every group, maybe empty)."""
-    rates = {group["lr_mult"]: float(group["lr"]) for group in optimizer.param_groups}
-    return {name: rates[TAGS[name]] for name in components if TAGS[name] in rates}
+def learning_rates(
+    scheduler: OptimizerParamScheduler, recipe: OptimizerRecipe, components: Sequence[str]
+) -> dict[str, float]:
+    """Learning rate of each component in the next step; also of components that this rank has no parameter of."""
+    peaks = peak_learning_rates(recipe)
+    return {
+        name: float(scheduler.get_lr({"max_lr": peaks[name], "min_lr": min(recipe.min_lr, peaks[name])}))
+        for name in components
+    }

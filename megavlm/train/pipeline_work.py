@@ -1,94 +1,191 @@
-"""A rank's model chunks as the pieces that the pipeline runtime runs.
+"""The parts of the model that a rank holds, as the pieces that the pipeline runtime runs.
 
-Shape suffixes: S tokens of this rank's sequence part, K slots, H hidden size (see models/vlm.py).
+Shape suffixes: S tokens of this rank's sequence part, K slots, H hidden size, V visual tokens (see models/).
 """
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from megavlm.data.sample import Batch
-from megavlm.pipeline.actions import Compute, Message, Schedule
-from megavlm.pipeline.exchange import Exchange
-from megavlm.pipeline.runtime import Event, execute
-from megavlm.train.state import TrainState
-from megavlm.train.step import run_batch
+from megavlm.pipeline.actions import Compute, Message
+from megavlm.pipeline.runtime import Needs
+from megavlm.train.parts import Parts
+from megavlm.train.routes import feature_order
+from megavlm.train.shares import Grid, StepShares
 
 OnOutput = Callable[[torch.Tensor, Batch], tuple[torch.Tensor, torch.Tensor, Any]]
 
 
-class ChunkWork:
-    """Forward and backward of this rank's chunks, one microbatch at a time; gradients add up in DDP's buffers.
+@dataclass(frozen=True)
+class Rows:
+    """What a rank needs of the microbatches of one run through a schedule.
 
-    As in Megatron-Core, gradients are reduced over data ranks while the last backward pass of a chunk runs.
+    Attributes:
+        batches: this data rank's packed rows.
+        patches: of the images that this rank's encoder encodes, per microbatch, float32 [P, C] in their order; only
+            read on an encoder's first stage.
+        shares: who encodes what.
     """
 
-    def __init__(self, state: TrainState, batches: Sequence[Batch], on_output: OnOutput) -> None:
-        self._state, self._batches, self._on_output = state, batches, on_output
+    batches: Sequence[Batch]
+    patches: Sequence[torch.Tensor]
+    shares: StepShares
+
+
+class PartsWork:
+    """Forward and backward of this rank's parts, one microbatch at a time; gradients add up in DDP's buffers.
+
+    As in Megatron-Core, gradients of the language model are reduced over data ranks while the last backward pass of a
+    chunk runs; those of the encoder start to be behind its last backward pass.
+    """
+
+    def __init__(self, parts: Parts, rows: Rows, on_output: OnOutput, num_tokens_of: Callable[[Grid], int]) -> None:
+        self._parts, self._rows, self._on_output = parts, rows, on_output
+        self._num_tokens_of = num_tokens_of
+        self._language = _LanguageWork(parts, rows, on_output)
+        self._encoder = _EncoderWork(parts, rows)
+
+    @property
+    def results(self) -> list[Any]:
+        """Third results of `on_output`, on the last stage."""
+        return self._language.results
+
+    def run(self, compute: Compute, needs: Needs) -> torch.Tensor | None:
+        """Run one piece (see `pipeline.runtime.Work`)."""
+        taken = [part for parts in needs.values() for part in parts]
+        if compute.kind in ("E", "EF"):
+            return self._encoder.forward(compute.microbatch, taken, keep=compute.kind == "EF")
+        if compute.kind == "EB":
+            return self._encoder.backward(compute.microbatch, taken)
+        if compute.kind == "B":
+            return self._language.backward(compute.microbatch, compute.chunk, taken)
+        if self._parts.models[compute.chunk].pre_process:
+            return self._language.forward(compute.microbatch, compute.chunk, self._features(compute.microbatch, needs))
+        (hidden_SKH,) = taken
+        return self._language.forward(compute.microbatch, compute.chunk, hidden_SKH)
+
+    def _features(self, microbatch: int, needs: Mapping[Message, list[torch.Tensor]]) -> torch.Tensor | None:
+        """All features of this rank's row, in the order of its images; None without images."""
+        place = self._parts.groups.place
+        assert place is not None
+        parts = [part for message in sorted(needs, key=lambda one: one.source) for part in needs[message]]
+        if not parts:
+            return None
+        features_VKH = torch.cat(parts) if len(parts) > 1 else parts[0]
+        shares = self._rows.shares.microbatches[microbatch]
+        order_V = feature_order(self._parts.groups.topology, shares, place.data, self._num_tokens_of)
+        return features_VKH if order_V is None else features_VKH.index_select(0, order_V.to(features_VKH.device))
+
+
+class _LanguageWork:
+    def __init__(self, parts: Parts, rows: Rows, on_output: OnOutput) -> None:
+        self._parts, self._rows, self._on_output = parts, rows, on_output
         self._inputs: dict[tuple[int, int], torch.Tensor | None] = {}
         self._outputs: dict[tuple[int, int], torch.Tensor] = {}
-        self._backwards_left = [len(batches)] * len(state.chunks)
+        self._backwards_left = [len(rows.batches)] * len(parts.models)
         self.results: list[Any] = []
 
-    def run(self, compute: Compute, needs: Mapping[Message, torch.Tensor]) -> torch.Tensor | None:
-        """Run an `F` or a `B`."""
-        taken = next(iter(needs.values()), None)
-        if compute.kind == "F":
-            return self._forward(compute.microbatch, compute.chunk, taken)
-        assert compute.kind == "B", f"{compute}: this model runs its encoder with its first stage"
-        return self._backward(compute.microbatch, compute.chunk, taken)
-
-    def _forward(self, microbatch: int, chunk: int, hidden_SKH: torch.Tensor | None) -> torch.Tensor:
-        state, batch = self._state, self._batches[microbatch]
-        if hidden_SKH is not None:
-            hidden_SKH.requires_grad_()
-        model, wrapped = state.models[chunk], state.chunks[chunk]
-        model.set_input_tensor(hidden_SKH)
+    def forward(self, microbatch: int, chunk: int, taken: torch.Tensor | None) -> torch.Tensor:
+        """`taken`: hidden states [S, K, H] of the stage before, or, on the first chunk, features [V, K, H]."""
+        parts, batch = self._parts, self._rows.batches[microbatch]
+        model, wrapped = parts.models[chunk], parts.chunks[chunk]
+        if taken is not None and (parts.trains_encoder or not model.pre_process):
+            taken.requires_grad_(torch.is_grad_enabled())
+        model.set_input_tensor(None if model.pre_process else taken)
         with wrapped.no_sync():
-            output = run_batch(model, wrapped, batch, state.device)
+            output = run_chunk(wrapped, batch, taken if model.pre_process else None, parts.device)
         if model.post_process:
             output, _count, result = self._on_output(output, batch)
             self.results.append(result)
-        self._inputs[microbatch, chunk] = hidden_SKH
-        self._outputs[microbatch, chunk] = output
+        if torch.is_grad_enabled():
+            self._inputs[microbatch, chunk] = taken
+            self._outputs[microbatch, chunk] = output
         return output
 
-    def _backward(self, microbatch: int, chunk: int, grad_SKH: torch.Tensor | None) -> torch.Tensor | None:
-        hidden_SKH = self._inputs.pop((microbatch, chunk))
+    def backward(self, microbatch: int, chunk: int, taken: list[torch.Tensor]) -> torch.Tensor | None:
+        """Gradient of what the forward pass took, from the gradient of what it gave (nothing on the last stage)."""
+        inputs = self._inputs.pop((microbatch, chunk))
         output = self._outputs.pop((microbatch, chunk))
-        if grad_SKH is None and self._state.config.grad_scale_func is not None:
-            output = self._state.config.grad_scale_func(output)
+        scale = self._parts.config.grad_scale_func
+        if not taken and scale is not None:
+            output = scale(output)
         self._backwards_left[chunk] -= 1
         last = not self._backwards_left[chunk]
-        with contextlib.nullcontext() if last else self._state.chunks[chunk].no_sync():
-            torch.autograd.backward(output, grad_SKH)
-        return None if hidden_SKH is None else hidden_SKH.grad
+        with contextlib.nullcontext() if last else self._parts.chunks[chunk].no_sync():
+            # A first stage that trains nothing, and whose row has no image, has nothing to differentiate.
+            if output.requires_grad:
+                torch.autograd.backward(output, taken[0] if taken else None)
+        return None if inputs is None else inputs.grad
 
 
-def run_by_runtime(
-    state: TrainState,
-    batches: Sequence[Batch],
-    on_output: OnOutput,
-    schedule: Schedule,
-    exchange: Exchange,
-    record: bool = False,
-) -> tuple[list[Any], list[Event]]:
-    """One step's forwards and backwards by our own runtime, then Megatron-Core's hook that reduces gradients.
+class _EncoderWork:
+    def __init__(self, parts: Parts, rows: Rows) -> None:
+        self._parts, self._rows = parts, rows
+        self._part = parts.groups.topology.replica_of(parts.rank)
+        self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._backwards_left = len(rows.batches)
 
-    Args:
-        state: the model, wrapped; `state.config.finalize_model_grads_func` is set.
-        batches: this data rank's microbatches.
-        on_output: as in `step.run_schedule`.
-        schedule: for this many ranks, chunks and microbatches.
-        exchange: carries the messages.
-        record: whether to keep the time of each action.
+    def forward(self, microbatch: int, taken: list[torch.Tensor], keep: bool) -> torch.Tensor | None:
+        """Features (or hidden states for the next stage) of this encoder's images; None when it has none."""
+        assert self._part is not None and self._parts.encoder is not None
+        shares = self._rows.shares.microbatches[microbatch]
+        keys = shares.images_of(self._part[0].number)
+        if not keys:
+            return None
+        device = self._parts.device
+        grid_thw_N3 = torch.tensor([shares.grids[key] for key in keys], device=device)
+        if self._parts.encoder.is_first_stage:
+            inputs = self._rows.patches[microbatch].to(device, non_blocking=True)
+        else:
+            (inputs,) = taken
+            inputs.requires_grad_(keep)
+        with self._parts.encoder_chunk.no_sync(), torch.set_grad_enabled(keep):
+            output: torch.Tensor = self._parts.encoder_chunk(inputs, grid_thw_N3)
+        if keep:
+            self._kept[microbatch] = inputs, output
+        return output
 
-    Returns:
-        Third results of `on_output` on the last stage, and the events.
-    """
-    work = ChunkWork(state, batches, on_output)
-    events = execute(schedule, state.groups.pipeline.rank(), work, exchange, record)
-    state.config.finalize_model_grads_func(list(state.chunks), None)
-    return work.results, events
+    def backward(self, microbatch: int, taken: list[torch.Tensor]) -> torch.Tensor | None:
+        """Gradient of the hidden states that the forward pass took; None on the first stage, or without images."""
+        assert self._part is not None and self._parts.encoder is not None
+        grad = None
+        if microbatch in self._kept:
+            inputs, output = self._kept.pop(microbatch)
+            with self._parts.encoder_chunk.no_sync():
+                torch.autograd.backward(output, self._added(taken))
+            grad = None if self._parts.encoder.is_first_stage else inputs.grad
+        self._backwards_left -= 1
+        if not self._backwards_left and self._parts.encoder_chunk.ddp_config.overlap_grad_reduce:
+            self._parts.encoder_chunk.start_grad_sync()
+        return grad
+
+    def _added(self, taken: list[torch.Tensor]) -> torch.Tensor:
+        """Of each data rank's images the gradients of its context ranks added up, one data rank after the other."""
+        assert self._parts.encoder is not None
+        if not self._parts.encoder.is_last_stage:
+            return taken[0]
+        num_context = self._parts.groups.topology.context
+        sums = []
+        for start in range(0, len(taken), num_context):
+            total = taken[start]
+            for part in taken[start + 1 : start + num_context]:
+                total = total + part
+            sums.append(total)
+        return sums[0] if len(sums) == 1 else torch.cat(sums)
+
+
+def run_chunk(
+    wrapped: torch.nn.Module, batch: Batch, features_VKH: torch.Tensor | None, device: torch.device
+) -> torch.Tensor:
+    """One forward pass of a chunk of the language model on a packed row."""
+    output: torch.Tensor = wrapped(
+        features_VKH,
+        batch.tokens_T.to(device, non_blocking=True),
+        batch.position_ids_3T.to(device, non_blocking=True),
+        batch.cu_seqlens.to(device, non_blocking=True),
+    )
+    return output

@@ -5,7 +5,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from megavlm.checkpoint import native
@@ -16,8 +15,6 @@ from megavlm.train.state import TrainState, run_path
 
 logger = logging.getLogger(__name__)
 
-_GROUP_KNOBS = ("max_lr", "min_lr", "betas", "eps")
-
 
 def checkpoint_root(state: TrainState) -> Path:
     """Where the run's checkpoints are."""
@@ -26,7 +23,7 @@ def checkpoint_root(state: TrainState) -> Path:
 
 def _layout(state: TrainState) -> dict[str, Any]:
     parallel = dataclasses.asdict(state.recipe.parallel)
-    keys = [key for key in parallel if key.endswith("_parallel_size")]
+    keys = [key for key in parallel if key.endswith("_parallel_size") or key == "vision_placement"]
     return {key: parallel[key] for key in keys} | {"world_size": dist.get_world_size()}
 
 
@@ -48,7 +45,9 @@ def _common(state: TrainState) -> dict[str, Any]:
 def save(state: TrainState) -> Path:
     """Write a checkpoint of the run as it stands."""
     sharded: dict[str, Any] = native.model_state(state.models, state.groups)
-    sharded["optimizer"] = native.optimizer_state(state.optimizer, sharded, state.groups, is_loading=False)
+    sharded["optimizer"] = native.optimizer_state(
+        state.optimizer, sharded, state.groups, state.parts.learns, is_loading=False
+    )
     sharded["random_state"] = native.random_state(state.groups)
     sharded["common"] = _common(state)
     knobs = state.recipe.checkpoint
@@ -87,18 +86,16 @@ def resume(state: TrainState) -> Path | None:
         return None
     _check_run(state, common, folder)
     sharded: dict[str, Any] = native.model_state(state.models, state.groups)
-    sharded["optimizer"] = native.optimizer_state(state.optimizer, sharded, state.groups, is_loading=True)
+    sharded["optimizer"] = native.optimizer_state(
+        state.optimizer, sharded, state.groups, state.parts.learns, is_loading=True
+    )
     same_layout = common["layout"] == _layout(state)
     if same_layout:
         sharded["random_state"] = native.random_state(state.groups)
     loaded = native.load_sharded(folder, sharded, knobs.save_timeout_s)
+    weights = native.model_state(state.models, state.groups)
+    native.restore_optimizer(state.optimizer, weights, state.groups, loaded["optimizer"], common["step"])
     native.restore_models(state.models, loaded)
-    # The checkpoint brings along the knobs it was written under; those of the recipe count.
-    knobs_of_groups = [{name: group[name] for name in _GROUP_KNOBS} for group in state.optimizer.param_groups]
-    with torch.no_grad():
-        state.optimizer.load_state_dict(loaded["optimizer"])
-    for group, ours in zip(state.optimizer.param_groups, knobs_of_groups, strict=True):
-        group.update(ours)
     if same_layout:
         native.restore_random_state(loaded)
     else:

@@ -1,18 +1,18 @@
 """Everything a run holds, and how it is put together from a recipe."""
 
 import logging
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megavlm.checkpoint.hf_io import HFDirectory, load_weights
+from megavlm.checkpoint.hf_io import HFDirectory
+from megavlm.config.layout import layers_per_stage
 from megavlm.config.schema import Recipe
 from megavlm.data.dataset import Dataset
 from megavlm.data.encode import SampleEncoder
@@ -22,14 +22,18 @@ from megavlm.data.plan import GlobalBatchPlan
 from megavlm.data.readers import read_samples
 from megavlm.data.sample import Batch
 from megavlm.data.tokens import Tokenizer
-from megavlm.models.build import build_chunks, transformer_config, unwrap
-from megavlm.models.names import COMPONENTS
-from megavlm.models.vlm import VisionLanguageModel
+from megavlm.errors import use_error
+from megavlm.models.names import COMPONENTS, Part
 from megavlm.parallel.groups import Groups, initialize
-from megavlm.parallel.wrap import OVERLAP_BUCKET_PARAMETERS, wrap_chunks
+from megavlm.parallel.wrap import OVERLAP_BUCKET_PARAMETERS
+from megavlm.pipeline.actions import Payload
+from megavlm.pipeline.exchange import make_payload_groups
 from megavlm.platform.seeds import seed_everything
-from megavlm.train.freeze import freeze, frozen_components
+from megavlm.train.freeze import frozen_components
+from megavlm.train.inputs import CostModel, StepInputs, step_inputs
 from megavlm.train.optim import build_optimizer
+from megavlm.train.parts import Parts, build_parts
+from megavlm.train.scheduling import Layout, layout_of
 from megavlm.train.stages.sft import SupervisedFineTuning
 
 logger = logging.getLogger(__name__)
@@ -47,35 +51,38 @@ STAGES: dict[str, type[SupervisedFineTuning]] = {"sft": SupervisedFineTuning}
 
 @dataclass
 class TrainState:
-    """A run in progress. `chunks` are wrapped in DDP, `models` are the same unwrapped."""
+    """A run in progress."""
 
     recipe: Recipe
     directory: HFDirectory
     groups: Groups
-    config: TransformerConfig
-    chunks: list[DistributedDataParallel]
-    models: list[VisionLanguageModel]
+    parts: Parts
     optimizer: ChainedOptimizer
     scheduler: OptimizerParamScheduler
     stage: Stage
     train_set: Dataset
     eval_set: Dataset | None
     plan: GlobalBatchPlan
-    loader: BatchLoader
+    costs: CostModel
+    layout: Layout
+    payload_groups: Mapping[Payload, dist.ProcessGroup]
     total_steps: int
     step: int = 0
     """Optimizer steps done."""
-    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._inputs: dict[int, StepInputs] = {}
+        self.loader = BatchLoader(
+            self.train_set,
+            lambda step: self.inputs(step).orders,
+            *row_multiples(self.recipe),
+            self.recipe.data.dataloader_num_workers,
+        )
 
     @property
     def device(self) -> torch.device:
         """Where tensors of this rank live."""
-        return torch.device(torch.cuda.current_device())
-
-    @property
-    def is_last_stage(self) -> bool:
-        """Whether this rank computes the loss."""
-        return self.groups.pipeline.rank() == self.groups.pipeline.size() - 1
+        return self.parts.device
 
     @property
     def learning_components(self) -> list[str]:
@@ -83,14 +90,31 @@ class TrainState:
         frozen = frozen_components(self.recipe.optimizer)
         return [name for name in COMPONENTS if name not in frozen]
 
-    def model_of(self, wrapped: torch.nn.Module) -> VisionLanguageModel:
-        """The model inside one of `chunks`."""
-        return unwrap(wrapped)
+    @property
+    def models(self) -> Sequence[Part]:
+        """The parts of the model that this rank holds."""
+        return self.parts.all
 
     def set_training(self, training: bool) -> None:
         """Switch dropout and recompute on or off."""
-        for chunk in self.chunks:
+        for chunk in self.parts.wrapped:
             chunk.train(training)
+
+    def inputs(self, step: int) -> StepInputs:
+        """What this rank loads and encodes in a step (from 0)."""
+        if step not in self._inputs:
+            topology = self.groups.topology
+            rows_D = [
+                [(indices, False) for indices in self.plan.microbatches(step, data)] for data in range(topology.data)
+            ]
+            while len(self._inputs) >= _KEPT_STEPS:
+                self._inputs.pop(next(iter(self._inputs)))
+            self._inputs[step] = step_inputs(topology, self.parts.rank, self.train_set, rows_D, self.costs)
+        return self._inputs[step]
+
+
+# Steps whose inputs are kept: the loader's workers go on ahead of the step that is trained.
+_KEPT_STEPS = 16
 
 
 def build_encoder(recipe: Recipe, directory: HFDirectory) -> SampleEncoder:
@@ -126,48 +150,61 @@ def build_state(recipe: Recipe, bucket_size: int = OVERLAP_BUCKET_PARAMETERS) ->
     directory = HFDirectory(recipe.model.hf_dir)
     encoder = build_encoder(recipe, directory)
     train_set = build_dataset(recipe.data.train, recipe, encoder)
+    _check_images(recipe, train_set)
     eval_set = build_dataset(recipe.data.eval, recipe, encoder) if recipe.data.eval else None
     groups = initialize(recipe.parallel)
     seed_everything(recipe.train.seed)
-    config, chunks, models = build_model(recipe, directory, groups, bucket_size)
+    parts = build_parts(recipe, directory, groups, bucket_size)
+    costs = cost_model(recipe, directory, parts.trains_encoder)
     plan = GlobalBatchPlan(
         num_samples=len(train_set),
         seed=recipe.train.seed,
         global_batch_size=recipe.train.global_batch_size,
         micro_batch_size=recipe.train.micro_batch_size,
-        dp_size=groups.data.size(),
+        dp_size=groups.topology.data,
         shuffle=recipe.data.shuffle,
     )
     total_steps = recipe.train.train_iters or plan.num_steps(recipe.train.num_train_epochs)
-    optimizer, scheduler = build_optimizer(recipe, chunks, groups, total_steps)
-    config.grad_scale_func = optimizer.scale_loss
-    sample_multiple, total_multiple = row_multiples(recipe)
-    loader = BatchLoader(
-        train_set,
-        plan,
-        groups.data.rank(),
-        groups.data.size(),
-        sample_multiple,
-        total_multiple,
-        recipe.data.dataloader_num_workers,
-        load_pixels=groups.pipeline.rank() == 0,
-    )
+    optimizer, scheduler = build_optimizer(recipe, parts, total_steps)
+    parts.config.grad_scale_func = optimizer.scale_loss
     return TrainState(
         recipe=recipe,
         directory=directory,
         groups=groups,
-        config=config,
-        chunks=chunks,
-        models=models,
+        parts=parts,
         optimizer=optimizer,
         scheduler=scheduler,
         stage=STAGES[recipe.train.stage](groups),
         train_set=train_set,
         eval_set=eval_set,
         plan=plan,
-        loader=loader,
+        costs=costs,
+        layout=layout_of(recipe.parallel, groups.topology, parts.trains_encoder),
+        payload_groups=make_payload_groups(),
         total_steps=total_steps,
     )
+
+
+def cost_model(recipe: Recipe, directory: HFDirectory, trains_encoder: bool) -> CostModel:
+    """Costs under a recipe's split of the layers."""
+    num_layers = directory.architecture.language.num_layers
+    counts = layers_per_stage(recipe.parallel, num_layers)
+    num_chunks = recipe.parallel.virtual_pipeline_model_parallel_size
+    num_stages = len(counts) // num_chunks
+    layers = tuple(tuple(counts[stage::num_stages]) for stage in range(num_stages))
+    return CostModel(directory.architecture, trains_encoder, layers)
+
+
+def _check_images(recipe: Recipe, train_set: Dataset) -> None:
+    """An encoder that is given a place of its own needs something to encode."""
+    placement = recipe.parallel.vision_placement
+    if placement != "first_stage" and not any(train_set.grids_each):
+        raise use_error(
+            "parallel.vision_placement",
+            f"{placement} with rows that have no image at all",
+            "rows with images",
+            "set parallel.vision_placement=first_stage",
+        )
 
 
 def row_multiples(recipe: Recipe) -> tuple[int, int]:
@@ -177,22 +214,6 @@ def row_multiples(recipe: Recipe) -> tuple[int, int]:
     tensor = recipe.parallel.tensor_model_parallel_size if recipe.parallel.sequence_parallel else 1
     # each context rank's part must divide by the sequence-parallel ranks, and the tail segment zig-zags too
     return sample, sample * tensor
-
-
-def build_model(
-    recipe: Recipe, directory: HFDirectory, groups: Groups, bucket_size: int
-) -> tuple[TransformerConfig, list[DistributedDataParallel], list[VisionLanguageModel]]:
-    """This rank's chunks with the directory's weights, frozen and wrapped as the recipe says."""
-    architecture = directory.architecture
-    config = transformer_config(architecture, recipe.model, recipe.parallel, recipe.train.precision)
-    bare = build_chunks(directory.family, architecture, config, recipe.model.backend, groups)
-    models = [unwrap(chunk) for chunk in bare]
-    load_weights(directory, models)
-    freeze(models, recipe.optimizer)
-    chunks = wrap_chunks(bare, config, recipe.parallel, groups, bucket_size)
-    for chunk in chunks:
-        chunk.train()
-    return config, chunks, models
 
 
 def run_path(recipe: Recipe) -> Path:

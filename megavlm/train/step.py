@@ -1,26 +1,28 @@
-"""One optimizer step, and one forward-only pass, through Megatron-Core's pipeline schedules.
+"""One optimizer step, and one forward-only pass, through the pipeline runtime.
 
 Stages return sums and counts; the only division is by the count of the whole global batch.
 """
 
-import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import finalize_model_grads
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megavlm.data.packing import pad_to
+from megavlm.data.loader import evaluation_rows
 from megavlm.data.sample import Batch
 from megavlm.errors import RunError
 from megavlm.losses.reduce import global_sums
 from megavlm.models.names import named_parameters
-from megavlm.models.vlm import VisionLanguageModel
+from megavlm.pipeline.actions import Schedule
+from megavlm.pipeline.exchange import Exchange
+from megavlm.pipeline.runtime import Event, execute, perf_clock
+from megavlm.train.inputs import StepInputs, step_inputs
 from megavlm.train.optim import GradientNorms, clip_and_update, gradient_norms
+from megavlm.train.pipeline_work import OnOutput, PartsWork, Rows
+from megavlm.train.routes import LayoutRoutes
+from megavlm.train.scheduling import evaluation_schedule, training_schedule
 from megavlm.train.state import TrainState
 
 
@@ -46,75 +48,71 @@ class StepResult:
     norms: GradientNorms
 
 
-def run_batch(model: VisionLanguageModel, wrapped: torch.nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
-    """One forward pass of a model chunk on a packed row."""
-    needs_patches = model.pre_process
-    patches_PC = batch.patches_PC if needs_patches else batch.patches_PC[:0]
-    return wrapped(
-        patches_PC.to(device, non_blocking=True),
-        batch.tokens_T.to(device, non_blocking=True),
-        batch.position_ids_3T.to(device, non_blocking=True),
-        batch.cu_seqlens.to(device, non_blocking=True),
-        batch.grid_thw_N3.to(device, non_blocking=True),
-    )
+@dataclass(frozen=True)
+class Recording:
+    """What a rank did in a step: its schedule and the events, in seconds since the schedule began."""
+
+    schedule: Schedule
+    inputs: StepInputs
+    events: list[Event]
 
 
 def run_schedule(
-    state: TrainState,
-    batches: Sequence[Batch],
-    on_output: Callable[[torch.Tensor, Batch], tuple[torch.Tensor, torch.Tensor, Any]],
-    forward_only: bool,
-) -> list[Any]:
-    """Drive all microbatches through the pipeline.
+    state: TrainState, schedule: Schedule, rows: Rows, on_output: OnOutput, record: bool = False
+) -> tuple[list[Any], list[Event]]:
+    """Drive all microbatches through a schedule; gradients, where there are any, stay unreduced.
 
     Args:
-        state: the model, wrapped.
-        batches: this data rank's microbatches, the same on all ranks of its pipeline.
+        state: the run.
+        schedule: for this layout and number of microbatches.
+        rows: what this rank needs of the microbatches.
         on_output: on the last stage, (logits, batch) to (sum, count, anything); the sum is what is differentiated.
-        forward_only: no backward pass.
+        record: whether to keep the time of each action.
 
     Returns:
-        The third results, on the last stage.
+        The third results, on the last stage, and the events.
     """
-    if state.config.virtual_pipeline_model_parallel_size:
-        longest = max(len(batch.tokens_T) for batch in batches)
-        batches = [pad_to(batch, longest) for batch in batches]
-
-    def forward_step(iterator: Iterator[Batch], wrapped: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-        batch = next(iterator)
-        model = state.model_of(wrapped)
-        output = run_batch(model, wrapped, batch, state.device)
-        return output, functools.partial(lambda logits, batch: on_output(logits, batch), batch=batch)
-
-    iterators = [iter(batches) for _ in state.chunks]
-    results = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iterators if len(iterators) > 1 else iterators[0],
-        model=state.chunks if len(state.chunks) > 1 else state.chunks[0],
-        num_microbatches=len(batches),
-        seq_length=len(batches[0].tokens_T),
-        # Hidden states between stages are [tokens, slots, hidden]: the batch axis carries the slots.
-        micro_batch_size=state.models[0].num_slots,
-        forward_only=forward_only,
+    num_tokens_of = state.directory.architecture.inputs.num_image_tokens
+    routes = LayoutRoutes(state.groups.topology, state.parts.rank, rows.shares, num_tokens_of)
+    exchange = Exchange(
+        state.payload_groups,
+        routes,
+        state.parts.config.params_dtype,
+        state.device,
+        state.recipe.train.distributed_timeout_s,
     )
-    return list(results or [])
+    work = PartsWork(state.parts, rows, on_output, num_tokens_of)
+    clock = perf_clock(torch.cuda.synchronize) if record else None
+    with torch.set_grad_enabled(not schedule.stage_map.forward_only):
+        events = execute(schedule, state.groups.position, work, exchange, clock)
+    return work.results, events
 
 
-def train_step(state: TrainState, step: int) -> StepResult:
+def load_rows(state: TrainState, step: int) -> Rows:
+    """Load what this rank needs for a step."""
+    loaded = list(state.loader.batches(step))
+    return Rows([one.batch for one in loaded], [one.patches_PC for one in loaded], state.inputs(step).shares)
+
+
+def train_step(state: TrainState, step: int, recordings: list[Recording] | None = None) -> StepResult:
     """Forward, backward and update on the global batch of `step` (from 0).
+
+    Args:
+        state: the run.
+        step: from 0.
+        recordings: when given, what this rank did is timed, and appended.
 
     Raises:
         RunError: loss or gradient is not finite, or the global batch has nothing to learn.
     """
-    for chunk in state.chunks:
+    for chunk in state.parts.wrapped:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
-    batches = list(state.loader.batches(step))
+    rows = load_rows(state, step)
     tally = Tally(
-        num_tokens=sum(batch.num_real_tokens for batch in batches),
-        num_images=sum(len(batch.grid_thw_N3) for batch in batches),
+        num_tokens=sum(batch.num_real_tokens for batch in rows.batches),
+        num_images=sum(len(batch.grid_thw_N3) for batch in rows.batches),
     )
-    totals: dict[str, torch.Tensor] = {}
 
     def on_output(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, None]:
         loss_sum, count, _metrics = state.stage.loss(logits, batch)
@@ -123,27 +121,26 @@ def train_step(state: TrainState, step: int) -> StepResult:
         tally.sample_ids.append(batch.sample_ids)
         return loss_sum, count.to(torch.int), None
 
-    def finalize(chunks: list[Any], _num_tokens: torch.Tensor | None = None, **options: Any) -> None:
-        """Reduce gradients over ranks, then divide by the global count (Megatron-Core's own counts in integers)."""
-        finalize_model_grads(chunks, None, **options)
-        totals["sums"] = _reduce(state, tally, step)
-        for chunk in chunks:
-            chunk.scale_gradients(float(1.0 / totals["sums"][1]))
-
-    state.config.finalize_model_grads_func = finalize
-    run_schedule(state, batches, on_output, forward_only=False)
-    loss_sum, count, num_tokens, num_images = totals["sums"].tolist()
-    norms = _checked_norms(state, step, list(itertools.chain(*(batch.sample_ids for batch in batches))))
+    inputs = state.inputs(step)
+    schedule = training_schedule(state.layout, inputs, state.costs)
+    _, events = run_schedule(state, schedule, rows, on_output, record=recordings is not None)
+    if recordings is not None:
+        recordings.append(Recording(schedule, inputs, events))
+    state.parts.reduce_gradients()
+    totals = _reduce(state, tally, step)
+    state.parts.scale_gradients(float(1.0 / totals[1]))
+    loss_sum, count, num_tokens, num_images = totals.tolist()
+    norms = _checked_norms(state, step, list(itertools.chain(*(batch.sample_ids for batch in rows.batches))))
     clip_and_update(state.optimizer, norms, state.recipe.optimizer.clip_grad)
     state.scheduler.step(increment=1)
-    context = state.groups.context.size()
+    context = state.groups.topology.context
     return StepResult(loss_sum / count, count, round(num_tokens / context), round(num_images / context), norms)
 
 
 def _reduce(state: TrainState, tally: Tally, step: int) -> torch.Tensor:
     """[loss sum, count, tokens, images] over all ranks; tokens and images are counted once per context rank."""
     local = torch.zeros(4, dtype=torch.float64, device=state.device)
-    if state.is_last_stage:
+    if state.groups.is_last_stage:
         sums, counts = torch.stack(tally.sums).double(), torch.stack(tally.counts).double()
         broken = [ids for ids, value in zip(tally.sample_ids, sums.tolist(), strict=True) if not _finite(value)]
         if broken:
@@ -152,10 +149,16 @@ def _reduce(state: TrainState, tally: Tally, step: int) -> torch.Tensor:
         local = torch.stack(
             (sums.sum(), counts.sum(), sums.new_tensor(tally.num_tokens), sums.new_tensor(tally.num_images))
         )
-    total = global_sums(local, state.groups.data_context, state.groups.pipeline, state.is_last_stage)
+    total = global_sums(local, _speaks(state))
     if not total[1] > 0:
         raise RunError(f"step {step + 1}: no token of the global batch has a weight: nothing to learn")
     return total
+
+
+def _speaks(state: TrainState) -> bool:
+    """Whether this rank's loss is counted: on the last stage one of the tensor ranks, which all have the same."""
+    place = state.groups.place
+    return state.groups.is_last_stage and place is not None and place.tensor == 0
 
 
 def _finite(value: float) -> bool:
@@ -164,7 +167,7 @@ def _finite(value: float) -> bool:
 
 def _checked_norms(state: TrainState, step: int, sample_ids: list[str]) -> GradientNorms:
     state.optimizer.prepare_grads()
-    norms = gradient_norms(state.optimizer, state.learning_components)
+    norms = gradient_norms(state.optimizer, state.parts, state.learning_components)
     if _finite(norms.total):
         return norms
     where = [
@@ -184,14 +187,14 @@ def _checked_norms(state: TrainState, step: int, sample_ids: list[str]) -> Gradi
     )
 
 
-@torch.no_grad()
 def evaluate(state: TrainState) -> dict[str, float]:
     """Mean loss on the held-out rows, over all ranks."""
     assert state.eval_set is not None
-    multiple = state.groups.pipeline.size() if state.config.virtual_pipeline_model_parallel_size else 1
-    batches = list(
-        state.loader.eval_batches(state.eval_set, max_rounds=state.recipe.train.eval_iters, rounds_multiple=multiple)
-    )
+    topology, train = state.groups.topology, state.recipe.train
+    rows_D = evaluation_rows(state.eval_set, train.micro_batch_size, topology.data, max_rounds=train.eval_iters)
+    inputs = step_inputs(topology, state.parts.rank, state.eval_set, rows_D, state.costs)
+    loaded = list(state.loader.eval_batches(state.eval_set, inputs.orders))
+    rows = Rows([one.batch for one in loaded], [one.patches_PC for one in loaded], inputs.shares)
     local = torch.zeros(2, dtype=torch.float64, device=state.device)
 
     def on_output(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, None]:
@@ -200,7 +203,7 @@ def evaluate(state: TrainState) -> dict[str, float]:
         return loss_sum, count.to(torch.int), None
 
     state.set_training(False)
-    run_schedule(state, batches, on_output, forward_only=True)
+    run_schedule(state, evaluation_schedule(state.layout, len(loaded)), rows, on_output)
     state.set_training(True)
-    loss_sum, count = global_sums(local, state.groups.data_context, state.groups.pipeline, state.is_last_stage).tolist()
+    loss_sum, count = global_sums(local, _speaks(state)).tolist()
     return {"loss": loss_sum / count, "num_tokens": count}

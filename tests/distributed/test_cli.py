@@ -80,7 +80,6 @@ def native_logits(hf_dir: str, checkpoint: str, rows: str) -> tuple[list[int], t
     from megavlm.data.packing import pack
     from megavlm.data.tokens import Tokenizer
     from megavlm.train.single import build_single
-    from megavlm.train.step import run_batch
 
     directory = HFDirectory(hf_dir)
     inputs = directory.architecture.inputs
@@ -89,12 +88,12 @@ def native_logits(hf_dir: str, checkpoint: str, rows: str) -> tuple[list[int], t
     row = encoder.encode_prompt(read_samples([rows])[0])
     sizes = {"sample_multiple": 1, "total_multiple": 1, "pad_token_id": 0, "patch_channels": inputs.patch_channels}
     batch = pack([row], load_sample_patches(row, encoder), **sizes)
-    model, groups, _ = build_single(directory, "fp32")
+    model = build_single(directory, "fp32")
     folder = find_checkpoint(Path(checkpoint), required=True)
     assert folder is not None
-    load_checkpoint_weights(folder, directory, model, groups)
+    load_checkpoint_weights(folder, directory, model.parts, model.groups)
     with torch.no_grad():
-        return row.tokens_S.tolist(), run_batch(model, model, batch, torch.device("cpu"))
+        return row.tokens_S.tolist(), model.logits(batch, torch.device("cpu"))
 
 
 @torch.no_grad()

@@ -41,6 +41,6 @@ def test_equals_megatron_bit_for_bit(inputs: Path, workers: PoolKeeper, name: st
 
 
 def test_a_message_that_does_not_come_is_named(inputs: Path, workers: PoolKeeper) -> None:
-    recipe = canon.recipe(inputs, parallel={"pipeline_model_parallel_size": 2})
+    recipe = canon.recipe(inputs, parallel={"pipeline_model_parallel_size": 2}, train={"distributed_timeout_s": 3})
     _, message = workers(2).run("tests.distributed.runtime_cases:lost_message", recipe=recipe)
-    assert "rank 1 waited for receive(activation0 0>1)" in message
+    assert "rank 1 waited for receive(activation0 0>1) from rank 0" in message

@@ -13,7 +13,12 @@ _SHORT = {
     "stages": "pipeline_model_parallel_layout",
     "cp": "context_parallel_size",
     "cp_comm": "cp_comm_type",
+    "placement": "vision_placement",
     "vision_tp": "vision_tensor_model_parallel_size",
+    "vision_pp": "vision_pipeline_model_parallel_size",
+    "vision_dp": "vision_data_parallel_size",
+    "max_live": "vision_max_live_microbatches",
+    "encode_twice": "vision_recompute",
     "sharded_optimizer": "use_distributed_optimizer",
     "overlap_reduce": "overlap_grad_reduce",
     "overlap_gather": "overlap_param_gather",
@@ -58,6 +63,7 @@ REFERENCES: dict[str, Reference] = {
     "qwen3_vl": Reference("qwen3_vl"),
     "llava": Reference("llava"),
     "frozen vision": Reference("qwen3_vl", {"freeze_vit": True}),
+    "frozen encoder": Reference("qwen3_vl", {"freeze_vit": True, "freeze_aligner": True}),
     "frozen language": Reference("qwen3_vl", {"freeze_llm": True}),
 }
 
@@ -116,7 +122,79 @@ MEMBERS: tuple[Member, ...] = (
     Member("DP2, distributed optimizer, overlap", 2, _OVERLAP_BOTH, quick=True, bucket_size=SMALL_BUCKET),
     Member("DP2, distributed optimizer, gradient overlap only", 2, _OVERLAP, bucket_size=SMALL_BUCKET),
     Member("DP2, frozen vision, overlap", 2, _OVERLAP_BOTH, False, "frozen vision", bucket_size=SMALL_BUCKET),
+    # the encoder's places
+    Member("encoder stage + PP1", 2, layout(placement="stage", pp=2), quick=True),
+    Member("encoder stage + PP1, frozen vision", 2, layout(placement="stage", pp=2), False, "frozen vision"),
+    Member("encoder stage + PP1, frozen language model", 2, layout(placement="stage", pp=2), True, "frozen language"),
+    Member("encoder stage + PP1, frozen encoder", 2, layout(placement="stage", pp=2), True, "frozen encoder"),
+    Member("encoder stage + PP1, LLaVA", 2, layout(placement="stage", pp=2), False, "llava"),
+    Member("encoder spread, PP2", 2, layout(placement="spread", pp=2), quick=True),
+    Member("encoder spread, PP2, frozen encoder", 2, layout(placement="spread", pp=2), False, "frozen encoder"),
+    Member("encoder spread twice, DP2", 2, layout(placement="spread", encode_twice=True), quick=True),
+    Member("encoder spread, CP2 p2p", 2, layout(placement="spread", cp=2, cp_comm="p2p"), True, micro_batch_size=4),
+    Member("encoder spread, TP2+SP, vision TP1", 2, layout(placement="spread", tp=2, sp=True, vision_tp=1), True),
+    Member("encoder spread, DP2, recompute full", 2, layout(placement="spread") | _FULL),
+    Member("encoder in bubbles, PP2", 2, layout(placement="bubble", pp=2), quick=True),
+    Member("encoder in bubbles, PP2, bound 2", 2, layout(placement="bubble", pp=2, max_live=2)),
+    Member("encoder in bubbles twice, PP2", 2, layout(placement="bubble", pp=2, encode_twice=True), quick=True),
+    Member("encoder in bubbles, PP2, frozen vision", 2, layout(placement="bubble", pp=2), False, "frozen vision"),
+    Member("encoder in bubbles, PP2, frozen encoder", 2, layout(placement="bubble", pp=2), True, "frozen encoder"),
+    Member("encoder in bubbles, PP2 x VPP2", 2, layout(placement="bubble", pp=2, vpp=2), quick=True),
+    Member("encoder in bubbles, PP2, LLaVA", 2, layout(placement="bubble", pp=2), True, "llava"),
+    Member("encoder on own rank + one", 2, layout(placement="own_ranks"), quick=True),
+    Member("encoder on own rank + one, frozen encoder", 2, layout(placement="own_ranks"), False, "frozen encoder"),
+    Member("encoder on own rank + PP2", 3, layout(placement="own_ranks", pp=2), quick=True),
+    Member("encoder on own rank + DP2", 3, layout(placement="own_ranks"), True, micro_batch_size=2),
+    Member("encoder on own ranks DP2 + one", 3, layout(placement="own_ranks", vision_dp=2)),
+    Member("encoder on own ranks TP2 + one", 3, layout(placement="own_ranks", vision_tp=2), True),
+    Member("encoder on own rank + TP2+SP", 3, layout(placement="own_ranks", tp=2, sp=True)),
+    Member("encoder on own rank + CP2", 3, layout(placement="own_ranks", cp=2), micro_batch_size=4),
     # four ranks
+    Member("3 encoder stages + PP1", 4, layout(placement="stage", pp=4, vision_pp=3)),
+    Member("2 encoder stages + PP2", 4, layout(placement="stage", pp=4, vision_pp=2), quick=True),
+    Member("2 encoder stages + PP2, LLaVA", 4, layout(placement="stage", pp=4, vision_pp=2), True, "llava"),
+    Member("encoder stage + PP1, TP2+SP", 4, layout(placement="stage", pp=2, tp=2, sp=True), True, micro_batch_size=2),
+    Member("encoder stage TP1 + PP1 TP2", 4, layout(placement="stage", pp=2, tp=2, vision_tp=1), micro_batch_size=2),
+    Member("encoder stage + PP1, CP2", 4, layout(placement="stage", pp=2, cp=2), True, micro_batch_size=2),
+    Member("encoder stage + PP3, layers 1 + 2 + 1", 4, layout(placement="stage", pp=4, stages="Et|tt|tL")),
+    Member(
+        "encoder stage + PP1, DP2, overlap",
+        4,
+        layout(placement="stage", pp=2) | _OVERLAP_BOTH,
+        bucket_size=SMALL_BUCKET,
+    ),
+    Member(
+        "encoder spread, PP2 x DP2, overlap",
+        4,
+        layout(placement="spread", pp=2) | _OVERLAP_BOTH,
+        True,
+        bucket_size=SMALL_BUCKET,
+    ),
+    Member("encoder spread, PP2 x DP2, optimizer not distributed", 4, layout(placement="spread", pp=2) | _PLAIN),
+    Member("encoder spread, CP2 x DP2", 4, layout(placement="spread", cp=2)),
+    Member("encoder spread, TP2+SP x PP2", 4, layout(placement="spread", tp=2, sp=True, pp=2), micro_batch_size=2),
+    Member("encoder in bubbles, PP4, bound 4", 4, layout(placement="bubble", pp=4, max_live=4), quick=True),
+    Member(
+        "encoder in bubbles, TP2+SP x PP2", 4, layout(placement="bubble", tp=2, sp=True, pp=2), True, micro_batch_size=2
+    ),
+    Member("encoder in bubbles, TP2 x PP2, vision TP1", 4, layout(placement="bubble", tp=2, pp=2, vision_tp=1)),
+    Member("encoder in bubbles, CP2 x PP2", 4, layout(placement="bubble", cp=2, pp=2), True, micro_batch_size=2),
+    Member(
+        "encoder in bubbles, PP2 x VPP2 x DP2, overlap",
+        4,
+        layout(placement="bubble", pp=2, vpp=2) | _OVERLAP_BOTH,
+        bucket_size=SMALL_BUCKET,
+    ),
+    Member(
+        "encoder in bubbles, PP2 x DP2, optimizer not distributed", 4, layout(placement="bubble", pp=2) | _PLAIN, True
+    ),
+    Member(
+        "encoder on own ranks DP2 + TP2", 4, layout(placement="own_ranks", vision_dp=2, tp=2), True, micro_batch_size=2
+    ),
+    Member("encoder on own ranks TP2 + DP2", 4, layout(placement="own_ranks", vision_tp=2)),
+    Member(
+        "encoder on own ranks DP2 + PP2, LLaVA", 4, layout(placement="own_ranks", vision_dp=2, pp=2), False, "llava"
+    ),
     Member("TP4 with 2 key-value heads", 4, layout(tp=4), True, micro_batch_size=8),
     Member("TP4 with 2 key-value heads, micro batch 1", 4, layout(tp=4)),
     Member("TP4+SP with 2 key-value heads", 4, layout(tp=4, sp=True), micro_batch_size=4),
@@ -138,6 +216,18 @@ MEMBERS: tuple[Member, ...] = (
     Member("TP2+SP x DP2, distributed optimizer", 4, layout(tp=2, sp=True), True, micro_batch_size=4),
     Member("LLaVA TP2 x PP2", 4, layout(tp=2, pp=2), True, "llava", micro_batch_size=2),
     # eight ranks
+    Member("2 encoder stages + PP2, TP2+SP", 8, layout(placement="stage", pp=4, vision_pp=2, tp=2, sp=True)),
+    Member("encoder spread, TP2+SP x PP2 x DP2", 8, layout(placement="spread", tp=2, sp=True, pp=2)),
+    Member(
+        "encoder in bubbles, TP2+SP x PP2 x DP2, overlap",
+        8,
+        layout(placement="bubble", tp=2, sp=True, pp=2) | _OVERLAP_BOTH,
+        bucket_size=SMALL_BUCKET,
+    ),
+    Member("encoder in bubbles, CP2 x PP2 x DP2", 8, layout(placement="bubble", cp=2, pp=2)),
+    Member(
+        "encoder on own ranks TP2 x DP2 + PP2 x DP2", 8, layout(placement="own_ranks", vision_tp=2, vision_dp=2, pp=2)
+    ),
     Member("TP2 x PP2 x DP2", 8, layout(tp=2, pp=2)),
     Member("TP2+SP x PP2 x DP2, overlap", 8, layout(tp=2, sp=True, pp=2) | _OVERLAP_BOTH, bucket_size=SMALL_BUCKET),
 )

@@ -5,8 +5,8 @@ import torch.distributed as dist
 
 from megavlm.config.schema import Recipe
 from megavlm.config.validate import validate_recipe
-from megavlm.models.names import named_parameters
-from megavlm.models.vlm import VisionLanguageModel
+from megavlm.models.encoder import VisionEncoder
+from megavlm.models.names import Part, named_parameters
 from megavlm.parallel.wrap import OVERLAP_BUCKET_PARAMETERS
 from megavlm.train import resume
 from megavlm.train.state import TrainState, build_state
@@ -59,7 +59,7 @@ def num_trainable(recipe: Recipe) -> int:
 def num_buckets(recipe: Recipe, bucket_size: int) -> int:
     """Gradient buckets of this rank."""
     state = _build(recipe, bucket_size)
-    return sum(len(buffer.buckets) for chunk in state.chunks for buffer in chunk.buffers)
+    return sum(len(buffer.buckets) for chunk in state.parts.chunks for buffer in chunk.buffers)
 
 
 def _build(recipe: Recipe, bucket_size: int | None = None) -> TrainState:
@@ -78,15 +78,13 @@ def _steps(state: TrainState, num_steps: int) -> list[StepRow]:
     return rows
 
 
-def _whole_gradient(
-    state: TrainState, model: VisionLanguageModel, name: str, parameter: torch.nn.Parameter
-) -> torch.Tensor | None:
+def _whole_gradient(state: TrainState, model: Part, name: str, parameter: torch.nn.Parameter) -> torch.Tensor | None:
     """Put the parts of tensor-parallel ranks together; None for what is not trained."""
     if not parameter.requires_grad:
         return None
     marks = vars(parameter)
     gradient = marks["main_grad"].clone()
-    group = state.groups.vision.tp if name.startswith(("vision.", "projector.")) else state.groups.tensor
+    group = state.groups.vision.tp if isinstance(model, VisionEncoder) else state.groups.tensor
     if not marks.get("tensor_model_parallel", False) or group.size() == 1:
         return gradient
     parts = [torch.empty_like(gradient) for _ in range(group.size())]

@@ -74,47 +74,51 @@ def compare(
     from megavlm.checkpoint.hf_io import HFDirectory
     from megavlm.parallel.groups import initialize
     from megavlm.platform.seeds import seed_everything
+    from megavlm.train.parts import build_parts
     from megavlm.train.stages.sft import SupervisedFineTuning
-    from megavlm.train.state import build_model, row_multiples
+    from megavlm.train.state import row_multiples
 
     judge = HFDirectory(hf_dir)
     with mutation(broken):
         recipe = recipe_of(hf_dir, parallel, precision)
         groups = initialize(recipe.parallel)
         seed_everything(recipe.train.seed)
-        _, (chunk,), (model,) = build_model(recipe, HFDirectory(hf_dir), groups, 0)
+        parts = build_parts(recipe, HFDirectory(hf_dir), groups, 0)
         stage = SupervisedFineTuning(groups)
         measured = {}
         for name, (items, expected) in rows.items():
             batch = pack_items(items, judge.architecture.inputs.patch_channels, *row_multiples(recipe))
             if precision == "bf16":
                 with torch.no_grad():
-                    measured[name] = _compare_logits(_forward(chunk, batch), model, expected)
+                    measured[name] = _compare_logits(_forward(parts, batch), parts, expected)
             else:
-                measured[name] = _compare_all(chunk, model, stage, batch, expected, judge)
+                measured[name] = _compare_all(parts, stage, batch, expected, judge)
     return measured
 
 
-def _forward(chunk: Any, batch: Any) -> torch.Tensor:
-    return chunk(batch.patches_PC, batch.tokens_T, batch.position_ids_3T, batch.cu_seqlens, batch.grid_thw_N3)
+def _forward(parts: Any, batch: Any) -> torch.Tensor:
+    features_VKH = None
+    if len(batch.grid_thw_N3):
+        features_VKH = parts.encoder_chunk(batch.patches_PC, batch.grid_thw_N3)
+    (chunk,) = parts.chunks
+    return chunk(features_VKH, batch.tokens_T, batch.position_ids_3T, batch.cu_seqlens)
 
 
-def _compare_all(chunk: Any, model: Any, stage: Any, batch: Any, expected: Reference, judge: Any) -> Measured:
-    from megatron.core.distributed import finalize_model_grads
-
-    chunk.zero_grad_buffer()
-    logits_TW = _forward(chunk, batch)
+def _compare_all(parts: Any, stage: Any, batch: Any, expected: Reference, judge: Any) -> Measured:
+    for chunk in parts.wrapped:
+        chunk.zero_grad_buffer()
+    logits_TW = _forward(parts, batch)
     loss_sum, count, _ = stage.loss(logits_TW, batch)
     loss_sum.backward()
-    finalize_model_grads([chunk], None)
-    chunk.scale_gradients(1.0 / count.item())
-    measured = _compare_logits(logits_TW.detach(), model, expected)
+    parts.reduce_gradients()
+    parts.scale_gradients(1.0 / count.item())
+    measured = _compare_logits(logits_TW.detach(), parts, expected)
     measured["loss"] = abs((loss_sum.detach() / count).item() / expected.loss - 1)
-    measured |= compare_gradients([model], expected.gradients, judge)
+    measured |= compare_gradients(parts.all, expected.gradients, judge)
     if expected.tower_PD is not None and expected.features_VKH is not None:
         with torch.no_grad():
-            tower_PD = model.vision(batch.patches_PC, batch.grid_thw_N3)[0]
-            features_VKH = model.encode_images(batch.patches_PC, batch.grid_thw_N3)
+            tower_PD = parts.encoder.vision([batch.patches_PC], batch.grid_thw_N3)[0]
+            features_VKH = parts.encoder(batch.patches_PC, batch.grid_thw_N3)
         theirs_VKH = expected.features_VKH
         measured["tower"] = _relative(tower_PD, expected.tower_PD)
         measured["features"] = _relative(features_VKH[:, 0], theirs_VKH[:, 0])
@@ -123,9 +127,9 @@ def _compare_all(chunk: Any, model: Any, stage: Any, batch: Any, expected: Refer
     return measured
 
 
-def _compare_logits(logits_TW: torch.Tensor, model: Any, expected: Reference) -> Measured:
+def _compare_logits(logits_TW: torch.Tensor, parts: Any, expected: Reference) -> Measured:
     """Padding, at the row's end only, is left out; each rank compares its part of the vocabulary."""
-    tensor = model.groups.tensor
+    tensor = parts.groups.tensor
     part_TW = expected.logits_TY.chunk(tensor.size(), dim=1)[tensor.rank()]
     return {"logits": _largest(logits_TW[: len(part_TW)], part_TW)}
 
@@ -216,23 +220,28 @@ def round_trip(hf_dir: Path, out_dir: Path, max_shard_bytes: int) -> dict[str, A
     from megavlm.models.names import named_parameters
     from megavlm.parallel.groups import initialize
     from megavlm.platform.seeds import seed_everything
-    from megavlm.train.state import build_model
+    from megavlm.train.parts import build_parts
 
     source = HFDirectory(hf_dir)
     precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[source.dtype]
     recipe = recipe_of(hf_dir, {}, precision)
     groups = initialize(recipe.parallel)
     seed_everything(0)
-    _, _, (model,) = build_model(recipe, source, groups, 0)
-    native = {name: parameter.data for name, parameter in named_parameters(model)}
+    parts = build_parts(recipe, source, groups, 0)
+    native = {name: parameter.data for model in parts.all for name, parameter in named_parameters(model)}
     export_weights(source.entries, native, source, out_dir, max_shard_bytes=max_shard_bytes)
     written = HFDirectory(out_dir)
     seed_everything(1)
-    _, _, (again,) = build_model(recipe, written, groups, 0)
+    again = build_parts(recipe, written, groups, 0)
     return {
         "tensors": len(source.names),
         "dtype": {str(parameter.dtype) for parameter in native.values()},
         "one side only": sorted(set(source.names) ^ set(written.names)),
         "different": [name for name in source.names if not torch.equal(source.read(name), written.read(name))],
-        "different native": [name for name, value in named_parameters(again) if not torch.equal(value, native[name])],
+        "different native": [
+            name
+            for model in again.all
+            for name, value in named_parameters(model)
+            if not torch.equal(value, native[name])
+        ],
     }

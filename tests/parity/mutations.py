@@ -26,15 +26,15 @@ def mutation(name: str) -> Iterator[None]:
 
 
 def _deepstack_late() -> Patches:
-    from megavlm.models import vlm
+    from megavlm.models import chunk
 
     def one_slot_more(*args: Any, **kwargs: Any) -> torch.Tensor:
         hidden_TKH = merge_features(*args, **kwargs)
         empty = torch.zeros_like(hidden_TKH[:, :1])
         return torch.cat((hidden_TKH[:, :1], empty, hidden_TKH[:, 1:]), dim=1)
 
-    merge_features = vlm.merge_features
-    return [patch.object(vlm, "merge_features", one_slot_more)]
+    merge_features = chunk.merge_features
+    return [patch.object(chunk, "merge_features", one_slot_more)]
 
 
 def _gate_up_swapped() -> Patches:
@@ -66,14 +66,14 @@ def _one_vision_segment() -> Patches:
 
 
 def _one_language_segment() -> Patches:
-    from megavlm.models import vlm
+    from megavlm.models import chunk
 
     def whole(cu_seqlens_q: torch.Tensor, cu_seqlens_kv: torch.Tensor, **kwargs: Any) -> Any:
         borders = cu_seqlens_q[[0, -1]]
         return packed_seq_params(cu_seqlens_q=borders, cu_seqlens_kv=borders, **kwargs)
 
-    packed_seq_params = vlm.PackedSeqParams
-    return [patch.object(vlm, "PackedSeqParams", whole)]
+    packed_seq_params = chunk.PackedSeqParams
+    return [patch.object(chunk, "PackedSeqParams", whole)]
 
 
 def _exact_gelu() -> Patches:
@@ -95,13 +95,13 @@ def _slow_gelu() -> Patches:
 
 
 def _other_epsilon() -> Patches:
-    from megavlm.train import state
+    from megavlm.train import parts
 
     def changed(*args: Any) -> Any:
         return dataclasses.replace(transformer_config(*args), layernorm_epsilon=1e-5)
 
-    transformer_config = state.transformer_config
-    return [patch.object(state, "transformer_config", changed)]
+    transformer_config = parts.transformer_config
+    return [patch.object(parts, "transformer_config", changed)]
 
 
 def _plain_language_qkv() -> Patches:
@@ -123,13 +123,10 @@ def _plain_vision_qkv() -> Patches:
 def _causal_vision() -> Patches:
     from megatron.core.transformer.enums import AttnMaskType
 
-    from megavlm.models.families import llava, qwen3_vl
+    from megavlm.models import vision
 
-    layer_spec = qwen3_vl.layer_spec
-    return [
-        patch.object(family, "layer_spec", lambda provider, _: layer_spec(provider, AttnMaskType.causal))
-        for family in (llava, qwen3_vl)
-    ]
+    layer_spec = vision.layer_spec
+    return [patch.object(vision, "layer_spec", lambda provider, _: layer_spec(provider, AttnMaskType.causal))]
 
 
 def _no_loss_mask() -> Patches:
@@ -163,8 +160,8 @@ def _local_count() -> Patches:
 
     from megavlm.train import step
 
-    def local_sums(local: torch.Tensor, data_context: dist.ProcessGroup, *_args: Any) -> torch.Tensor:
-        return local * data_context.size()
+    def local_sums(local: torch.Tensor, _counts: bool) -> torch.Tensor:
+        return local * dist.get_world_size()
 
     return [patch.object(step, "global_sums", local_sums)]
 

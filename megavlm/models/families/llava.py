@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
@@ -23,9 +21,8 @@ from megavlm.models.architecture import Architecture, VisionArchitecture
 from megavlm.models.family import ModelFamily
 from megavlm.models.norm import plain_layer_norm
 from megavlm.models.projector import Connectors, TwoLayerMLP
-from megavlm.models.specs import layer_spec
 from megavlm.models.text_config import read_language
-from megavlm.models.vision import pack_params, run_layers
+from megavlm.models.vision import pack_params, run_layers, tower_block
 from megavlm.models.weight_map import Entry, direct, flattened, language_entries, split_qkv
 
 # What transformers assumes when a config.json leaves a key out, as those on the hub do.
@@ -102,35 +99,38 @@ class ClipTower(MegatronModule):
         super().__init__(config=config)
         size, dtype = architecture.hidden_size, config.params_dtype
         self.num_patches = architecture.num_positions
-        self.num_layers = architecture.num_layers + 1 + architecture.feature_layer
-        self.patch_embed = nn.Linear(architecture.patch_channels, size, bias=False, dtype=dtype)
-        self.class_embedding = nn.Parameter(torch.zeros(size, dtype=dtype))
-        self.position_table = nn.Embedding(architecture.num_positions + 1, size, dtype=dtype)
-        self.pre_norm = plain_layer_norm(size, architecture.norm_epsilon, dtype)
-        spec = layer_spec(provider, AttnMaskType.no_mask)
-        self.block = TransformerBlock(
-            config,
-            TransformerBlockSubmodules([spec] * self.num_layers, layer_norm=provider.layer_norm()),
-            post_layer_norm=False,
-            post_process=False,
-            pg_collection=groups,
-        )
-        shapes = unused_shapes(architecture)
+        self.is_first_stage = groups.pp.rank() == 0
+        self.is_last_stage = groups.pp.rank() == groups.pp.size() - 1
+        if self.is_first_stage:
+            self.patch_embed = nn.Linear(architecture.patch_channels, size, bias=False, dtype=dtype)
+            self.class_embedding = nn.Parameter(torch.zeros(size, dtype=dtype))
+            self.position_table = nn.Embedding(architecture.num_positions + 1, size, dtype=dtype)
+            self.pre_norm = plain_layer_norm(size, architecture.norm_epsilon, dtype)
+        self.block = tower_block(config, provider, groups)
+        shapes = unused_shapes(architecture) if self.is_last_stage else {}
         self.unused = nn.ParameterDict(
             {key: nn.Parameter(torch.zeros(shape, dtype=dtype), requires_grad=False) for key, shape in shapes.items()}
         )
 
-    def forward(self, patches_PC: torch.Tensor, grid_thw_N3: torch.Tensor) -> list[torch.Tensor]:
-        """Encode images of the one size that CLIP takes."""
+    def forward(self, hiddens: list[torch.Tensor], grid_thw_N3: torch.Tensor) -> list[torch.Tensor]:
+        """Encode images of the one size that CLIP takes.
+
+        Args:
+            hiddens: the patches [P, C] on the first stage; the hidden state [N * (patches + 1), D] elsewhere.
+            grid_thw_N3: patch grid of every image.
+        """
         num_images = len(grid_thw_N3)
-        embedded = self.patch_embed(patches_PC.to(self.patch_embed.weight.dtype))
-        embedded = embedded.view(num_images, self.num_patches, -1)
-        first = self.class_embedding.expand(num_images, 1, -1)
-        hidden = torch.cat((first, embedded), dim=1) + self.position_table.weight
-        packing = pack_params([self.num_patches + 1] * num_images, patches_PC.device)
-        last, _ = run_layers(
-            self.block, self.pre_norm(hidden).flatten(0, 1)[:, None], [packing] * self.num_layers, None, ()
-        )
+        (hidden,) = hiddens
+        if self.is_first_stage:
+            embedded = self.patch_embed(hidden.to(self.patch_embed.weight.dtype))
+            embedded = embedded.view(num_images, self.num_patches, -1)
+            first = self.class_embedding.expand(num_images, 1, -1)
+            hidden = torch.cat((first, embedded), dim=1) + self.position_table.weight
+            hidden = self.pre_norm(hidden).flatten(0, 1)
+        packing = pack_params([self.num_patches + 1] * num_images, hidden.device)
+        last, _ = run_layers(self.block, hidden[:, None], [packing] * len(self.block.layers), None, ())
+        if not self.is_last_stage:
+            return [last[:, 0]]
         without_class = last.view(num_images, self.num_patches + 1, -1)[:, 1:]
         return [without_class.reshape(num_images * self.num_patches, -1)]
 
@@ -139,7 +139,7 @@ def unused_shapes(architecture: VisionArchitecture) -> dict[str, tuple[int, ...]
     """Shapes of the tensors after the feature layer, by their CLIP names with `.` as `__`."""
     size, ffn = architecture.hidden_size, architecture.ffn_hidden_size
     shapes: dict[str, tuple[int, ...]] = {"post_layernorm__weight": (size,), "post_layernorm__bias": (size,)}
-    computed = architecture.num_layers + 1 + architecture.feature_layer
+    computed = architecture.num_computed_layers
     linears = {"self_attn__q_proj": (size, size), "self_attn__k_proj": (size, size), "self_attn__v_proj": (size, size)}
     linears |= {"self_attn__out_proj": (size, size), "mlp__fc1": (ffn, size), "mlp__fc2": (size, ffn)}
     for number in range(computed, architecture.num_layers):
@@ -188,7 +188,7 @@ def weight_map(architecture: Architecture) -> list[Entry]:
         entries.append(direct(f"vision.pre_norm.{kind}", f"{TOWER}pre_layrnorm.{kind}"))  # spelt so in CLIP
         for ours, theirs in (("linear_fc1", "linear_1"), ("linear_fc2", "linear_2")):
             entries.append(direct(f"projector.main.{ours}.{kind}", f"multi_modal_projector.{theirs}.{kind}"))
-    for number in range(vision.num_layers + 1 + vision.feature_layer):
+    for number in range(vision.num_computed_layers):
         entries += _layer_entries(number, vision)
     for key in unused_shapes(vision):
         entries.append(direct(f"vision.unused.{key}", TOWER + key.replace("__", ".")))

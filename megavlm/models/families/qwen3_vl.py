@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
@@ -23,9 +21,15 @@ from megavlm.models.architecture import Architecture, VisionArchitecture
 from megavlm.models.family import ModelFamily
 from megavlm.models.projector import Connectors, TwoLayerMLP
 from megavlm.models.rope import axial_angles
-from megavlm.models.specs import layer_spec
 from megavlm.models.text_config import read_language, rope_settings
-from megavlm.models.vision import frame_lengths, interpolate_positions, pack_params, patch_geometry, run_layers
+from megavlm.models.vision import (
+    frame_lengths,
+    interpolate_positions,
+    pack_params,
+    patch_geometry,
+    run_layers,
+    tower_block,
+)
 from megavlm.models.weight_map import Entry, direct, flattened, fused_qkv, language_entries
 
 # What transformers assumes when a config.json leaves a key out.
@@ -84,7 +88,7 @@ def read_config(config: dict[str, Any]) -> Architecture:
 
 
 class Qwen3Tower(MegatronModule):
-    """Patches to hidden states: the last one, then one per DeepStack layer, each [P, D]."""
+    """Patches to hidden states: the last one, then one per DeepStack layer, each [P, D]; or a stage of that."""
 
     def __init__(
         self,
@@ -96,30 +100,32 @@ class Qwen3Tower(MegatronModule):
         super().__init__(config=config)
         self.architecture = architecture
         self.side = int(architecture.num_positions**0.5)
+        self.is_first_stage = groups.pp.rank() == 0
         dtype = config.params_dtype
-        self.patch_embed = nn.Linear(architecture.patch_channels, architecture.hidden_size, dtype=dtype)
-        self.position_table = nn.Embedding(architecture.num_positions, architecture.hidden_size, dtype=dtype)
-        spec = layer_spec(provider, AttnMaskType.no_mask)
-        self.block = TransformerBlock(
-            config,
-            TransformerBlockSubmodules([spec] * architecture.num_layers, layer_norm=provider.layer_norm()),
-            post_layer_norm=False,
-            post_process=False,
-            pg_collection=groups,
-        )
+        if self.is_first_stage:
+            self.patch_embed = nn.Linear(architecture.patch_channels, architecture.hidden_size, dtype=dtype)
+            self.position_table = nn.Embedding(architecture.num_positions, architecture.hidden_size, dtype=dtype)
+        self.block = tower_block(config, provider, groups)
 
-    def forward(self, patches_PC: torch.Tensor, grid_thw_N3: torch.Tensor) -> list[torch.Tensor]:
-        """Encode; attention stays inside each frame."""
+    def forward(self, hiddens: list[torch.Tensor], grid_thw_N3: torch.Tensor) -> list[torch.Tensor]:
+        """Encode; attention stays inside each frame.
+
+        Args:
+            hiddens: the patches [P, C] on the first stage; the last hidden state [P, D] and the taps so far elsewhere.
+            grid_thw_N3: patch grid of every image.
+        """
         vision = self.architecture
         geometry = patch_geometry(grid_thw_N3, vision.merge_size)
-        hidden_PD = self.patch_embed(patches_PC.to(self.patch_embed.weight.dtype))
-        hidden_PD = hidden_PD + interpolate_positions(self.position_table.weight, self.side, geometry)
+        hidden_PD, *earlier = hiddens
+        if self.is_first_stage:
+            hidden_PD = self.patch_embed(hidden_PD.to(self.patch_embed.weight.dtype))
+            hidden_PD = hidden_PD + interpolate_positions(self.position_table.weight, self.side, geometry)
         angles = axial_angles(geometry.rows_P, geometry.columns_P, vision.hidden_size // vision.num_attention_heads)
-        packing = pack_params(frame_lengths(grid_thw_N3), patches_PC.device)
+        packing = pack_params(frame_lengths(grid_thw_N3), hidden_PD.device)
         last, taps = run_layers(
-            self.block, hidden_PD[:, None], [packing] * vision.num_layers, angles, vision.deepstack_layers
+            self.block, hidden_PD[:, None], [packing] * len(self.block.layers), angles, vision.deepstack_layers
         )
-        return [last[:, 0]] + [tap[:, 0] for tap in taps]
+        return [last[:, 0], *earlier, *(tap[:, 0] for tap in taps)]
 
 
 def build_tower(

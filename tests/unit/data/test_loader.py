@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from megavlm.data.dataset import load_image_patches
 from megavlm.data.encode import SampleEncoder
 from megavlm.data.images import read_image_spec
-from megavlm.data.loader import BatchLoader, Dataset
+from megavlm.data.loader import BatchLoader, Dataset, evaluation_rows
 from megavlm.data.plan import GlobalBatchPlan
 from megavlm.data.readers import iterate_samples, read_samples
-from megavlm.data.sample import EncodedSample
+from megavlm.data.sample import EncodedSample, MicrobatchOrder
 from megavlm.data.tokens import Tokenizer
 from megavlm.errors import UseError
 from tests.unit.data.conftest import QWEN_INPUTS, draw_image, write_jsonl
@@ -48,12 +49,40 @@ def prepared(path, encoder, **kwargs):
     return dataset, dataset.prepare()
 
 
-def make_loader(dataset, dp_rank=0, dp_size=1, num_workers=0, micro_batch_size=2):
+def orders_of(dataset, rows, with_images=True):
+    """Orders for rows with all their own images, as (sample indices, filler), or for the rows alone."""
+    return [
+        MicrobatchOrder(
+            indices,
+            tuple((index, number) for index in indices for number in range(len(dataset.grids_each[index])))
+            if with_images
+            else (),
+            filler,
+        )
+        for indices, filler in rows
+    ]
+
+
+def make_loader(dataset, dp_rank=0, dp_size=1, num_workers=0, micro_batch_size=2, with_images=True):
     plan = GlobalBatchPlan(len(dataset), 5, 8, micro_batch_size, dp_size)
-    return BatchLoader(dataset, plan, dp_rank, dp_size, sample_multiple=4, total_multiple=8, num_workers=num_workers)
+
+    def of_step(step):
+        return orders_of(dataset, [(row, False) for row in plan.microbatches(step, dp_rank)], with_images)
+
+    return BatchLoader(dataset, of_step, sample_multiple=4, total_multiple=8, num_workers=num_workers)
+
+
+def eval_batches(loader, dataset, dp_rank=0, dp_size=1, micro_batch_size=2, max_rounds=0):
+    rows = evaluation_rows(dataset, micro_batch_size, dp_size, max_rounds=max_rounds)[dp_rank]
+    return loader.eval_batches(dataset, orders_of(dataset, rows))
 
 
 def assert_same(first, second):
+    assert torch.equal(first.patches_PC, second.patches_PC)
+    assert_same_rows(first.batch, second.batch)
+
+
+def assert_same_rows(first, second):
     for field in dataclasses.fields(first):
         left, right = (getattr(batch, field.name) for batch in (first, second))
         assert torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right, field.name
@@ -66,12 +95,14 @@ def test_batches_follow_the_plan_and_hold_the_pixels(rows_path, encoder):
     plan = GlobalBatchPlan(len(dataset), 5, 8, 2, 1)
     batches = list(make_loader(dataset).batches(1))
     expected = [tuple(dataset.sample(index).sample_id for index in indices) for indices in plan.microbatches(1, 0)]
-    assert [batch.sample_ids for batch in batches] == expected
-    for batch in batches:
+    assert [one.batch.sample_ids for one in batches] == expected
+    for one in batches:
+        batch = one.batch
         assert len(batch.tokens_T) % 8 == 0
         merged = (batch.grid_thw_N3.prod(1) // 4).sum()
         assert (batch.tokens_T == QWEN_INPUTS.image_token_id).sum() == merged
-        assert batch.patches_PC.shape == (batch.grid_thw_N3.prod(1).sum(), QWEN_INPUTS.patch_channels)
+        assert batch.patches_PC.shape == (0, QWEN_INPUTS.patch_channels)
+        assert one.patches_PC.shape == (batch.grid_thw_N3.prod(1).sum(), QWEN_INPUTS.patch_channels)
         assert batch.loss_weights_T.sum() > 0
 
 
@@ -156,10 +187,20 @@ def test_rank_that_encodes_no_image_reads_none(rows_path, encoder, tmp_path):
     whole = list(make_loader(dataset).batches(0))
     for path in tmp_path.glob("*.png"):
         path.unlink()
-    blind = BatchLoader(dataset, GlobalBatchPlan(len(dataset), 5, 8, 2, 1), 0, 1, 4, 8, load_pixels=False)
+    blind = make_loader(dataset, with_images=False)
     for first, second in zip(whole, blind.batches(0), strict=True):
         assert second.patches_PC.shape == (0, QWEN_INPUTS.patch_channels)
-        assert_same(dataclasses.replace(first, patches_PC=second.patches_PC), second)
+        assert_same_rows(first.batch, second.batch)
+
+
+def test_images_of_other_rows_come_in_the_order_that_they_were_asked_for(rows_path, encoder):
+    dataset, _ = prepared(rows_path, encoder)
+    wanted = ((5, 1), (1, 0), (5, 0))
+    loader = BatchLoader(dataset, lambda _step: [MicrobatchOrder((3,), wanted)], 4, 8)
+    (one,) = loader.batches(0)
+    expected = [load_image_patches(dataset.encoded(index), number, encoder) for index, number in wanted]
+    assert torch.equal(one.patches_PC, torch.cat(expected))
+    assert one.batch.sample_ids == (dataset.sample(3).sample_id,)
 
 
 def test_encoder_travels_to_another_process(rows_path, encoder):
@@ -174,7 +215,10 @@ def test_encoder_travels_to_another_process(rows_path, encoder):
 def test_evaluation_walks_every_row_once_and_keeps_ranks_level(rows_path, encoder, dp_size, micro_batch_size):
     dataset, _ = prepared(rows_path, encoder)
     by_rank = [
-        list(make_loader(dataset, rank, dp_size, micro_batch_size=micro_batch_size).eval_batches(dataset))
+        [
+            one.batch
+            for one in eval_batches(make_loader(dataset), dataset, rank, dp_size, micro_batch_size=micro_batch_size)
+        ]
         for rank in range(dp_size)
     ]
     assert len({len(batches) for batches in by_rank}) == 1
@@ -187,13 +231,10 @@ def test_evaluation_walks_every_row_once_and_keeps_ranks_level(rows_path, encode
     assert all(batch.num_real_tokens > 0 for batch in in_order)
 
 
-def test_evaluation_can_be_bounded_and_filled_up(rows_path, encoder):
+def test_evaluation_can_be_bounded(rows_path, encoder):
     dataset, _ = prepared(rows_path, encoder)
-    loader = make_loader(dataset)
-    assert [batch.sample_ids[0][-2:] for batch in loader.eval_batches(dataset, max_rounds=2)] == [":1", ":3"]
-    filled = list(loader.eval_batches(dataset, rounds_multiple=4))
-    assert len(filled) == 8 and [bool(batch.loss_weights_T.any()) for batch in filled] == [True] * 6 + [False] * 2
-    assert len(list(loader.eval_batches(dataset, max_rounds=5, rounds_multiple=4))) == 8
+    bounded = eval_batches(make_loader(dataset), dataset, max_rounds=2)
+    assert [one.batch.sample_ids[0][-2:] for one in bounded] == [":1", ":3"]
 
 
 def test_workers_make_no_difference(rows_path, encoder):
@@ -207,7 +248,7 @@ def test_workers_make_no_difference(rows_path, encoder):
         for first, second in itertools.zip_longest(alone.batches(step), helped.batches(step)):
             assert_same(first, second)
     for _ in range(2):
-        for first, second in itertools.zip_longest(alone.eval_batches(dataset), helped.eval_batches(dataset)):
+        for first, second in itertools.zip_longest(eval_batches(alone, dataset), eval_batches(helped, dataset)):
             assert_same(first, second)
     helped.close()
 

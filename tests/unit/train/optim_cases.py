@@ -19,7 +19,7 @@ def rates_by_step(recipe: Recipe, num_steps: int) -> list[dict[str, float]]:
     state = build_state(recipe)
     rates = []
     for _ in range(num_steps):
-        rates.append(learning_rates(state.optimizer, state.learning_components))
+        rates.append(learning_rates(state.scheduler, recipe.optimizer, state.learning_components))
         state.scheduler.step(increment=1)
     return rates
 
@@ -92,9 +92,9 @@ def _groups(state: TrainState) -> dict[str, Any]:
 
 def _first_moments(state: TrainState) -> dict[str, torch.Tensor]:
     """Adam's first moments by name. Only without the distributed optimizer are they whole."""
-    (inner,) = state.optimizer.chained_optimizers
     return {
         name: inner.optimizer.state[parameter]["exp_avg"].clone()
+        for inner in state.optimizer.chained_optimizers
         for name, parameter in _parameters(state)
         if parameter in inner.optimizer.state
     }
@@ -106,7 +106,7 @@ def _parameters(state: TrainState) -> list[tuple[str, torch.nn.Parameter]]:
 
 def _fill_gradients(state: TrainState, value: float) -> None:
     chunk: DistributedDataParallel
-    for chunk in state.chunks:
+    for chunk in state.parts.wrapped:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
     for _, parameter in _parameters(state):
@@ -115,4 +115,4 @@ def _fill_gradients(state: TrainState, value: float) -> None:
 
 def _prepared_norms(state: TrainState) -> Any:
     state.optimizer.prepare_grads()
-    return gradient_norms(state.optimizer, state.learning_components)
+    return gradient_norms(state.optimizer, state.parts, state.learning_components)

@@ -1,8 +1,7 @@
-"""The vision-language model of one pipeline rank: tower and connectors where they live, a chunk of decoder layers.
+"""A chunk of the language model of one pipeline rank; the first one puts visual features among the words.
 
 Shape suffixes: T tokens of the packed row, L tokens of this rank (T / cp), S those of its sequence-parallel part,
-P patches, C patch values, N images, V visual tokens, K slots (1 + DeepStack features), H hidden size, W this rank's
-part of the vocabulary.
+V visual tokens, K slots (1 + DeepStack features), H hidden size, W this rank's part of the vocabulary.
 """
 
 from typing import Any
@@ -20,12 +19,8 @@ from megavlm.parallel.context import local_part
 from megavlm.parallel.groups import Groups
 
 
-class VisionLanguageModel(MegatronModule):
-    """Encodes images, puts them among the words, decodes.
-
-    Children are `vision` and `projector` (on the chunk with the embedding) and `language`; these names are the
-    components that learning rates, freezing, norms and checkpoints speak of.
-    """
+class LanguageChunk(MegatronModule):
+    """Decodes; its child is `language`, the component that learning rates, freezing, norms and checkpoints speak of."""
 
     def __init__(
         self,
@@ -33,22 +28,15 @@ class VisionLanguageModel(MegatronModule):
         architecture: Architecture,
         groups: Groups,
         language: nn.Module,
-        vision: nn.Module | None,
-        projector: nn.Module | None,
-        fixed_slots: bool,
         vp_stage: int | None,
     ) -> None:
         super().__init__(config=config)
         self.architecture, self.groups, self.vp_stage = architecture, groups, vp_stage
-        if vision is not None and projector is not None:
-            self.vision: Any = vision
-            self.projector: Any = projector
         self.language: Any = language
         decoder: Any = self.language.decoder
         self.pre_process, self.post_process = self.language.pre_process, self.language.post_process
         self.share_embeddings_and_output_weights = architecture.language.tied_embeddings
         self.model_type = self.language.model_type
-        self.fixed_slots = fixed_slots
         layers = [layer.layer_number - 1 for layer in decoder.layers]
         num_deepstack = architecture.num_deepstack
         # an empty chunk passes on what it gets
@@ -72,23 +60,21 @@ class VisionLanguageModel(MegatronModule):
 
     def forward(
         self,
-        patches_PC: torch.Tensor,
+        features_VKH: torch.Tensor | None,
         tokens_T: torch.Tensor,
         position_ids_3T: torch.Tensor,
         cu_seqlens: torch.Tensor,
-        grid_thw_N3: torch.Tensor,
     ) -> torch.Tensor:
-        """Run this rank's chunk on one packed row.
+        """Run this chunk on one packed row.
 
         Args:
-            patches_PC: float patches of all images; 0 rows for a text-only row. Read on the first stage only.
+            features_VKH: of all images of the row, in their order; None without images, and on later chunks.
             tokens_T: int64 token ids, the whole row.
             position_ids_3T: int64 rotary positions, the whole row.
             cu_seqlens: int32 sample borders, padding included, the last one T.
-            grid_thw_N3: int64 patch grid of every image.
 
         Returns:
-            Logits [L, W] on the last stage, hidden states [S, K, H] elsewhere.
+            Logits [L, W] on the last chunk, hidden states [S, K, H] elsewhere.
         """
         borders = cu_seqlens.to(torch.int32)
         longest = int((borders[1:] - borders[:-1]).max())
@@ -99,55 +85,23 @@ class VisionLanguageModel(MegatronModule):
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
         )
-        hidden = None
-        if self.pre_process:
-            hidden = self._embed(patches_PC, tokens_T, borders, grid_thw_N3)
-        output = self.language(
+        hidden = self._embed(features_VKH, tokens_T, borders) if self.pre_process else None
+        output: torch.Tensor = self.language(
             input_ids=None,
             position_ids=position_ids_3T[:, None],
             attention_mask=None,
             decoder_input=hidden,
             packed_seq_params=packing,
         )
-        if self.post_process:
-            return output.reshape(-1, output.shape[-1])  # GPTModel gives [1, L, W]
-        return self._pad_slots(output)
+        return output.reshape(-1, output.shape[-1]) if self.post_process else output  # GPTModel gives [1, L, W]
 
-    def encode_images(self, patches_PC: torch.Tensor, grid_thw_N3: torch.Tensor) -> torch.Tensor:
-        """Features [V, K, H] of all images of a batch."""
-        features: torch.Tensor = self.projector(self.vision(patches_PC, grid_thw_N3))
-        return features
-
-    def _embed(
-        self, patches_PC: torch.Tensor, tokens_T: torch.Tensor, borders: torch.Tensor, grid_thw_N3: torch.Tensor
-    ) -> torch.Tensor:
+    def _embed(self, features_VKH: torch.Tensor | None, tokens_T: torch.Tensor, borders: torch.Tensor) -> torch.Tensor:
         context = self.groups.context
         rows_T = feature_rows(tokens_T, self.architecture.inputs.image_token_id)
         tokens_L = local_part(tokens_T, borders, context.size(), context.rank())
         rows_L = local_part(rows_T, borders, context.size(), context.rank())
         embeddings_LH = self.language.embedding(input_ids=tokens_L[None], position_ids=None)[:, 0]
-        features_VKH = None
-        if len(grid_thw_N3):
-            features_VKH = self.encode_images(patches_PC, grid_thw_N3)
-        else:
-            # Every encoder parameter gets a (zero) gradient, so that no rank waits for one in a collective.
-            grid = torch.tensor([self.smallest_grid()], device=tokens_T.device)
-            blank = patches_PC.new_zeros(int(grid.prod()), self.architecture.inputs.patch_channels)
-            embeddings_LH = embeddings_LH + self.encode_images(blank, grid).sum() * 0.0
         hidden_LKH = merge_features(embeddings_LH, features_VKH, rows_L, self.num_slots)
         if self.config.sequence_parallel:
             hidden_LKH = tensor_parallel.scatter_to_sequence_parallel_region(hidden_LKH, group=self.groups.tensor)
         return hidden_LKH.contiguous()
-
-    def smallest_grid(self) -> tuple[int, int, int]:
-        """Patch grid of the least image the tower takes."""
-        inputs = self.architecture.inputs
-        side = inputs.image_px // inputs.patch_px if inputs.image_kind == "square" else inputs.merge_size
-        return 1, side, side
-
-    def _pad_slots(self, hidden_SKH: torch.Tensor) -> torch.Tensor:
-        """Interleaved schedules receive into tensors of one fixed shape: fill up the slots already used."""
-        missing = self.num_slots - hidden_SKH.shape[1]
-        if not self.fixed_slots or not missing:
-            return hidden_SKH
-        return torch.cat((hidden_SKH, hidden_SKH.new_zeros(len(hidden_SKH), missing, hidden_SKH.shape[2])), dim=1)

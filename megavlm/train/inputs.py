@@ -1,0 +1,117 @@
+"""What every rank has to load and encode, step by step: from the plan of samples to orders for the loader.
+
+Every rank computes this alike, from the plan and the image sizes of all rows.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megavlm.data.dataset import Dataset
+from megavlm.data.sample import MicrobatchOrder
+from megavlm.models.architecture import Architecture
+from megavlm.parallel.topology import Replica, Topology
+from megavlm.planner.flops import decoder_layer_flops, head_flops, image_flops
+from megavlm.train.shares import Grid, StepShares, share_step
+
+Row = tuple[tuple[int, ...], bool]
+"""A microbatch of one data rank: sample indices, and whether it only fills up a round."""
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """One run through a schedule, seen from one rank.
+
+    Attributes:
+        orders: what the rank wants from the loader, per microbatch.
+        shares: who encodes what.
+        lengths: per microbatch of this rank's data rank, the lengths of its samples in tokens.
+    """
+
+    orders: tuple[MicrobatchOrder, ...]
+    shares: StepShares
+    lengths: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """What encoding an image and decoding a row cost, in exact FLOPs of the matrix products.
+
+    Attributes:
+        architecture: of the model.
+        trains_encoder: a frozen encoder has no backward pass.
+        layers: decoder layers of every stage of the language model, by [stage][chunk].
+    """
+
+    architecture: Architecture
+    trains_encoder: bool
+    layers: tuple[tuple[int, ...], ...]
+
+    def encode(self, grid: Grid) -> float:
+        """Forward pass of an image through tower and connectors."""
+        return _image_flops(self.architecture, grid)
+
+    def decode(self, stage: int, chunk: int, lengths: Sequence[int]) -> float:
+        """Forward pass of a packed row through a chunk of a stage, the output layer with the last."""
+        language = self.architecture.language
+        cost = self.layers[stage][chunk] * decoder_layer_flops(language, lengths)
+        is_last = stage == len(self.layers) - 1 and chunk == len(self.layers[0]) - 1
+        return float(cost + (head_flops(language, sum(lengths)) if is_last else 0))
+
+
+@functools.lru_cache(maxsize=65536)
+def _image_flops(architecture: Architecture, grid: Grid) -> float:
+    return float(image_flops(architecture, grid))
+
+
+def step_inputs(
+    topology: Topology, rank: int, dataset: Dataset, rows_D: Sequence[Sequence[Row]], costs: CostModel
+) -> StepInputs:
+    """Share out the images of some rows, and say what this rank loads.
+
+    Args:
+        topology: of the run.
+        rank: this one.
+        dataset: what the sample indices mean.
+        rows_D: by data rank, its microbatches; as many for each.
+        costs: of encoding and decoding.
+    """
+    home = topology.loading_data_rank(rank)
+    takes_all = topology.placement in ("spread", "own_ranks")
+    data_ranks = range(len(rows_D)) if takes_all else [home]
+    num_microbatches = len(rows_D[home])
+    images_MD: list[dict[int, list[tuple[int, int]]]] = [
+        {
+            data: [(index, number) for index in rows_D[data][m][0] for number in range(len(dataset.grids_each[index]))]
+            for data in data_ranks
+        }
+        for m in range(num_microbatches)
+    ]
+    grids_MD = [
+        {data: [dataset.grids_each[index][number] for index, number in images] for data, images in images_D.items()}
+        for images_D in images_MD
+    ]
+    lengths = tuple(tuple(int(dataset.num_tokens_each[index]) for index in row[0]) for row in rows_D[home])
+
+    def load_of(replica: Replica, microbatch: int) -> float:
+        stage = replica.position - topology.first_position
+        chunks = range(len(costs.layers[stage]))
+        forward = sum(costs.decode(stage, chunk, lengths[microbatch]) for chunk in chunks)
+        return 3 * forward / (topology.tensor * topology.context)
+
+    factor = (3 if costs.trains_encoder else 1) / topology.vision_tensor
+    shares = share_step(
+        topology,
+        grids_MD,
+        lambda grid: factor * costs.encode(grid),
+        load_of if topology.placement == "bubble" else None,
+    )
+    part = topology.replica_of(rank)
+    orders = []
+    for m, (indices, filler) in enumerate(rows_D[home]):
+        wanted: list[tuple[int, int]] = []
+        if part is not None and part[1] == 0:  # only an encoder's first stage takes pixels
+            keys = shares.microbatches[m].images_of(part[0].number)
+            wanted = [images_MD[m][key.data][key.number] for key in keys]
+        orders.append(MicrobatchOrder(indices, tuple(wanted), filler))
+    return StepInputs(tuple(orders), shares, lengths)

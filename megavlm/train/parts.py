@@ -1,0 +1,105 @@
+"""The parts of the model that this rank holds, wrapped for data parallelism."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megavlm.checkpoint.hf_io import HFDirectory, load_weights
+from megavlm.config.schema import Recipe
+from megavlm.models.build import build_encoder, build_language_chunks, transformer_config, unwrap
+from megavlm.models.chunk import LanguageChunk
+from megavlm.models.encoder import VisionEncoder
+from megavlm.models.names import Part
+from megavlm.parallel.groups import Groups
+from megavlm.parallel.wrap import wrap_encoder, wrap_language
+from megavlm.train.freeze import freeze, frozen_components
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a rank holds.
+
+    Attributes:
+        groups: process groups.
+        config: Megatron-Core's configuration of the language model.
+        chunks: of the language model, in DDP; one empty one on a rank that only encodes.
+        models: the same unwrapped; nothing on a rank that only encodes.
+        encoder_chunk: the vision encoder in DDP; empty on a rank that has none.
+        encoder: the same unwrapped, or None.
+        trains_encoder: whether any rank's encoder (tower or projector) learns.
+    """
+
+    groups: Groups
+    config: TransformerConfig
+    chunks: tuple[DistributedDataParallel, ...]
+    models: tuple[LanguageChunk, ...]
+    encoder_chunk: DistributedDataParallel
+    encoder: VisionEncoder | None
+    trains_encoder: bool
+
+    @property
+    def rank(self) -> int:
+        """This rank."""
+        return dist.get_rank()
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors of this rank live."""
+        return torch.device(torch.cuda.current_device())
+
+    @property
+    def wrapped(self) -> Sequence[DistributedDataParallel]:
+        """Everything in DDP, the encoder last."""
+        return (*self.chunks, self.encoder_chunk)
+
+    @property
+    def all(self) -> Sequence[Part]:
+        """Everything that is there, unwrapped."""
+        return self.models if self.encoder is None else (*self.models, self.encoder)
+
+    @property
+    def learns(self) -> tuple[bool, bool]:
+        """Whether this rank holds weights that learn: of the language model, of the encoder."""
+        return any(chunk.buffers for chunk in self.chunks), bool(self.encoder_chunk.buffers)
+
+    def reduce_gradients(self) -> None:
+        """Sum gradients over all ranks that hold copies; behind the last backward pass of a step."""
+        if self.models:
+            finalize_model_grads(list(self.chunks), None, pg_collection=self.groups.language)
+        if self.encoder is not None:
+            self.encoder_chunk.finish_grad_sync()
+
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply all gradients."""
+        for chunk in self.wrapped:
+            chunk.scale_gradients(factor)
+
+
+def build_parts(recipe: Recipe, directory: HFDirectory, groups: Groups, bucket_size: int) -> Parts:
+    """This rank's parts with the directory's weights, frozen and wrapped as the recipe says."""
+    architecture, parallel = directory.architecture, recipe.parallel
+    config = transformer_config(architecture, recipe.model, parallel, recipe.train.precision)
+    bare = build_language_chunks(architecture, config, recipe.model.backend, groups)
+    models = [unwrap(chunk) for chunk in bare]
+    encoder = build_encoder(directory.family, architecture, config, recipe.model.backend, groups)
+    held: list[Part] = [*models, encoder] if encoder is not None else [*models]
+    load_weights(directory, held)
+    freeze(held, recipe.optimizer)
+    chunks = wrap_language(bare, config, parallel, groups, bucket_size)
+    encoder_chunk = wrap_encoder(encoder, config, parallel, groups, bucket_size)
+    parts = Parts(
+        groups=groups,
+        config=config,
+        chunks=tuple(chunks),
+        models=tuple(model for model in models if isinstance(model, LanguageChunk)),
+        encoder_chunk=encoder_chunk,
+        encoder=encoder,
+        trains_encoder=not {"vision", "projector"} <= frozen_components(recipe.optimizer),
+    )
+    for chunk in parts.wrapped:
+        chunk.train()
+    return parts

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing import ShardedObject
+from megatron.core.dist_checkpointing import LocalNonpersistentObject, ShardedObject
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.dict_utils import merge
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, merge
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import (
     TorchDistLoadShardedStrategy,
@@ -129,9 +129,14 @@ def restore_optimizer(
         if name not in loaded:
             continue
         _sharded, local = extract_sharded_base(_inner_state(inner, model, collection, is_loading=True))
+        local = dict_list_map_inplace(_unwrapped, local)
         state = merge(local, loaded[name])
         _set_steps(state, step)
         inner.load_state_dict(state)
+
+
+def _unwrapped(value: Any) -> Any:
+    return value.unwrap() if isinstance(value, LocalNonpersistentObject) else value
 
 
 def _set_steps(state: dict[str, Any], step: int) -> None:

@@ -20,6 +20,7 @@ COMMANDS: dict[str, str] = {
     "train": "megavlm.cli.train",
     "convert": "megavlm.cli.convert",
     "generate": "megavlm.cli.generate",
+    "report": "megavlm.cli.report_run",
     "doctor": "megavlm.cli.doctor",
 }
 _EPILOG = """\

@@ -8,5 +8,6 @@ at afterwards. A run folder holds:
     tensorboard/             the same numbers for TensorBoard
     recipe.yaml              the resolved recipe
     samples.json             held-out questions with the answers before and after training
+    timeline.json            what every pipeline rank did in one step, measured and simulated
     report.html              written from the files above by `report.write_report`
 """

@@ -1,13 +1,12 @@
 """The report of a run: one HTML file that opens anywhere, without a network."""
 
-import os
 from datetime import datetime, timezone
 from pathlib import Path
 
 import yaml
 
 import megavlm
-from megavlm.errors import RunError
+from megavlm.observe.files import replace_text
 from megavlm.observe.metrics import LOG_NAME, read_log
 from megavlm.observe.report_charts import build_charts
 from megavlm.observe.report_html import render
@@ -20,6 +19,8 @@ from megavlm.observe.report_summary import (
     list_settings,
     started_at,
 )
+from megavlm.observe.timeline import TIMELINE_NAME, read_timeline
+from megavlm.observe.timeline_html import TimelineView, build_timeline_view
 
 REPORT_NAME = "report.html"
 RECIPE_NAME = "recipe.yaml"
@@ -29,7 +30,8 @@ SAMPLES_NAME = "samples.json"
 def write_report(run_dir: str | Path) -> Path:
     """Write `run_dir/report.html` from what the run left there, and return its path.
 
-    Reads `metrics.jsonl` (required), `recipe.yaml` and `samples.json` (each may be missing). samples.json is a list of
+    Reads `metrics.jsonl` (required), `recipe.yaml`, `samples.json` and `timeline.json` (each may be missing; `timeline`
+    describes the last). samples.json is a list of
     `{"id", "images": [paths], "question", "truth", "before", "after", "task"}`, where image paths are absolute or
     relative to the run folder, `before` and `after` are answers or null, and `task` may be missing.
 
@@ -49,6 +51,7 @@ def write_report(run_dir: str | Path) -> Path:
         facts=list_facts(rows, recipe),
         alerts=list_alerts(rows),
         charts=build_charts(rows),
+        timeline=_timeline_view(folder / TIMELINE_NAME),
         samples=samples,
         events=list_events(rows),
         settings=list_settings(rows),
@@ -56,7 +59,12 @@ def write_report(run_dir: str | Path) -> Path:
         written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         version=megavlm.__version__,
     )
-    return _replace_text(folder / REPORT_NAME, page)
+    return replace_text(folder / REPORT_NAME, page)
+
+
+def _timeline_view(path: Path) -> TimelineView | None:
+    """None where no step was recorded."""
+    return build_timeline_view(read_timeline(path)) if path.exists() else None
 
 
 def _read_text(path: Path) -> str:
@@ -70,14 +78,3 @@ def _parse_recipe(text: str) -> dict:
     except yaml.YAMLError:
         return {}
     return recipe if isinstance(recipe, dict) else {}
-
-
-def _replace_text(path: Path, text: str) -> Path:
-    """Write under another name and rename, so that a reader never meets half a report."""
-    fresh = path.with_name(f".{path.name}.tmp")
-    try:
-        fresh.write_text(text, encoding="utf-8")
-        os.replace(fresh, path)
-    except OSError as error:
-        raise RunError(f"cannot write the report {path}: {error}") from error
-    return path

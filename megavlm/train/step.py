@@ -140,16 +140,22 @@ def train_step(state: TrainState, step: int, recordings: list[Recording] | None 
 def _reduce(state: TrainState, tally: Tally, step: int) -> torch.Tensor:
     """[loss sum, count, tokens, images] over all ranks; tokens and images are counted once per context rank."""
     local = torch.zeros(4, dtype=torch.float64, device=state.device)
+    broken = ""
     if state.groups.is_last_stage:
         sums, counts = torch.stack(tally.sums).double(), torch.stack(tally.counts).double()
-        broken = [ids for ids, value in zip(tally.sample_ids, sums.tolist(), strict=True) if not _finite(value)]
-        if broken:
-            ids = ", ".join(itertools.chain(*broken))
-            raise RunError(f"step {step + 1}, rank {dist.get_rank()}: loss is not finite on sample(s) {ids}")
+        ids = [ids for ids, value in zip(tally.sample_ids, sums.tolist(), strict=True) if not _finite(value)]
+        if ids:
+            samples = ", ".join(itertools.chain(*ids))
+            broken = f"rank {dist.get_rank()}: loss is not finite on sample(s) {samples}"
         local = torch.stack(
             (sums.sum(), counts.sum(), sums.new_tensor(tally.num_tokens), sums.new_tensor(tally.num_images))
         )
     total = global_sums(local, _speaks(state))
+    if not _finite(float(total[0])):
+        # All ranks see it in the sum, and end together; only some know the samples.
+        everyones: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyones, broken)
+        raise RunError(f"step {step + 1}, {next((text for text in everyones if text), 'the sum of losses overflows')}")
     if not total[1] > 0:
         raise RunError(f"step {step + 1}: no token of the global batch has a weight: nothing to learn")
     return total

@@ -1,7 +1,9 @@
 """Which samples go into which step, microbatch and data rank: pure functions that every rank computes alike.
 
 The set and the order of a global batch's samples depend on the data, the seed and the step only, never on the layout:
-that is what makes a run resume exactly after the layout changed.
+that is what makes a run resume exactly after the layout changed. How it is cut into microbatches does depend on it:
+either into equal numbers of samples, in their order, or, where the costs of the samples are given, into packs of equal
+work.
 """
 
 import functools
@@ -10,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megavlm.data.balance import SampleCosts, Split, split
 from megavlm.errors import use_error
 
 
@@ -21,9 +24,14 @@ class GlobalBatchPlan:
         num_samples: rows that are left after too long ones were dropped.
         seed: of the shuffling.
         global_batch_size: samples an optimizer step.
-        micro_batch_size: samples packed into one row.
+        micro_batch_size: samples packed into one row; not used where `costs` are given.
         dp_size: data parallel ranks.
         shuffle: whether each epoch has an order of its own; False keeps the file order.
+        costs: of all `num_samples` rows, alike on every rank (a measured unit has to be agreed on first). Then each
+            step is split by cost: the number of microbatches is the least into which the samples fit, and may differ
+            from step to step.
+        microbatches_multiple: what the number of microbatches of a step split by cost is a multiple of: the pipeline
+            size, for interleaved pipelines.
     """
 
     num_samples: int
@@ -32,17 +40,24 @@ class GlobalBatchPlan:
     micro_batch_size: int
     dp_size: int
     shuffle: bool = True
+    costs: SampleCosts | None = None
+    microbatches_multiple: int = 1
 
     def __post_init__(self) -> None:
         """Check the sizes.
 
         Raises:
-            UseError: no samples, a negative seed, or a global batch that does not divide.
+            UseError: no samples, a negative seed, a global batch that does not divide, or, split by cost, one with
+                fewer samples than every step has packs at least.
         """
         if self.seed < 0:
             raise use_error("train.seed", self.seed, "a number of at least 0", "change it")
         if self.num_samples < 1:
             raise use_error("data.train", "no rows that fit", "at least one", "raise data.max_length or add rows")
+        if self.costs is not None:
+            assert len(self.costs.num_tokens_N) == self.num_samples
+            self._check_packs()
+            return
         samples_a_round = self.micro_batch_size * self.dp_size
         if self.global_batch_size < 1 or self.global_batch_size % samples_a_round != 0:
             raise use_error(
@@ -52,10 +67,26 @@ class GlobalBatchPlan:
                 "change one of them",
             )
 
+    def _check_packs(self) -> None:
+        least = self.dp_size * self.microbatches_multiple
+        if self.global_batch_size < least:
+            of = f" x a multiple of {self.microbatches_multiple} microbatches" if self.microbatches_multiple > 1 else ""
+            raise use_error(
+                "train.global_batch_size",
+                self.global_batch_size,
+                f"at least {least}, one sample for every pack ({self.dp_size} data parallel ranks{of})",
+                "raise it, or start fewer processes",
+            )
+
     @property
     def num_microbatches(self) -> int:
-        """Microbatches of one data rank in one step."""
+        """Microbatches of one data rank in one step, where all steps have as many: where no costs are given."""
+        assert self.costs is None, "steps that are split by cost differ: ask num_microbatches_of(step)"
         return self.global_batch_size // (self.micro_batch_size * self.dp_size)
+
+    def num_microbatches_of(self, step: int) -> int:
+        """Microbatches of each data rank in a step; the same on every rank."""
+        return self.num_microbatches if self.costs is None else len(_split_by_cost(self, step)[0])
 
     def num_steps(self, num_epochs: float) -> int:
         """Steps that see every sample `num_epochs` times; the last one reaches into the next epoch if it must."""
@@ -80,10 +111,15 @@ class GlobalBatchPlan:
     def microbatches(self, step: int, dp_rank: int) -> list[tuple[int, ...]]:
         """The sample indices of each microbatch of one data rank.
 
-        The global batch is cut contiguously into microbatches; microbatch m of data rank d is number m * dp_size + d,
-        so that gradients are summed in the same order in every layout.
+        Without costs the global batch is cut contiguously into microbatches; microbatch m of data rank d is number
+        m * dp_size + d, so that gradients are summed in the same order in every layout.
+
+        With costs see `balance.split`. A microbatch is empty only where the samples of a step are so long that there
+        have to be more packs than samples; whoever runs it needs a filler without weight.
         """
         assert 0 <= dp_rank < self.dp_size, (dp_rank, self.dp_size)
+        if self.costs is not None:
+            return list(_split_by_cost(self, step)[dp_rank])
         rows = self.global_batch_indices(step).reshape(-1, self.micro_batch_size)
         return [tuple(int(index) for index in row) for row in rows[dp_rank :: self.dp_size]]
 
@@ -100,3 +136,12 @@ def _permutation(num_samples: int, seed: int, epoch: int) -> np.ndarray:
     order = np.argsort(keys, kind="stable")
     order.flags.writeable = False
     return order
+
+
+@functools.lru_cache(maxsize=8)
+def _split_by_cost(plan: GlobalBatchPlan, step: int) -> Split:
+    """[data rank][microbatch]: indices of the samples. Kept for the last few steps: costs milliseconds to make."""
+    assert plan.costs is not None
+    indices = plan.global_batch_indices(step)
+    parts = split(plan.costs.take(indices), plan.dp_size, multiple=plan.microbatches_multiple)
+    return tuple(tuple(tuple(int(indices[number]) for number in pack) for pack in rank) for rank in parts)

@@ -1,7 +1,7 @@
 """Spread items of known cost over ranks so that all finish together.
 
 Longest processing time first: Graham, "Bounds on Multiprocessing Timing Anomalies", SIAM J. Appl. Math. 17(2), 1969
-(never worse than 4/3 - 1/(3 ranks) of the best).
+(never worse than 4/3 - 1/(3 ranks) of the best). Then items change places as long as the fullest rank gains by it.
 """
 
 import heapq
@@ -9,9 +9,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from megavlm.data.exchange import even_out
+
+_GOOD_ENOUGH = 1e-3
+"""Above the mean: a rank that has only so much more is left alone."""
+
 
 def spread(costs: Sequence[float] | np.ndarray, num_ranks: int) -> np.ndarray:
-    """Assign each item to a rank: the costliest first, each to the rank with the least so far.
+    """Assign each item to a rank so that the largest load of a rank is about as small as it can be.
 
     Deterministic: ties go to the earlier item and the lower rank, so that every rank computes the same.
 
@@ -23,15 +28,21 @@ def spread(costs: Sequence[float] | np.ndarray, num_ranks: int) -> np.ndarray:
         int64 rank of each item.
     """
     array = np.asarray(costs, dtype=np.float64)
-    assert num_ranks >= 1 and (array >= 0).all()
-    ranks = np.zeros(len(array), dtype=np.int64)
+    assert num_ranks >= 1 and np.isfinite(array).all() and (array >= 0).all()
+    ranks = longest_first(array, num_ranks)
+    return even_out(array[None], ranks, num_ranks, tolerance=_GOOD_ENOUGH)
+
+
+def longest_first(costs: np.ndarray, num_ranks: int) -> np.ndarray:
+    """The costliest item first, each to the rank with the least so far: int64 rank of each item."""
     loads = [(0.0, rank) for rank in range(num_ranks)]
-    order = np.argsort(-array, kind="stable")
-    chosen = np.empty(len(array), dtype=np.int64)
-    for position, cost in enumerate(array[order].tolist()):
+    order = np.argsort(-costs, kind="stable")
+    chosen = []
+    for cost in costs[order].tolist():
         load, rank = loads[0]
         heapq.heapreplace(loads, (load + cost, rank))
-        chosen[position] = rank
+        chosen.append(rank)
+    ranks = np.empty(len(costs), dtype=np.int64)
     ranks[order] = chosen
     return ranks
 

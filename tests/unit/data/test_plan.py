@@ -2,9 +2,10 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megavlm.data.balance import SampleCosts
 from megavlm.data.plan import GlobalBatchPlan
 from megavlm.errors import UseError
 
@@ -88,3 +89,65 @@ def test_what_a_plan_gives_cannot_spoil_the_next_call():
     shuffled = plan()
     shuffled.global_batch_indices(0)[:] = 0
     assert len(set(shuffled.global_batch_indices(0))) == 4
+
+
+def costs_of(num_samples, packing_length=100):
+    generator = np.random.default_rng(num_samples)
+    tokens = generator.integers(5, 50, num_samples)
+    return SampleCosts(tokens, generator.integers(0, 9, num_samples) * 1.0, tokens * 1.0, packing_length)
+
+
+def by_cost(num_samples=60, global_batch_size=24, dp_size=1, packing_length=100, multiple=1, seed=3):
+    costs = costs_of(num_samples, packing_length)
+    return GlobalBatchPlan(num_samples, seed, global_batch_size, 1, dp_size, True, costs, multiple)
+
+
+@given(
+    st.integers(1, 60), st.integers(0, 9), st.integers(1, 4), st.sampled_from([50, 70, 130]), st.sampled_from([1, 2, 4])
+)
+@settings(deadline=None)
+def test_the_samples_of_a_step_do_not_depend_on_the_layout(num_samples, step, dp_size, packing_length, multiple):
+    packed = by_cost(num_samples, 24, dp_size, packing_length, multiple)
+    by_rank = [packed.microbatches(step, dp_rank) for dp_rank in range(dp_size)]
+    assert {len(rank) for rank in by_rank} == {packed.num_microbatches_of(step)}
+    assert packed.num_microbatches_of(step) % multiple == 0
+    samples = [index for rank in by_rank for pack in rank for index in pack]
+    assert sorted(samples) == sorted(plan(num_samples, 3, 24).global_batch_indices(step).tolist())
+    tokens = costs_of(num_samples, packing_length).num_tokens_N
+    assert all(tokens[list(pack)].sum() <= packing_length for rank in by_rank for pack in rank)
+
+
+def test_a_pack_keeps_the_order_of_the_global_batch():
+    packed = by_cost()
+    place = {index: place for place, index in enumerate(packed.global_batch_indices(1).tolist())}
+    for pack in packed.microbatches(1, 0):
+        assert [place[index] for index in pack] == sorted(place[index] for index in pack)
+
+
+def test_two_ranks_and_two_processes_agree():
+    # Separate plans share no cache entry: the second is computed anew.
+    assert by_cost(dp_size=2).microbatches(3, 1) == by_cost(dp_size=2).microbatches(3, 1)
+
+
+def test_steps_by_cost_have_unequal_numbers_of_microbatches():
+    packed = by_cost(num_samples=500, global_batch_size=16)
+    numbers = {packed.num_microbatches_of(step) for step in range(20)}
+    assert len(numbers) > 1
+    with pytest.raises(AssertionError, match="num_microbatches_of"):
+        _ = packed.num_microbatches
+    assert plan().num_microbatches_of(7) == plan().num_microbatches == 4
+
+
+def test_more_packs_than_samples_are_needed():
+    # Nine samples that share no pack, on four ranks: three rounds, three of whose packs are empty.
+    tokens = np.full(9, 60)
+    packed = GlobalBatchPlan(9, 0, 9, 1, 4, True, SampleCosts(tokens, tokens * 1.0, tokens * 1.0, 100))
+    by_rank = [packed.microbatches(0, dp_rank) for dp_rank in range(4)]
+    assert sorted(len(pack) for rank in by_rank for pack in rank) == [0] * 3 + [1] * 9
+
+
+def test_any_global_batch_size_of_at_least_a_sample_a_pack():
+    assert by_cost(global_batch_size=23, dp_size=4, multiple=2).num_microbatches_of(0) % 2 == 0
+    message = r"train\.global_batch_size: got 7; expected at least 8, .*4 data parallel ranks x a multiple of 2"
+    with pytest.raises(UseError, match=message):
+        by_cost(global_batch_size=7, dp_size=4, multiple=2)

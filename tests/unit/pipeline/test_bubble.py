@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megavlm.errors import UseError
-from megavlm.pipeline.bubble import RULES, bubble, least_live_encoder
+from megavlm.pipeline.bubble import QUICK_RULES, RULES, bubble, least_live_encoder
 from megavlm.pipeline.checks import max_live, violations
 from megavlm.pipeline.costs import Link, stage_costs
 from megavlm.pipeline.schedules import first_stage, spread
@@ -101,6 +101,45 @@ def test_a_large_bound_beats_the_encoder_on_the_first_stage():
     shared = stage_costs(4, 1, 8, encode_forward_s=0.5, encode_backward_s=1)
     before = simulate(first_stage(4, 8), on_first).makespan_s
     assert simulate(bubble(4, 8, shared, max_live_encoder=8), shared).makespan_s < before / 1.7
+
+
+@given(
+    layouts(max_chunks=1).flatmap(lambda layout: st.tuples(st.just(layout), costs_for(layout), st.integers(1, 6))),
+    st.integers(1, 3),
+)
+@settings(max_examples=30)
+def test_more_in_flight_holds_both_bounds(task, extra):
+    layout, _, bound = task
+    schedule = place(task, extra_in_flight=extra, rules=FEW_RULES)
+    assert violations(schedule) == []
+    num_ranks, _, num_microbatches = layout
+    for rank in range(num_ranks):
+        most = num_ranks - rank + (extra if rank < num_ranks - 1 else 0)
+        assert max_live(schedule, rank, "F", "B") == min(most, bound, num_microbatches)
+
+
+def test_more_in_flight_leaves_less_idle():
+    """The encoder is as large as the gaps, but before the first gradient only 8 microbatches can be encoded."""
+    costs = stage_costs(4, 1, 16, encode_forward_s=0.4, encode_backward_s=0.8)
+    by_extra = [
+        simulate(bubble(4, 16, costs, max_live_encoder=8, extra_in_flight=extra), costs).makespan_s for extra in (0, 1)
+    ]
+    assert by_extra[1] < by_extra[0] - 0.9
+
+
+def test_more_in_flight_only_with_one_chunk():
+    with pytest.raises(AssertionError, match="interleaved"):
+        bubble(2, 4, stage_costs(2, 2, 4), max_live_encoder=8, num_chunks=2, extra_in_flight=1)
+
+
+def test_few_rules_are_nearly_as_good():
+    costs = stage_costs(4, 1, 16, encode_forward_s=0.3, encode_backward_s=0.6)
+    every, quick = (
+        simulate(bubble(4, 16, costs, max_live_encoder=8, rules=rules), costs).makespan_s
+        for rules in (RULES, QUICK_RULES)
+    )
+    assert set(QUICK_RULES) < set(RULES)
+    assert every <= quick <= 1.005 * every
 
 
 def test_slow_links_do_not_stop_it():

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer import ChainedOptimizer
@@ -14,6 +15,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megavlm.checkpoint.hf_io import HFDirectory
 from megavlm.config.layout import layers_per_stage
 from megavlm.config.schema import Recipe
+from megavlm.data.balance import SampleCosts
 from megavlm.data.dataset import Dataset
 from megavlm.data.encode import SampleEncoder
 from megavlm.data.images import read_image_spec
@@ -104,8 +106,11 @@ class TrainState:
         """What this rank loads and encodes in a step (from 0)."""
         if step not in self._inputs:
             topology = self.groups.topology
+            # Rows split by cost may be fewer than a step needs packs: a row without weight fills up.
+            filler = (int(self.train_set.num_tokens_each.argmin()),)
             rows_D = [
-                [(indices, False) for indices in self.plan.microbatches(step, data)] for data in range(topology.data)
+                [(indices or filler, not indices) for indices in self.plan.microbatches(step, data)]
+                for data in range(topology.data)
             ]
             while len(self._inputs) >= _KEPT_STEPS:
                 self._inputs.pop(next(iter(self._inputs)))
@@ -156,6 +161,7 @@ def build_state(recipe: Recipe, bucket_size: int = OVERLAP_BUCKET_PARAMETERS) ->
     seed_everything(recipe.train.seed)
     parts = build_parts(recipe, directory, groups, bucket_size)
     costs = cost_model(recipe, directory, parts.trains_encoder)
+    layout = layout_of(recipe.parallel, groups.topology, parts.trains_encoder)
     plan = GlobalBatchPlan(
         num_samples=len(train_set),
         seed=recipe.train.seed,
@@ -163,6 +169,8 @@ def build_state(recipe: Recipe, bucket_size: int = OVERLAP_BUCKET_PARAMETERS) ->
         micro_batch_size=recipe.train.micro_batch_size,
         dp_size=groups.topology.data,
         shuffle=recipe.data.shuffle,
+        costs=sample_costs(recipe, train_set, costs) if recipe.data.packing else None,
+        microbatches_multiple=groups.topology.pipeline if layout.num_chunks > 1 else 1,
     )
     total_steps = recipe.train.train_iters or plan.num_steps(recipe.train.num_train_epochs)
     optimizer, scheduler = build_optimizer(recipe, parts, total_steps)
@@ -179,7 +187,7 @@ def build_state(recipe: Recipe, bucket_size: int = OVERLAP_BUCKET_PARAMETERS) ->
         eval_set=eval_set,
         plan=plan,
         costs=costs,
-        layout=layout_of(recipe.parallel, groups.topology, parts.trains_encoder),
+        layout=layout,
         payload_groups=make_payload_groups(),
         total_steps=total_steps,
     )
@@ -193,6 +201,23 @@ def cost_model(recipe: Recipe, directory: HFDirectory, trains_encoder: bool) -> 
     num_stages = len(counts) // num_chunks
     layers = tuple(tuple(counts[stage::num_stages]) for stage in range(num_stages))
     return CostModel(directory.architecture, trains_encoder, layers)
+
+
+def sample_costs(recipe: Recipe, dataset: Dataset, costs: CostModel) -> SampleCosts:
+    """Exact FLOPs of every row's images and tokens, for splitting global batches by cost.
+
+    Raises:
+        UseError: a row, padded for the layout, is longer than a packed row may be.
+    """
+    multiple, _ = row_multiples(recipe)
+    lengths_N = -(-dataset.num_tokens_each // multiple) * multiple
+    stages = [(stage, chunk) for stage, row in enumerate(costs.layers) for chunk in range(len(row))]
+    return SampleCosts(
+        num_tokens_N=lengths_N,
+        encoder_N=np.array([sum(costs.encode(grid) for grid in grids) for grids in dataset.grids_each], dtype=float),
+        language_N=np.array([sum(costs.decode(*place, [int(length)]) for place in stages) for length in lengths_N]),
+        packing_length=recipe.data.packing_length or recipe.data.max_length,
+    )
 
 
 def _check_images(recipe: Recipe, train_set: Dataset) -> None:

@@ -49,6 +49,7 @@ class Member:
     against: str = "qwen3_vl"
     micro_batch_size: int = 1
     bucket_size: int | None = None
+    data: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,16 @@ _OVERLAP = layout(overlap_reduce=True)
 _OVERLAP_BOTH = layout(overlap_reduce=True, overlap_gather=True)
 _PLAIN = layout(sharded_optimizer=False)
 
+# Rows of at most 160 tokens, split by cost (the longest sample has fewer).
+_PACKED = {"packing": True, "max_length": 160}
+
 # In order of world size: a pool of processes is started once for each.
 MEMBERS: tuple[Member, ...] = (
     # microbatches and packing
     Member("micro batch 2", 1, micro_batch_size=2),
     Member("micro batch 4", 1, micro_batch_size=4, quick=True),
     Member("micro batch 8: all rows packed into one", 1, micro_batch_size=8, quick=True),
+    Member("packed by cost", 1, data=_PACKED, quick=True),
     Member("LLaVA, all rows packed into one", 1, micro_batch_size=8, against="llava"),
     # recompute
     Member("recompute full, uniform", 1, _FULL),
@@ -149,7 +154,10 @@ MEMBERS: tuple[Member, ...] = (
     Member("encoder on own ranks TP2 + one", 3, layout(placement="own_ranks", vision_tp=2), True),
     Member("encoder on own rank + TP2+SP", 3, layout(placement="own_ranks", tp=2, sp=True)),
     Member("encoder on own rank + CP2", 3, layout(placement="own_ranks", cp=2), micro_batch_size=4),
+    Member("packed by cost, DP2", 2, data=_PACKED),
+    Member("packed by cost, encoder in bubbles, PP2 x VPP2", 2, layout(placement="bubble", pp=2, vpp=2), data=_PACKED),
     # four ranks
+    Member("packed by cost, encoder spread, PP2 x DP2", 4, layout(placement="spread", pp=2), True, data=_PACKED),
     Member("3 encoder stages + PP1", 4, layout(placement="stage", pp=4, vision_pp=3)),
     Member("2 encoder stages + PP2", 4, layout(placement="stage", pp=4, vision_pp=2), quick=True),
     Member("2 encoder stages + PP2, LLaVA", 4, layout(placement="stage", pp=4, vision_pp=2), True, "llava"),

@@ -24,6 +24,7 @@ def _recipe(inputs: Path, member: Member, **changes: dict[str, Any]) -> Recipe:
         "parallel": member.parallel,
         "optimizer": reference.optimizer,
         "train": {"micro_batch_size": member.micro_batch_size},
+        "data": member.data,
     }
     for name, values in changes.items():
         sections[name] = sections.get(name, {}) | values

@@ -19,7 +19,8 @@ from megavlm.observe.report import write_report
 from megavlm.train import answers, resume
 from megavlm.train.optim import learning_rates
 from megavlm.train.state import TrainState, is_main_rank, run_path
-from megavlm.train.step import StepResult, evaluate, train_step
+from megavlm.train.step import Recording, StepResult, evaluate, train_step
+from megavlm.train.timeline import record_timeline
 from megavlm.train.voice import lost_peer
 
 logger = logging.getLogger(__name__)
@@ -205,8 +206,11 @@ def _run(state: TrainState, observer: _Observer, request: _StopRequest, resumed_
     stopping = False
     while state.step < state.total_steps and not stopping:
         rates = learning_rates(state.scheduler, state.recipe.optimizer, state.learning_components)
-        result = train_step(state, state.step)
+        recordings: list[Recording] | None = [] if state.step + 1 == state.recipe.observe.timeline_step else None
+        result = train_step(state, state.step, recordings)
         state.step += 1
+        if recordings:
+            record_timeline(state, recordings[0], state.step, layout_name(state))
         observer.step_done(result, rates)
         stopping = _any_rank(request.asked, state.device)
         if _due(state.step, state.recipe.train.eval_steps) and state.eval_set is not None and not stopping:

@@ -3,6 +3,7 @@
 Shape suffixes: R schedule positions, C language-model chunks, M microbatches.
 """
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -81,8 +82,8 @@ def _fixed_schedule(layout: Layout, num_microbatches: int) -> Schedule:
             train_encoder=train,
             recompute=layout.recompute,
         )
-    num_encoder = topology.first_position
-    return vision_stages(num_encoder, topology.pipeline, num_microbatches, train_encoder=train)
+    schedule = vision_stages(topology.first_position, topology.pipeline, num_microbatches, train_encoder=train)
+    return dataclasses.replace(schedule, placement=topology.placement)
 
 
 @functools.lru_cache(maxsize=16)

@@ -4,6 +4,7 @@ Stages return sums and counts; the only division is by the count of the whole gl
 """
 
 import itertools
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,11 +51,21 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Recording:
-    """What a rank did in a step: its schedule and the events, in seconds since the schedule began."""
+    """What a rank did in a step.
+
+    Attributes:
+        schedule: that it executed.
+        inputs: of the step.
+        events: in seconds since the schedule began; all ranks began together.
+        reduce_s: the reduction of gradients behind it.
+        pad_share: padding tokens over all tokens of its rows.
+    """
 
     schedule: Schedule
     inputs: StepInputs
     events: list[Event]
+    reduce_s: float
+    pad_share: float
 
 
 def run_schedule(
@@ -83,6 +94,8 @@ def run_schedule(
     )
     work = PartsWork(state.parts, rows, on_output, num_tokens_of)
     clock = perf_clock(torch.cuda.synchronize) if record else None
+    if record:
+        dist.barrier()
     with torch.set_grad_enabled(not schedule.stage_map.forward_only):
         events = execute(schedule, state.groups.position, work, exchange, clock)
     return work.results, events
@@ -124,9 +137,13 @@ def train_step(state: TrainState, step: int, recordings: list[Recording] | None 
     inputs = state.inputs(step)
     schedule = training_schedule(state.layout, inputs, state.costs)
     _, events = run_schedule(state, schedule, rows, on_output, record=recordings is not None)
-    if recordings is not None:
-        recordings.append(Recording(schedule, inputs, events))
+    started_s = time.perf_counter()
     state.parts.reduce_gradients()
+    if recordings is not None:
+        torch.cuda.synchronize()
+        num_tokens = sum(len(batch.tokens_T) for batch in rows.batches)
+        pad_share = 1 - sum(batch.num_real_tokens for batch in rows.batches) / num_tokens
+        recordings.append(Recording(schedule, inputs, events, time.perf_counter() - started_s, pad_share))
     totals = _reduce(state, tally, step)
     state.parts.scale_gradients(float(1.0 / totals[1]))
     loss_sum, count, num_tokens, num_images = totals.tolist()

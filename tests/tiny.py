@@ -96,8 +96,13 @@ def write_tiny_qwen3vl(
     num_layers: int = 4,
     num_kv_heads: int = 2,
     dtype: torch.dtype = torch.float32,
+    text_changes: dict[str, Any] | None = None,
+    vision_changes: dict[str, Any] | None = None,
 ) -> Path:
-    """Write a tiny Qwen3-VL (DeepStack, interleaved MRoPE) as a Hugging Face directory; returns `out_dir`."""
+    """Write a tiny Qwen3-VL (DeepStack, interleaved MRoPE) as a Hugging Face directory; returns `out_dir`.
+
+    The changes replace keys of `text_config` and `vision_config`.
+    """
     tokenizer = make_tokenizer(QWEN_SPECIALS, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     token_id = tokenizer.convert_tokens_to_ids
     config = Qwen3VLConfig(
@@ -117,7 +122,8 @@ def write_tiny_qwen3vl(
                 "mrope_interleaved": True,
             },
             "tie_word_embeddings": tie,
-        },
+        }
+        | (text_changes or {}),
         vision_config={
             "depth": 4,
             "hidden_size": 32,
@@ -129,7 +135,8 @@ def write_tiny_qwen3vl(
             "out_hidden_size": 64,
             "num_position_embeddings": 16,
             "deepstack_visual_indexes": [0, 1, 2],
-        },
+        }
+        | (vision_changes or {}),
         tie_word_embeddings=tie,
         image_token_id=token_id("<|image_pad|>"),
         video_token_id=token_id("<|video_pad|>"),

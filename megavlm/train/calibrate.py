@@ -60,21 +60,25 @@ def fit_line(flops: Sequence[float], times_s: Sequence[float]) -> Line:
     return Line(float(intercept), float(slope)) if intercept >= 0 else proportional
 
 
-def fit_position(position: int, events: Sequence[Event], flops: StageCosts) -> tuple[dict[WorkKey, Line], float]:
-    """Fit one position's events of a step; returns its lines and its mean time of a send.
+def fit_position(
+    position: int, steps: Sequence[tuple[Sequence[Event], StageCosts]]
+) -> tuple[dict[WorkKey, Line], float]:
+    """Fit one position's events; returns its lines and its mean time of a send.
 
     Args:
         position: whose events.
-        events: of one step, or several that cost the same.
-        flops: the step's exact costs.
+        steps: of each recorded step the events and the exact costs.
     """
     samples: dict[WorkKey, list[tuple[float, float]]] = {}
-    sends = [event.end_s - event.start_s for event in events if isinstance(event.action, Send)]
-    for event in events:
-        if isinstance(event.action, Compute):
-            key = event.action.kind, event.action.chunk
-            pair = flops.time_s(position, event.action), event.end_s - event.start_s
-            samples.setdefault(key, []).append(pair)
+    sends: list[float] = []
+    for events, flops in steps:
+        for event in events:
+            seconds = event.end_s - event.start_s
+            if isinstance(event.action, Compute):
+                key = event.action.kind, event.action.chunk
+                samples.setdefault(key, []).append((flops.time_s(position, event.action), seconds))
+            elif isinstance(event.action, Send):
+                sends.append(seconds)
     lines = {key: fit_line(*zip(*pairs, strict=True)) for key, pairs in samples.items()}
     return lines, float(np.mean(sends)) if sends else 0.0
 

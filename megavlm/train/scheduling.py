@@ -12,7 +12,7 @@ import numpy as np
 from megavlm.config.schema import ParallelConfig
 from megavlm.parallel.topology import Topology
 from megavlm.pipeline.actions import EncoderPlace, Schedule, StageMap
-from megavlm.pipeline.bubble import bubble
+from megavlm.pipeline.bubble import QUICK_RULES, bubble
 from megavlm.pipeline.costs import StageCosts, stage_costs
 from megavlm.pipeline.schedules import first_stage, forward_pass, language_stages, spread, vision_stages
 from megavlm.train.inputs import CostModel, StepInputs
@@ -65,6 +65,7 @@ def training_schedule(layout: Layout, inputs: StepInputs, costs: CostModel) -> S
         num_chunks=layout.num_chunks,
         train_encoder=layout.trains_encoder,
         recompute=layout.recompute,
+        rules=QUICK_RULES,
     )
 
 

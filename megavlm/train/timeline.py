@@ -34,7 +34,7 @@ def record_timeline(state: TrainState, recording: Recording, step: int, layout: 
     # The costs of the first pipeline: the main rank may encode for all of them.
     home = shown[topology.first_position]
     flops = step_costs(state.layout, home.inputs, state.costs)
-    fits = [fit_position(position, one.events, flops) for position, one in enumerate(shown)]
+    fits = [fit_position(position, [(one.events, flops)]) for position, one in enumerate(shown)]
     calibration = Calibration(tuple(lines for lines, _ in fits), tuple(send_s for _, send_s in fits))
     simulation = simulate(home.schedule, in_seconds(flops, calibration, home.schedule))
     simulated: list[list[TimelineEvent]] = [[] for _ in shown]

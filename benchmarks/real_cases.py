@@ -28,8 +28,8 @@ def pin() -> int:
     return core
 
 
-def steps(recipe: Recipe, num_warm: int, num_fitted: int, num_predicted: int) -> dict[str, Any]:
-    """Train; calibrate on some steps, then predict others.
+def steps(recipe: Recipe, num_warm: int, num_pairs: int) -> dict[str, Any]:
+    """Train; calibrate on every second step, and predict those between them: the machine's speed drifts.
 
     Returns:
         `measured_s` and `simulated_s`: makespans of the predicted steps; `bound_s`: their work over the ranks.
@@ -37,15 +37,15 @@ def steps(recipe: Recipe, num_warm: int, num_fitted: int, num_predicted: int) ->
     everything = os.sched_getaffinity(0)
     pin()
     try:
-        return _steps(recipe, num_warm, num_fitted, num_predicted)
+        return _steps(recipe, num_warm, num_pairs)
     finally:
         os.sched_setaffinity(0, everything)
 
 
-def _steps(recipe: Recipe, num_warm: int, num_fitted: int, num_predicted: int) -> dict[str, Any]:
+def _steps(recipe: Recipe, num_warm: int, num_pairs: int) -> dict[str, Any]:
     state = build_state(recipe)
     recordings: list[Recording] = []
-    for step in range(num_warm + num_fitted + num_predicted):
+    for step in range(num_warm + 2 * num_pairs):
         kept = recordings if step >= num_warm else None
         train_step(state, step, kept)
     state.loader.close()
@@ -54,12 +54,12 @@ def _steps(recipe: Recipe, num_warm: int, num_fitted: int, num_predicted: int) -
     home = everyones[-1]
     flops = [step_costs(state.layout, recording.inputs, state.costs) for recording in home]
     fits = [
-        fit_position(position, [(mine[step].events, flops[step]) for step in range(num_fitted)])
+        fit_position(position, [(mine[step].events, flops[step]) for step in range(0, 2 * num_pairs, 2)])
         for position, mine in enumerate(everyones)
     ]
     calibration = Calibration(tuple(lines for lines, _ in fits), tuple(send_s for _, send_s in fits))
     found: dict[str, Any] = {"measured_s": [], "simulated_s": [], "bound_s": []}
-    for step in range(num_fitted, num_fitted + num_predicted):
+    for step in range(1, 2 * num_pairs, 2):
         seconds = in_seconds(flops[step], calibration, home[step].schedule)
         found["simulated_s"].append(simulate(home[step].schedule, seconds).makespan_s)
         found["measured_s"].append(max(mine[step].events[-1].end_s for mine in everyones))

@@ -45,8 +45,9 @@ def speak_once(error: Exception, say: Callable[[Exception], int]) -> int:
     """
     store, rank = _meeting_place()
     if lost_peer(error):
-        text = str(error).strip().splitlines()[-1]
-        error = RunError(f"lost the connection to another rank; it has died, or the network failed ({text})")
+        if not isinstance(error, RunError):  # else it says already what this rank waited for
+            text = str(error).strip().splitlines()[-1]
+            error = RunError(f"lost the connection to another rank; it has died, or the network failed ({text})")
     elif rank == 0:
         return _say(error, say, store)
     try:

@@ -1,6 +1,8 @@
-"""What the pool runs for test_evaluation.py and test_text_only.py."""
+"""What the pool runs for test_layout_free.py."""
 
 from megavlm.config.schema import Recipe
+from megavlm.errors import UseError
+from megavlm.models.names import component_of
 from megavlm.train.state import build_state
 from megavlm.train.step import evaluate, train_step
 
@@ -31,3 +33,25 @@ def text_only_steps(recipe: Recipe, num_steps: int) -> tuple[list[float], list[s
         and vars(parameter)["main_grad"].abs().max() != 0
     ]
     return losses, odd
+
+
+def losses_and_images(recipe: Recipe, num_steps: int) -> list[tuple[float, int]]:
+    """(loss, images) of the first steps."""
+    state = build_state(recipe)
+    results = [train_step(state, step) for step in range(num_steps)]
+    return [(result.loss, result.num_images) for result in results]
+
+
+def build_error(recipe: Recipe) -> str:
+    """The `UseError` that building the run raises."""
+    try:
+        build_state(recipe)
+    except UseError as error:
+        return str(error)
+    raise AssertionError("building raised nothing")
+
+
+def held_components(recipe: Recipe) -> list[str]:
+    """Components that this rank holds parameters of."""
+    state = build_state(recipe)
+    return sorted({component_of(name) for model in state.models for name, _ in model.named_parameters()})

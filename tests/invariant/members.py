@@ -257,6 +257,12 @@ _TP2_PP2 = Member("TP2 x PP2", 4, layout(tp=2, pp=2), micro_batch_size=4)
 _VPP2 = Member("PP2 x VPP2", 2, layout(pp=2, vpp=2))
 _CP2, _DP2 = Member("CP2", 2, layout(cp=2), micro_batch_size=4), Member("DP2", 2)
 
+_STAGES = Member("2 encoder stages + PP2", 4, layout(placement="stage", pp=4, vision_pp=2))
+_BUBBLE = Member("encoder in bubbles, TP2+SP x PP2", 4, layout(placement="bubble", tp=2, sp=True, pp=2))
+_SPREAD = Member("encoder spread, PP2", 2, layout(placement="spread", pp=2))
+_OWN = Member("encoder on own rank + DP2", 3, layout(placement="own_ranks"))
+_OWN_PLAIN = Member("encoder on own rank + one", 2, layout(placement="own_ranks") | _PLAIN)
+
 SWITCHES: tuple[Switch, ...] = (
     Switch("one process to one process", _ONE, _ONE),
     Switch("one process to TP2 x PP2", _ONE, _TP2_PP2, quick=True),
@@ -265,6 +271,12 @@ SWITCHES: tuple[Switch, ...] = (
     Switch("DP2 with distributed optimizer to CP2", _DP2, _CP2, quick=True),
     Switch("TP2 to DP2", _TP2, _DP2),
     Switch("one process to TP2, optimizer not distributed", _ONE_PLAIN, _TP2_PLAIN),
+    Switch("2 encoder stages + PP2 to encoder in bubbles, TP2+SP x PP2", _STAGES, _BUBBLE, quick=True),
+    Switch("encoder in bubbles, TP2+SP x PP2 to one process", _BUBBLE, _ONE),
+    Switch("encoder on own rank + DP2 to encoder spread, PP2", _OWN, _SPREAD, quick=True),
+    Switch("encoder spread, PP2 to encoder on own rank + DP2", _SPREAD, _OWN),
+    Switch("one process to encoder on own rank, optimizer not distributed", _ONE_PLAIN, _OWN_PLAIN),
+    Switch("encoder on own rank to TP2, optimizer not distributed", _OWN_PLAIN, _TP2_PLAIN),
 )
 
 

@@ -4,6 +4,7 @@ PYTHON := .venv/bin/python
 # Quick ones first. A part of them: make test TESTS=tests/unit/data PYTEST_ARGS='-x -k packing'
 TESTS := $(wildcard tests/unit tests/parity tests/invariant tests/distributed tests/gpu)
 PYTEST_ARGS ?=
+BALANCE_BENCHES := balance packing spreading real
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .PHONY: help setup demo test test-full check bench bench-balance clean
@@ -13,7 +14,7 @@ help:
 	@echo 'make test       the tests: pairwise choice of layouts'
 	@echo 'make test-full  the tests: every layout'
 	@echo 'make check      lint, format, types'
-	@echo 'make bench      all benches (bench-balance: simulated placements of the encoder)'
+	@echo 'make bench      all benches (bench-balance: places of the encoder, simulated and real; packing; spreading)'
 	@echo 'make setup      .venv alone'
 	@echo 'make clean      remove caches and build folders; .venv and runs/ stay'
 
@@ -37,8 +38,9 @@ check: setup
 
 bench: bench-balance
 
+# All of them, also when one misses its figure.
 bench-balance: setup
-	$(TEST_ENV) $(PYTHON) -m benchmarks.balance
+	@failed=0; for bench in $(BALANCE_BENCHES); do $(TEST_ENV) $(PYTHON) -m benchmarks.$$bench || failed=1; done; exit $$failed
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -27,8 +27,9 @@ EVIDENCE_DIR = Path(__file__).resolve().parents[1] / "docs" / "evidence"
 TITLES = {
     "balance": (
         "Balance",
-        "Simulated step time of encoder placements, costs in FLOPs and messages free, on the lengths of real data sets "
-        "(PP4 x DP8, packs of 8K tokens). A simulation, no measurement of training. Written by `make bench-balance`.",
+        "Places of the vision encoder: simulated step times on the lengths of real data sets and on a long tail (PP4 x "
+        "DP8, packs of 8K tokens, costs in FLOPs, messages free), real steps of a small model on two pinned processes "
+        "against the simulator; packing and spreading by cost; the planner. Written by `make bench-balance`.",
     ),
     "demo": (
         "Demo",

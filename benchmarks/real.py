@@ -103,9 +103,7 @@ def step_times(pool: WorkerPool, root: Path) -> bool:
     reached = True
     for name, parallel in PLACEMENTS.items():
         recipe = recipe_of(root, parallel, NUM_MICROBATCHES)
-        found = pool.run(
-            "benchmarks.real_cases:steps", recipe=recipe, timeout_s=400.0, num_warm=2, num_fitted=3, num_predicted=5
-        )[0]
+        found = pool.run("benchmarks.real_cases:steps", recipe=recipe, timeout_s=400.0, num_warm=2, num_pairs=6)[0]
         measured[name] = float(np.median(found["measured_s"]))
         ratios = np.array(found["simulated_s"]) / np.array(found["measured_s"])
         error = abs(float(np.median(ratios)) - 1)

@@ -270,3 +270,15 @@ def test_a_rank_that_is_killed(inputs: Inputs, tmp_path: Path) -> None:
         assert run.end(within_s=GONE_WITHIN_S) == 1
         the_error(run.text(), "rank 1 was killed by SIGKILL", only=False)
     check_intact(tmp_path / "run" / "checkpoints" / "step_00000002")
+
+
+def test_a_rank_that_stands_still_in_a_schedule(inputs: Inputs, tmp_path: Path) -> None:
+    """The others wait for the time-out, and then say in which action they waited."""
+    words = inputs.train(tmp_path, "train.train_iters=100000", "train.distributed_timeout_s=4")
+    words += ["parallel.pipeline_model_parallel_size=2", "parallel.vision_placement=bubble"]
+    with started([*words, "--nproc", "2"], tmp_path) as run:
+        run.wait_for(lambda: any(row["step"] >= 3 for row in log_rows(tmp_path)))
+        os.kill(run.ranks()[1], signal.SIGSTOP)
+        assert run.end(within_s=GONE_WITHIN_S) == 1
+        said = the_error(run.text(), "rank 0", only=False)
+        assert "waited for receive(" in said or "Timed out" in said, said

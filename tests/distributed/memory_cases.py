@@ -5,11 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megavlm.config.schema import Recipe
 from megavlm.models.architecture import Architecture
+from megavlm.parallel.topology import topology_of
 from megavlm.pipeline.actions import Compute, Schedule
 from megavlm.pipeline.runtime import Needs
+from megavlm.planner.memory import Load, RankMemory
 from megavlm.train import step as step_module
 from megavlm.train.pipeline_work import PartsWork
 from megavlm.train.scheduling import training_schedule
@@ -157,6 +160,29 @@ def count_step(recipe: Recipe) -> Counted:
         architecture=state.directory.architecture,
         schedule=training_schedule(state.layout, inputs, state.costs),
     )
+
+
+def compare(recipe: Recipe) -> dict[str, tuple[float, float]]:
+    """(counted, predicted) bytes of this rank by part; `all` is everything together at the worst time."""
+    counted = count_step(recipe)
+    topology = topology_of(recipe.parallel, dist.get_world_size())
+    memory = RankMemory(counted.architecture, recipe, topology, counted.position)
+    num_tokens_of = counted.architecture.inputs.num_image_tokens
+    loads = [
+        Load(lengths, grids, sum(num_tokens_of(grid) for grid in row))
+        for lengths, grids, row in zip(counted.lengths, counted.grids, counted.data_grids, strict=True)
+    ]
+    predicted = memory.peak(counted.schedule, loads)
+    return {
+        "weights": (counted.weights, predicted.weights),
+        "gradients": (counted.gradients, predicted.gradients),
+        "optimizer": (counted.optimizer, predicted.optimizer),
+        "activations": (counted.together, predicted.activations),
+        "all": (
+            counted.weights + counted.gradients + counted.optimizer + counted.together,
+            predicted.state + predicted.activations,
+        ),
+    }
 
 
 def _weight_storages(state: TrainState) -> dict[int, int]:

@@ -1,0 +1,322 @@
+"""Bytes that autograd keeps for the backward pass, module by module, with the layers of the `torch` backend.
+
+What is counted are the storages that each operation saves, each once: the input of a norm, its normalised copy (RMSNorm
+computes in fp32, whatever the weights are), the input of a linear layer, the angles of rotary positions, what attention
+keeps (queries, keys, values, output and the logarithm of the softmax's sum in fp32: never a square of the length), the
+parts of a gated MLP. Tests count them in real runs. The scheme is that of Korthikanti et al., arXiv 2205.05198,
+section 4; their constants are for another layer (GELU of four times the width, dropout).
+
+Letters in formulas: e bytes of an element, T tokens of the rank's row (the whole row's where a layer gathers it).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megavlm.config.schema import ParallelConfig
+from megavlm.models.architecture import Architecture, LanguageArchitecture
+
+FP32_BYTES = 4
+INDEX_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a module keeps of a microbatch.
+
+    Attributes:
+        bytes: from the forward to the backward pass.
+        redone_bytes: what is there beside it while the backward pass computes something again.
+    """
+
+    bytes: float
+    redone_bytes: float = 0.0
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """What is computed again in the backward pass; the recipe's knobs of the same names, without the `none`."""
+
+    full: bool
+    modules: frozenset[str]
+    method: str
+    num_layers: int
+
+    @property
+    def attention(self) -> bool:
+        """The core attention."""
+        return "core_attn" in self.modules
+
+    @property
+    def mlp(self) -> bool:
+        """The MLP."""
+        return "mlp" in self.modules
+
+    @property
+    def norms(self) -> bool:
+        """Both norms of a layer; their outputs are given up as well."""
+        return "layernorm" in self.modules
+
+
+def recompute_of(parallel: ParallelConfig) -> Recompute:
+    """A recipe's choice."""
+    granularity = parallel.recompute_granularity
+    modules = frozenset(parallel.recompute_modules) if granularity == "selective" else frozenset()
+    return Recompute(granularity == "full", modules, parallel.recompute_method, parallel.recompute_num_layers)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A packed row as a rank of the language model sees it.
+
+    Attributes:
+        lengths: tokens of each segment of the whole row, padding included.
+        tensor: tensor-parallel ranks.
+        sequence_parallel: whether they share the tokens outside attention and MLP.
+        context: context-parallel ranks.
+        context_kind: `all_gather` or `p2p`.
+        element_bytes: of an activation: 4 in fp32, 2 in bf16.
+        trained: whether the language model learns; otherwise no linear layer keeps its input.
+    """
+
+    lengths: tuple[int, ...]
+    tensor: int = 1
+    sequence_parallel: bool = False
+    context: int = 1
+    context_kind: str = "all_gather"
+    element_bytes: int = FP32_BYTES
+    trained: bool = True
+
+    @property
+    def tokens(self) -> float:
+        """Tokens of a context-parallel rank."""
+        return sum(self.lengths) / self.context
+
+    @property
+    def held_tokens(self) -> float:
+        """Tokens between the layers: a sequence-parallel rank has its part."""
+        return self.tokens / (self.tensor if self.sequence_parallel else 1)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What differs between the core attentions of language model and tower.
+
+    Attributes:
+        lengths: of the segments.
+        tokens: of the rank.
+        query: channels of all query heads of the rank.
+        key: channels of all its key heads; as many for values.
+        num_heads: its query heads.
+        element_bytes: of an activation.
+        mixed: channels of the linear layer's output, of which values (and perhaps queries and keys) are parts.
+        own_query_key: queries and keys are tensors of their own.
+    """
+
+    lengths: tuple[int, ...]
+    tokens: float
+    query: float
+    key: float
+    num_heads: float
+    element_bytes: int
+    mixed: float
+    own_query_key: bool = True
+
+    @property
+    def mixed_bytes(self) -> float:
+        """The linear layer's output."""
+        return self.tokens * self.mixed * self.element_bytes
+
+    @property
+    def query_key_bytes(self) -> float:
+        """Queries and keys, where they are tensors of their own."""
+        return self.tokens * (self.query + self.key) * self.element_bytes if self.own_query_key else 0.0
+
+    @property
+    def is_even(self) -> bool:
+        """All segments are of one length: they run as one batch, without being put in order."""
+        return len({length for length in self.lengths if length}) == 1
+
+    def core(self) -> Kept:
+        """What attention within one rank keeps, and what is there again while it is computed again."""
+        out = self.tokens * self.query * self.element_bytes
+        logsumexp = self.tokens * self.num_heads * FP32_BYTES
+        if self.is_even:
+            return Kept(self.query_key_bytes + self.mixed_bytes + out + logsumexp, out + logsumexp)
+        copies = self.tokens * (self.query + 2 * self.key) * self.element_bytes
+        ordered = copies + out + logsumexp + 2 * INDEX_BYTES * self.tokens
+        return Kept(ordered, ordered)
+
+
+def attention_bytes(attention: Attention, recompute: Recompute, mixed_is_kept: bool) -> Kept:
+    """Core attention and the input of the projection behind it."""
+    core = attention.core()
+    out = attention.tokens * attention.query * attention.element_bytes
+    mixed = attention.mixed_bytes
+    if recompute.attention:
+        kept = attention.query_key_bytes + (0 if mixed_is_kept else mixed) + out
+        return Kept(kept, core.redone_bytes)
+    if attention.is_even:  # the projection takes the very output
+        return Kept(core.bytes - (mixed if mixed_is_kept else 0))
+    return Kept(core.bytes + out)
+
+
+def _gathered_attention(row: Row, attention: Attention, recompute: Recompute, mixed_is_kept: bool) -> Kept:
+    """Context-parallel attention: each rank has two chunks of every sample, and keys and values of what they see."""
+    e, ranks = attention.element_bytes, row.context
+    out = attention.tokens * attention.query * e
+    query = attention.tokens * attention.query * e
+    logsumexp = attention.tokens * attention.num_heads * FP32_BYTES
+    if row.context_kind == "p2p":
+        mixed = 0 if mixed_is_kept else attention.mixed_bytes
+        inside = attention.tokens * attention.query * FP32_BYTES + logsumexp
+        whole = attention.query_key_bytes + mixed + inside + out
+        return Kept(whole - inside, inside) if recompute.attention else Kept(whole)
+    chunks = [length / (2 * ranks) for length in row.lengths]
+    seen = (2 * ranks + 1) * sum(chunks)
+    masks = sum((2 * ranks + 1) * chunk * chunk for chunk in chunks) * e
+    inside = 2 * seen * attention.key * e + masks + out + logsumexp
+    if recompute.attention:
+        mixed = 0 if mixed_is_kept else attention.mixed_bytes
+        return Kept(attention.query_key_bytes + mixed + out, inside)
+    return Kept(query + inside + out)
+
+
+def decoder_layer(language: LanguageArchitecture, row: Row, recompute: Recompute) -> Kept:
+    """One decoder layer, without full recompute."""
+    e, held, tokens = row.element_bytes, row.held_tokens, row.tokens
+    groups = max(1.0, language.num_query_groups / row.tensor)
+    all_channels = (language.num_attention_heads + 2 * language.num_query_groups) * language.head_dim
+    attention = Attention(
+        lengths=row.lengths,
+        tokens=tokens,
+        query=language.num_attention_heads * language.head_dim / row.tensor,
+        key=groups * language.head_dim,
+        num_heads=language.num_attention_heads / row.tensor,
+        element_bytes=e,
+        # with fewer groups than ranks every rank gathers the whole and takes its part
+        mixed=all_channels / (row.tensor if language.num_query_groups >= row.tensor else 1),
+    )
+    learns = 1 if row.trained else 0
+    width = held * language.hidden_size
+    linear_in = learns * width * e
+    norm = _rms_norm(width, held, learns)
+    rotary = 4 * tokens * language.head_dim * e
+    mixed_is_kept = language.qk_norm and e == FP32_BYTES  # in fp32 these norms keep parts of it as their inputs
+    heads_norm = _heads_norm(language, row, attention, groups) if language.qk_norm else 0.0
+    across = row.context > 1
+    core = (
+        _gathered_attention(row, attention, recompute, mixed_is_kept)
+        if across
+        else attention_bytes(attention, recompute, mixed_is_kept)
+    )
+    if not row.trained:  # the projection keeps no input; behind attention in one batch that is its own output
+        shared = attention.is_even and not across and not recompute.attention
+        core = Kept(core.bytes - (0 if shared else tokens * attention.query * e), core.redone_bytes)
+    ffn = tokens * language.ffn_hidden_size / row.tensor * e
+    mlp = (4 + learns) * ffn
+    redone_norm = norm - (width * FP32_BYTES if e == FP32_BYTES else 0)  # in fp32 its input is the kept one
+    return layer_bytes(recompute, norm, redone_norm, width * e, linear_in, rotary + heads_norm, core, mlp)
+
+
+def _heads_norm(language: LanguageArchitecture, row: Row, attention: Attention, groups: float) -> float:
+    """The norms of each head's query and key."""
+    learns = 1 if row.trained else 0
+    roots = row.tokens * (attention.num_heads + groups) * FP32_BYTES
+    normalised = learns * row.tokens * (attention.query + attention.key) * FP32_BYTES
+    if row.element_bytes != FP32_BYTES:
+        return roots + normalised + row.tokens * (attention.query + attention.key) * FP32_BYTES
+    # Of the mixed output keys are a part always, queries only where there is one group of heads.
+    own_query = 0 if groups == 1 else row.tokens * attention.query * FP32_BYTES
+    return roots + normalised + attention.mixed_bytes + own_query
+
+
+def _rms_norm(width: float, tokens: float, learns: int) -> float:
+    """Input and normalised copy in fp32, and the root of each token."""
+    return FP32_BYTES * (width * (1 + learns) + tokens)
+
+
+def layer_bytes(
+    recompute: Recompute,
+    norm: float,
+    redone_norm: float,
+    hidden: float,
+    linear_in: float,
+    heads: float,
+    core: Kept,
+    mlp: float,
+) -> Kept:
+    """A layer of two norms, attention and MLP.
+
+    Args:
+        recompute: selective recompute is honoured.
+        norm: what a norm keeps.
+        redone_norm: what it keeps beside its input when it is computed again.
+        hidden: the residual stream; what is left of a norm that is computed again.
+        linear_in: its output, the input of a linear layer.
+        heads: between the linear layer and the core attention.
+        core: core attention, and the projection's input.
+        mlp: inside the MLP.
+    """
+    norm_kept = hidden if recompute.norms else norm + linear_in
+    before_mlp = norm_kept if recompute.norms or not recompute.mlp else norm + hidden
+    redone_norms = hidden + redone_norm if recompute.norms else 0.0
+    redone_mlp = redone_norms + (mlp if recompute.mlp else 0.0)
+    kept = norm_kept + heads + core.bytes + before_mlp + (0.0 if recompute.mlp else mlp)
+    return Kept(kept, max(redone_norms + core.redone_bytes, redone_mlp))
+
+
+def decoder_layers(language: LanguageArchitecture, row: Row, slots: Sequence[int], recompute: Recompute) -> Kept:
+    """Some decoder layers in a chunk.
+
+    Args:
+        language: the model.
+        row: the microbatch.
+        slots: of each layer, how many hidden states enter it (1, and DeepStack features that wait).
+        recompute: what is computed again; `full` checkpoints groups of layers.
+    """
+    if not slots:
+        return Kept(0.0)
+    layer = decoder_layer(language, row, recompute)
+    if not recompute.full:
+        return Kept(len(slots) * layer.bytes, layer.redone_bytes)
+    width = row.held_tokens * language.hidden_size * row.element_bytes
+    angles = sum(row.lengths) * language.head_dim * FP32_BYTES
+    number = min(recompute.num_layers, len(slots))
+    starts = list(slots[::number]) if recompute.method == "uniform" else list(slots[:number])
+    # the first norm of a group keeps the checkpoint itself, where it is one hidden state in fp32
+    shared = width if row.element_bytes == FP32_BYTES and starts[-1] == 1 else 0.0
+    if recompute.method == "block":  # the layers behind are through when the first ones are computed again
+        behind = (len(slots) - number) * layer.bytes
+        return Kept(sum(starts) * width + behind + angles, max(0.0, layer.bytes - shared - behind))
+    return Kept(sum(starts) * width + angles, number * layer.bytes - shared)
+
+
+def embedding(
+    language: LanguageArchitecture, row: Row, has_images: bool, num_slots: int, recompute: Recompute
+) -> float:
+    """Token ids, where the visual features go, and what sequence-parallel ranks keep of each other's tokens.
+
+    The first layer gets a view of all the rank's tokens; where that itself is kept, so are the other ranks' parts.
+    """
+    kept = row.tokens * (2 * INDEX_BYTES + 1 if has_images else INDEX_BYTES)
+    is_kept = recompute.full or (num_slots == 1 and (row.element_bytes == FP32_BYTES or recompute.norms))
+    others = (row.tokens - row.held_tokens) * num_slots * language.hidden_size * row.element_bytes
+    return kept + (others if is_kept else 0.0)
+
+
+def output_layer(language: LanguageArchitecture, row: Row) -> float:
+    """The final norm and the input of the output layer."""
+    learns = 1 if row.trained else 0
+    width = row.held_tokens * language.hidden_size
+    return _rms_norm(width, row.held_tokens, learns) + learns * width * row.element_bytes
+
+
+def logits(language: LanguageArchitecture, row: Row) -> float:
+    """The softmax in fp32 over the rank's part of the vocabulary, and labels and weights."""
+    softmax = row.tokens * language.vocab_size / row.tensor * FP32_BYTES
+    return softmax + row.tokens * (INDEX_BYTES + FP32_BYTES + 1)
+
+
+def feature_bytes(architecture: Architecture, num_tokens: float, element_bytes: int) -> float:
+    """Features of some visual tokens, the DeepStack ones beside them."""
+    return num_tokens * (1 + architecture.num_deepstack) * architecture.language.hidden_size * element_bytes

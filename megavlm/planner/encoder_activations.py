@@ -1,0 +1,158 @@
+"""Bytes that autograd keeps of the vision encoder for some images, with the layers of the `torch` backend.
+
+See `activations.py` for what is counted.
+
+Letters in formulas: e bytes of an element, P patches, S tokens of the tower (patches and class tokens).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megavlm.models.architecture import Architecture
+from megavlm.planner.activations import (
+    FP32_BYTES,
+    INDEX_BYTES,
+    Attention,
+    Kept,
+    Recompute,
+    attention_bytes,
+    layer_bytes,
+)
+from megavlm.planner.families import tower_traits
+
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images that a rank encodes together, and how.
+
+    Attributes:
+        grids: (frames, rows, columns) of each, in patches.
+        tensor: tensor-parallel ranks of the encoder.
+        element_bytes: 4 in fp32, 2 in bf16.
+        trains_tower: a frozen tower keeps nothing.
+        trains_connectors: with a frozen tower, these begin what is differentiated.
+    """
+
+    grids: tuple[Grid, ...]
+    tensor: int = 1
+    element_bytes: int = FP32_BYTES
+    trains_tower: bool = True
+    trains_connectors: bool = True
+
+    @property
+    def patches(self) -> int:
+        """P."""
+        return sum(math.prod(grid) for grid in self.grids)
+
+
+def _segments(architecture: Architecture, grids: Sequence[Grid]) -> tuple[int, ...]:
+    """Tokens of each segment of the tower's attention: one a frame."""
+    extra = 1 if tower_traits(architecture).class_token else 0
+    return tuple(rows * columns + extra for frames, rows, columns in grids for _ in range(frames))
+
+
+def tower_layer(architecture: Architecture, images: Images, recompute: Recompute) -> Kept:
+    """One layer of the tower, without full recompute."""
+    vision, traits, e = architecture.vision, tower_traits(architecture), images.element_bytes
+    lengths = _segments(architecture, images.grids)
+    tokens, size = sum(lengths), vision.hidden_size
+    width = tokens * size * e
+    attention = Attention(
+        lengths=lengths,
+        tokens=tokens,
+        query=size / images.tensor,
+        key=size / images.tensor,
+        num_heads=vision.num_attention_heads / images.tensor,
+        element_bytes=e,
+        mixed=3 * size / images.tensor,
+        own_query_key=traits.rotary,
+    )
+    rotary = 4 * tokens * size // vision.num_attention_heads * e if traits.rotary else 0
+    roots = 2 * tokens * e
+    ffn = tokens * vision.ffn_hidden_size / images.tensor * e
+    return layer_bytes(
+        recompute,
+        norm=width + roots,
+        redone_norm=roots,
+        hidden=width,
+        linear_in=width,
+        heads=rotary,
+        core=attention_bytes(attention, recompute, mixed_is_kept=False),
+        mlp=(1 + traits.activation_copies) * ffn,
+    )
+
+
+def patch_embedding(architecture: Architecture, images: Images) -> float:
+    """The patches, and what the positions (and a norm behind them) keep."""
+    vision, traits, e = architecture.vision, tower_traits(architecture), images.element_bytes
+    kept = float(images.patches * vision.patch_channels * e)
+    if traits.interpolated:
+        kept += 4 * images.patches * (INDEX_BYTES + FP32_BYTES)
+    if traits.pre_norm:
+        kept += sum(_segments(architecture, images.grids)) * (vision.hidden_size + 2) * e
+    return kept
+
+
+def connectors(architecture: Architecture, images: Images, taps_last_layer: bool) -> float:
+    """All connectors.
+
+    Args:
+        architecture: of the model.
+        images: what is encoded.
+        taps_last_layer: the last layer's output is tapped too, and so kept by two norms as one.
+    """
+    vision, e = architecture.vision, images.element_bytes
+    merge = vision.merge_size**2
+    merged = vision.hidden_size * merge
+    middle = merged if merge > 1 else architecture.language.hidden_size
+    tokens = images.patches // merge
+    inputs = merged + middle / images.tensor if images.trains_connectors else 0
+    linears = tokens * (inputs + middle / images.tensor) * e
+    if not tower_traits(architecture).merger_norm:
+        return linears
+    main = (images.patches * (vision.hidden_size + 2)) * e + linears
+    deepstack = architecture.num_deepstack * (linears + 2 * tokens * e)
+    if not images.trains_tower:  # the tapped states are kept by nobody else
+        deepstack += (architecture.num_deepstack - taps_last_layer) * images.patches * vision.hidden_size * e
+    return main + deepstack
+
+
+def encoder(
+    architecture: Architecture,
+    images: Images,
+    recompute: Recompute,
+    layers: range,
+    first: bool,
+    last: bool,
+) -> Kept:
+    """An encoder, or one of its stages, on some images.
+
+    Args:
+        architecture: of the model.
+        images: what is encoded; without any nothing is kept.
+        recompute: `full` checkpoints every layer, whatever the language model's method is.
+        layers: numbers of the tower's layers on this rank.
+        first: the rank embeds the patches.
+        last: it has the connectors.
+    """
+    if not images.patches or not (images.trains_tower or images.trains_connectors):
+        return Kept(0.0)
+    vision = architecture.vision
+    taps_last = vision.num_computed_layers - 1 in vision.deepstack_layers
+    behind = connectors(architecture, images, taps_last) if last else 0.0
+    if not images.trains_tower:
+        return Kept(behind)
+    layer = tower_layer(architecture, images, recompute)
+    width = sum(_segments(architecture, images.grids)) * vision.hidden_size * images.element_bytes
+    # states that were tapped by earlier stages come with the hidden state in one tensor; the connectors copy them
+    num_tapped = sum(number < layers.start for number in vision.deepstack_layers)
+    before = patch_embedding(architecture, images) if first else num_tapped * width * (2 if last else 1)
+    if recompute.full:
+        kept = before + len(layers) * width + behind
+        # the norm keeps the checkpoint itself; the connectors are through by then
+        return Kept(kept, max(0.0, layer.bytes - width - behind))
+    kept = before + len(layers) * layer.bytes + behind
+    return Kept(kept, max(0.0, layer.redone_bytes - behind))

@@ -1,0 +1,66 @@
+"""What the models' code does that an `Architecture` does not say, by family: which tensors there are beside the usual.
+
+A family that is added to `models/registry.py` gets its line here; a test compares the counts with the real modules.
+"""
+
+from dataclasses import dataclass
+
+from megavlm.errors import use_error
+from megavlm.models.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class TowerTraits:
+    """A vision tower's own ways.
+
+    Attributes:
+        class_token: a token of its own in front of every frame's patches; it is dropped behind the last layer.
+        rotary: rotary positions, in every layer.
+        interpolated: positions are sampled from a table by four corners; otherwise the table is added as it is.
+        patch_bias: whether the patch embedding has a bias.
+        pre_norm: a norm in front of the first layer.
+        merger_norm: the connectors begin with a norm.
+        activation_copies: tensors as wide as the feed-forward that the activation function keeps.
+    """
+
+    class_token: bool
+    rotary: bool
+    interpolated: bool
+    patch_bias: bool
+    pre_norm: bool
+    merger_norm: bool
+    activation_copies: int
+
+
+TOWERS: dict[str, TowerTraits] = {
+    "qwen3_vl": TowerTraits(
+        class_token=False,
+        rotary=True,
+        interpolated=True,
+        patch_bias=True,
+        pre_norm=False,
+        merger_norm=True,
+        activation_copies=1,
+    ),
+    # quick_gelu keeps its argument and the sigmoid
+    "llava": TowerTraits(
+        class_token=True,
+        rotary=False,
+        interpolated=False,
+        patch_bias=False,
+        pre_norm=True,
+        merger_norm=False,
+        activation_copies=2,
+    ),
+}
+
+
+def tower_traits(architecture: Architecture) -> TowerTraits:
+    """Traits of a model's tower.
+
+    Raises:
+        UseError: the planner does not know the family.
+    """
+    if architecture.family not in TOWERS:
+        raise use_error("model.hf_dir", architecture.family, f"a family of {', '.join(TOWERS)}", "plan one of these")
+    return TOWERS[architecture.family]

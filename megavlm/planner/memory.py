@@ -1,0 +1,298 @@
+"""Memory of a rank in training, by part: what it holds all the time, and what a schedule makes it hold at the worst.
+
+Weights, gradients, optimizer and activations are exact for the `torch` backend (up to the alignment of small tensors);
+tests compare them with the bytes of real runs. `buffers` is an estimate: messages that wait, and the largest temporary
+tensors. What an allocator adds (fragments), and the CUDA context, are not in here: leave some memory free for them.
+
+Flash attention and Transformer Engine fuse norms and rotary positions and keep less than the layers of the `torch`
+backend. Their figures here are those of the `torch` backend, an upper bound that no run has verified.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megavlm.config.layout import layers_per_stage, split_evenly
+from megavlm.config.schema import Recipe
+from megavlm.models.architecture import Architecture
+from megavlm.parallel.topology import Topology
+from megavlm.pipeline.actions import Compute, Schedule
+from megavlm.planner import activations, encoder_activations
+from megavlm.planner.activations import Kept, Row
+from megavlm.planner.encoder_activations import Grid, Images
+from megavlm.planner.parameters import StateBytes, encoder_held, language_held, state_bytes
+
+
+@dataclass(frozen=True)
+class Load:
+    """A microbatch as one rank sees it.
+
+    Attributes:
+        lengths: tokens of each segment of the packed row of its data rank, padding included.
+        grids: images that the rank encodes; of all data ranks, if it serves them all.
+        num_visual_tokens: of the row.
+    """
+
+    lengths: tuple[int, ...]
+    grids: tuple[Grid, ...]
+    num_visual_tokens: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a rank; activations at the time when there are most of them together.
+
+    Attributes:
+        weights: of language model and encoder.
+        gradients: buffers, in fp32.
+        optimizer: averages and main weights.
+        encoder: activations of the vision encoder.
+        language: activations of the language model.
+        logits: what the loss keeps.
+        buffers: an estimate of messages that wait, and of temporary tensors.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    encoder: float
+    language: float
+    logits: float
+    buffers: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.state + self.activations + self.buffers
+
+    @property
+    def state(self) -> float:
+        """What is there all the time."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def activations(self) -> float:
+        """What autograd holds at the worst time."""
+        return self.encoder + self.language + self.logits
+
+
+@dataclass(frozen=True)
+class ChunkBytes:
+    """A chunk of the language model on one microbatch.
+
+    Attributes:
+        layers: kept by its layers (and the embedding).
+        head: kept by the final norm and the output layer.
+        logits: kept by the loss.
+        redone: there in the backward pass of the layers, when head and logits are through.
+        border: messages that it takes and gives, kept until its backward pass.
+    """
+
+    layers: float
+    head: float
+    logits: float
+    redone: float
+    border: float
+
+    @property
+    def language(self) -> float:
+        """Kept until the backward pass, without the logits."""
+        return self.layers + self.head
+
+    @property
+    def more_in_backward(self) -> float:
+        """By how much the backward pass needs more than what the forward pass left."""
+        return max(0.0, self.redone - self.head - self.logits)
+
+
+class RankMemory:
+    """What one rank of a schedule position holds, under a recipe's layout.
+
+    Args:
+        architecture: of the model.
+        recipe: reads `parallel`, `train.precision` and what is frozen.
+        topology: of the layout.
+        position: schedule position of the rank.
+    """
+
+    def __init__(self, architecture: Architecture, recipe: Recipe, topology: Topology, position: int) -> None:
+        self.architecture, self.recipe, self.topology, self.position = architecture, recipe, topology, position
+        self.element_bytes = 4 if recipe.train.precision == "fp32" else 2
+        self.recompute = activations.recompute_of(recipe.parallel)
+        self.stage = position - topology.first_position
+        self.layers = _layers_of(recipe, architecture, self.stage) if self.stage >= 0 else ()
+        self.tower_layers = _tower_layers_of(architecture, topology, position)
+
+    @property
+    def state(self) -> StateBytes:
+        """Weights, gradients and optimizer state."""
+        recipe, topology = self.recipe, self.topology
+        parts = []
+        if self.stage >= 0:
+            num_layers = sum(len(chunk) for chunk in self.layers)
+            held = language_held(
+                self.architecture, recipe.optimizer, topology.tensor, num_layers, self.stage, topology.pipeline
+            )
+            copies = topology.data * topology.context
+            parts.append(state_bytes(held, recipe.parallel, recipe.train.precision, copies))
+        if self.tower_layers is not None:
+            first, last = self._encoder_ends
+            encoder = encoder_held(
+                self.architecture, recipe.optimizer, topology.vision_tensor, len(self.tower_layers), first, last
+            )
+            parts.append(state_bytes(encoder, recipe.parallel, recipe.train.precision, len(topology.replicas)))
+        return StateBytes(
+            sum(part.weights for part in parts),
+            sum(part.gradients for part in parts),
+            sum(part.optimizer for part in parts),
+        )
+
+    @property
+    def _encoder_ends(self) -> tuple[bool, bool]:
+        """Whether this position has the encoder's first and last stage."""
+        if self.topology.placement != "stage":
+            return True, True
+        return self.position == 0, self.position == self.topology.vision_stages - 1
+
+    def row(self, lengths: Sequence[int]) -> Row:
+        """A packed row on this rank."""
+        parallel = self.recipe.parallel
+        return Row(
+            tuple(lengths),
+            tensor=self.topology.tensor,
+            sequence_parallel=parallel.sequence_parallel,
+            context=self.topology.context,
+            context_kind=parallel.cp_comm_type,
+            element_bytes=self.element_bytes,
+            trained=not self.recipe.optimizer.freeze_llm,
+        )
+
+    def chunk(self, number: int, load: Load) -> ChunkBytes:
+        """What a chunk of the language model keeps of a microbatch."""
+        language, row, numbers = self.architecture.language, self.row(load.lengths), self.layers[number]
+        num_deepstack = self.architecture.num_deepstack
+        slots = [1 + max(0, num_deepstack - layer) for layer in numbers]
+        kept = activations.decoder_layers(language, row, slots, self.recompute)
+        is_first = self.stage == 0 and number == 0
+        is_last = self.stage == self.topology.pipeline - 1 and number == len(self.layers) - 1
+        head = activations.output_layer(language, row) if is_last else 0.0
+        loss = activations.logits(language, row) if is_last else 0.0
+        border = 0.0
+        width = row.held_tokens * language.hidden_size * self.element_bytes
+        after = numbers[-1] + 1 if numbers else num_deepstack
+        border += 0 if is_last else (1 + max(0, num_deepstack - after)) * width
+        if is_first:
+            border += activations.feature_bytes(self.architecture, load.num_visual_tokens, self.element_bytes)
+        else:
+            border += (slots[0] if slots else 1) * width
+        before = 0.0
+        if is_first:
+            has_images = load.num_visual_tokens > 0
+            before = activations.embedding(language, row, has_images, 1 + num_deepstack, self.recompute)
+        return ChunkBytes(kept.bytes + before, head, loss, kept.redone_bytes, border)
+
+    def encoder(self, grids: tuple[Grid, ...]) -> Kept:
+        """What the rank's encoder keeps of some images."""
+        if self.tower_layers is None:
+            return Kept(0.0)
+        optimizer, (first, last) = self.recipe.optimizer, self._encoder_ends
+        images = Images(
+            grids,
+            tensor=self.topology.vision_tensor,
+            element_bytes=self.element_bytes,
+            trains_tower=not optimizer.freeze_vit,
+            trains_connectors=not optimizer.freeze_aligner,
+        )
+        return encoder_activations.encoder(self.architecture, images, self.recompute, self.tower_layers, first, last)
+
+    def temporary(self, load: Load) -> float:
+        """The largest tensors that come and go: logits in both precisions and their gradient, or an MLP's."""
+        if self.stage < 0:
+            return 0.0
+        row, language = self.row(load.lengths), self.architecture.language
+        mlp = row.tokens * 2 * language.ffn_hidden_size / row.tensor * self.element_bytes
+        gathered = row.tokens * language.hidden_size * self.element_bytes if row.sequence_parallel else 0.0
+        if self.stage < self.topology.pipeline - 1:
+            return mlp + gathered
+        vocabulary = row.tokens * language.vocab_size / row.tensor
+        return max(mlp, vocabulary * (4 + self.element_bytes)) + gathered
+
+    def peak(self, schedule: Schedule, loads: Sequence[Load]) -> Memory:
+        """Memory under a schedule.
+
+        Args:
+            schedule: whose list at this position the rank executes.
+            loads: one for each microbatch.
+        """
+        live = _Live()
+        chunks = {
+            (number, m): self.chunk(number, load) for number in range(len(self.layers)) for m, load in enumerate(loads)
+        }
+        images = [self.encoder(load.grids) for load in loads]
+        for compute in schedule.computes(self.position):
+            _play(compute, chunks, images, live)
+        state = self.state
+        language, logits, encoder = live.worst
+        return Memory(
+            weights=state.weights,
+            gradients=state.gradients,
+            optimizer=state.optimizer,
+            encoder=encoder,
+            language=language,
+            logits=logits,
+            buffers=live.most_border + max(self.temporary(load) for load in loads),
+        )
+
+
+class _Live:
+    """What is alive, and the worst moment."""
+
+    def __init__(self) -> None:
+        self.language = self.logits = self.encoder = self.border = self.most_border = 0.0
+        self.worst = (0.0, 0.0, 0.0)
+
+    def look(self, more_language: float = 0.0, more_encoder: float = 0.0) -> None:
+        now = (self.language + more_language, self.logits, self.encoder + more_encoder)
+        if sum(now) > sum(self.worst):
+            self.worst = now
+        self.most_border = max(self.most_border, self.border)
+
+
+def _play(compute: Compute, chunks: dict[tuple[int, int], ChunkBytes], images: list[Kept], live: _Live) -> None:
+    """One piece of work."""
+    if compute.kind in ("F", "B"):
+        chunk = chunks[compute.chunk, compute.microbatch]
+        if compute.kind == "B":
+            live.look(more_language=chunk.more_in_backward)
+        sign = 1 if compute.kind == "F" else -1
+        live.language += sign * chunk.language
+        live.logits += sign * chunk.logits
+        live.border += sign * chunk.border
+    elif compute.kind in ("EF", "EB"):
+        kept = images[compute.microbatch]
+        if compute.kind == "EB":
+            live.look(more_encoder=kept.redone_bytes)
+        live.encoder += kept.bytes if compute.kind == "EF" else -kept.bytes
+    live.look()
+
+
+def _layers_of(recipe: Recipe, architecture: Architecture, stage: int) -> tuple[tuple[int, ...], ...]:
+    """Numbers of the decoder layers of a pipeline rank, by chunk."""
+    counts = layers_per_stage(recipe.parallel, architecture.language.num_layers)
+    num_ranks = len(counts) // recipe.parallel.virtual_pipeline_model_parallel_size
+    starts = [sum(counts[:index]) for index in range(len(counts))]
+    return tuple(
+        tuple(range(starts[index], starts[index] + counts[index])) for index in range(stage, len(counts), num_ranks)
+    )
+
+
+def _tower_layers_of(architecture: Architecture, topology: Topology, position: int) -> range | None:
+    """Numbers of the vision tower's layers on a position; None: it holds no encoder."""
+    num_layers = architecture.vision.num_computed_layers
+    if topology.placement == "stage":
+        if position >= topology.vision_stages:
+            return None
+        counts = split_evenly(num_layers, topology.vision_stages)
+        start = sum(counts[:position])
+        return range(start, start + counts[position])
+    everywhere = topology.placement in ("spread", "bubble")
+    return range(num_layers) if everywhere or position == 0 else None

@@ -4,7 +4,7 @@ PYTHON := .venv/bin/python
 # Quick ones first. A part of them: make test TESTS=tests/unit/data PYTEST_ARGS='-x -k packing'
 TESTS := $(wildcard tests/unit tests/parity tests/invariant tests/distributed tests/gpu)
 PYTEST_ARGS ?=
-BALANCE_BENCHES := balance packing spreading real
+BALANCE_BENCHES := balance packing spreading planner real
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .PHONY: help setup demo test test-full check bench bench-balance clean

@@ -20,6 +20,7 @@ COMMANDS: dict[str, str] = {
     "train": "megavlm.cli.train",
     "convert": "megavlm.cli.convert",
     "generate": "megavlm.cli.generate",
+    "plan": "megavlm.cli.plan",
     "report": "megavlm.cli.report_run",
     "doctor": "megavlm.cli.doctor",
 }

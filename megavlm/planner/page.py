@@ -19,9 +19,10 @@ def page(found: Found, hardware: Hardware, num_gpus: int) -> str:
         hardware: that was planned for.
         num_gpus: of the job.
     """
+    memory, peak = f"{hardware.memory_bytes / 1e9:.0f} GB", f"{hardware.peak_flops_per_s / 1e12:.0f} TFLOPS"
     lines = [
-        f"{num_gpus} x {hardware.name}: {hardware.memory_bytes / 1e9:.0f} GB each, {hardware.usable_memory:.0%} of it may "
-        f"be filled; {hardware.peak_flops_per_s / 1e12:.0f} TFLOPS, {hardware.compute_efficiency:.0%} of it reckoned with",
+        f"{num_gpus} x {hardware.name}: {memory} each, {hardware.usable_memory:.0%} of it may be filled; "
+        f"{peak}, {hardware.compute_efficiency:.0%} of it reckoned with",
         f"figures: {hardware.source}",
         "Times follow from this cost model alone. Nothing here was measured on a GPU.",
         "",
@@ -49,8 +50,8 @@ def _plan_lines(number: int, plan: Plan) -> list[str]:
 
 def _lost_lines(found: Found) -> list[str]:
     lines = [
-        f"{found.num_layouts} layouts divide; {found.num_played} were simulated, the others cannot be quicker by the sum "
-        f"of their work; {found.num_too_large} of those looked at need more memory."
+        f"{found.num_layouts} layouts divide; {found.num_played} were simulated, the others cannot be quicker by the "
+        f"sum of their work; {found.num_too_large} of those looked at need more memory."
     ]
     best = found.plans[0].step_s
     for placement, bound_s in sorted(found.bounds_s.items(), key=lambda item: item[1]):

@@ -81,6 +81,16 @@ class Found:
 
 @dataclass(frozen=True)
 class Candidate:
+    """A layout that is not played yet.
+
+    Attributes:
+        bound_s: no step under it takes less.
+        layout: the layout.
+        pieces: what its costs are made of.
+        played: its costs.
+        end: what follows its pipeline.
+    """
+
     bound_s: float
     layout: Layout
     pieces: Pieces

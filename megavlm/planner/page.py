@@ -6,7 +6,8 @@ import yaml
 
 from megavlm.config.schema import ParallelConfig, Recipe
 from megavlm.planner.hardware import Hardware
-from megavlm.planner.search import Found, Plan, describe, recipe_of
+from megavlm.planner.plans import Plan, describe, recipe_of
+from megavlm.planner.search import Found
 
 _PARTS = ("weights", "gradients", "optimizer", "encoder", "language", "logits", "buffers")
 

@@ -1,59 +1,30 @@
 """The search for the quickest layouts that fit, under the stated cost model.
 
 Branch and bound: every layout has a lower bound of its step time that costs little; layouts are played in the order of
-their bounds, until no bound is below what is already found. So the result is that of playing all of them.
+their bounds, until no bound is below what is already found. So the result is that of playing all of them, each with the
+even split of its layers. The quickest of them then try other splits (`splits.py`).
 """
 
-import dataclasses
+import bisect
 import functools
+import heapq
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megavlm.config.schema import Recipe
-from megavlm.errors import use_error
+from megavlm.errors import UseError, use_error
 from megavlm.pipeline.actions import Schedule
 from megavlm.pipeline.schedules import interleaved
-from megavlm.pipeline.simulate import simulate
-from megavlm.planner.layouts import Layout, Space, layouts, parallel_of
-from megavlm.planner.memory import Load, Memory, RankMemory
-from megavlm.planner.parameters import encoder_held, language_held
-from megavlm.planner.stepcosts import (
-    Pieces,
-    Played,
-    Problem,
-    least_makespan_s,
-    pieces_of,
-    played,
-    schedule_of,
-)
-from megavlm.planner.timing import StepEnd, sync_s, update_s
-from megavlm.planner.workload import Pack
+from megavlm.planner.layouts import Space, layouts
+from megavlm.planner.memory import Load, RankMemory
+from megavlm.planner.plans import Candidate, Plan, bounded, describe, play, recipe_of
+from megavlm.planner.splits import better_split
+from megavlm.planner.stepcosts import Problem
 
-
-@dataclass(frozen=True)
-class Plan:
-    """A layout and what is expected of it.
-
-    Attributes:
-        layout: the layout.
-        counts: decoder layers of each stage.
-        num_microbatches: of a data rank's step.
-        step_s: pipeline and what follows it.
-        bubble: idle time of the pipeline's ranks over all their time.
-        end: what follows the pipeline.
-        mfu: model FLOPs (nothing counted that is computed again) over the peak of all GPUs.
-        memory: of the position that needs most.
-    """
-
-    layout: Layout
-    counts: tuple[int, ...]
-    num_microbatches: int
-    step_s: float
-    bubble: float
-    end: StepEnd
-    mfu: float
-    memory: Memory
+SPLIT_GAIN = 0.02
+"""How much shorter a step another split may make; layouts further behind the best ones do not try any."""
+NUM_LEAST = 20
+"""Layouts that are played where none fits, to say how much memory would do."""
+GB = 1e9
 
 
 @dataclass(frozen=True)
@@ -66,8 +37,7 @@ class Found:
         num_layouts: that divide.
         num_played: that were simulated.
         num_too_large: that were looked at and need more memory than there is.
-        least_memory: of those; (bytes, layout) of the one that needs least, None where all fit.
-        bounds_s: by placement, the least lower bound of a step time: the placement can do no better.
+        bounds_s: by placement, the least lower bound of a step time.
     """
 
     plans: tuple[Plan, ...]
@@ -75,27 +45,7 @@ class Found:
     num_layouts: int
     num_played: int
     num_too_large: int
-    least_memory: tuple[float, Layout] | None
     bounds_s: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A layout that is not played yet.
-
-    Attributes:
-        bound_s: no step under it takes less.
-        layout: the layout.
-        pieces: what its costs are made of.
-        played: its costs.
-        end: what follows its pipeline.
-    """
-
-    bound_s: float
-    layout: Layout
-    pieces: Pieces
-    played: Played
-    end: StepEnd
 
 
 def search(problem: Problem, space: Space, num_best: int = 5) -> Found:
@@ -116,122 +66,51 @@ def search(problem: Problem, space: Space, num_best: int = 5) -> Found:
         raise use_error("--gpus", problem.num_gpus, "a number that some layout uses", f"change it: {reasons}")
     candidates.sort(key=lambda one: one.bound_s)
     limit = problem.hardware.usable_memory_bytes
-    best: list[Plan] = []
-    num_played = num_too_large = 0
-    least: tuple[float, Layout] | None = None
+    fitting: list[tuple[Plan, Candidate]] = []
+    too_large: list[tuple[float, Candidate]] = []
+    num_played = 0
     for candidate in candidates:
-        if len(best) == num_best and candidate.bound_s >= best[-1].step_s:
+        if len(fitting) >= num_best and candidate.bound_s >= fitting[num_best - 1][0].step_s:
             break
-        state = _least_memory(problem, candidate, limit)
-        if state <= limit:
+        needed = _least_memory(problem, candidate, limit)
+        if needed <= limit:
             num_played += 1
             plan = play(problem, candidate)
-            if plan.memory.total <= limit:
-                best = sorted([*best, plan], key=lambda one: one.step_s)[:num_best]
+            needed = plan.memory.total
+            if needed <= limit:
+                bisect.insort(fitting, (plan, candidate), key=lambda one: one[0].step_s)
                 continue
-            state = plan.memory.total
-        num_too_large += 1
-        if least is None or state < least[0]:
-            least = state, candidate.layout
-    if not best:
-        assert least is not None
-        raise use_error(
-            "--memory-gb",
-            f"{problem.hardware.memory_bytes / 1e9:.1f} ({limit / 1e9:.1f} usable)",
-            f"at least {least[0] / problem.hardware.usable_memory / 1e9:.1f}, for {describe(least[1])}",
-            "use more or larger GPUs, or shorter sequences",
-        )
+        too_large.append((needed, candidate))
+    if not fitting:
+        raise _no_memory(problem, too_large)
     bounds_s: dict[str, float] = {}
     for candidate in candidates:
         bounds_s.setdefault(candidate.layout.placement, candidate.bound_s)
-    return Found(tuple(best), why_not, len(candidates), num_played, num_too_large, least, bounds_s)
+    best = _with_better_splits(problem, fitting, num_best)
+    return Found(best, why_not, len(candidates), num_played, len(too_large), bounds_s)
 
 
-def bounded(problem: Problem, found: Iterable[Layout]) -> list[Candidate]:
-    """Every layout with its costs and a lower bound of its step time."""
-    kept: dict[tuple[object, ...], Pieces] = {}
-    candidates = []
-    for layout in found:
-        rounds = layout.pipeline if layout.chunks > 1 and not layout.samples else 1
-        key = (
-            *(layout.tensor, layout.context, layout.data, layout.vision_tensor),
-            *(layout.recompute, layout.samples, layout.packing_length, rounds),
-        )
-        pieces = kept.get(key)
-        if pieces is None:
-            pieces = kept[key] = pieces_of(problem, layout)
-        costs = played(problem, layout, pieces)
-        end = step_end(problem, layout, costs.counts)
-        candidates.append(Candidate(least_makespan_s(layout, costs.costs) + end.total_s, layout, pieces, costs, end))
-    return candidates
+def _with_better_splits(problem: Problem, fitting: list[tuple[Plan, Candidate]], num_best: int) -> tuple[Plan, ...]:
+    """The best of some layouts, sorted by step time, after these have tried other splits of their layers."""
+    best: list[Plan] = []
+    for plan, candidate in fitting:
+        if len(best) >= num_best and plan.step_s > best[num_best - 1].step_s * (1 + SPLIT_GAIN):
+            break
+        bisect.insort(best, better_split(problem, candidate, plan), key=lambda one: one.step_s)
+    return tuple(best[:num_best])
 
 
-def play(problem: Problem, candidate: Candidate) -> Plan:
-    """Simulate a layout and add up its memory."""
-    layout, costs = candidate.layout, candidate.played.costs
-    schedule = schedule_of(problem, layout, costs)
-    simulation = simulate(schedule, costs)
-    step_s = simulation.makespan_s + candidate.end.total_s
-    recipe = recipe_of(problem.recipe, layout, candidate.played.counts)
-    loads = _loads(problem, candidate)
-    positions = range(layout.topology.num_positions)
-    memories = [
-        RankMemory(problem.workload.architecture, recipe, layout.topology, position).peak(schedule, loads[position])
-        for position in positions
-    ]
-    trained = problem.trained
-    factor = 3 if trained.language else 2
-    workload = problem.workload
-    encoder_flops, _ = workload.image_totals
-    language_flops = workload.model_flops - encoder_flops
-    flops = factor * language_flops + (3 if trained.tower else 1) * encoder_flops
-    return Plan(
-        layout=layout,
-        counts=candidate.played.counts,
-        num_microbatches=candidate.pieces.batch.num_microbatches,
-        step_s=step_s,
-        bubble=1 - sum(simulation.busy_s) / (len(simulation.busy_s) * simulation.makespan_s),
-        end=candidate.end,
-        mfu=flops / (problem.num_gpus * problem.hardware.peak_flops_per_s * step_s),
-        memory=max(memories, key=lambda memory: memory.total),
+def _no_memory(problem: Problem, too_large: list[tuple[float, Candidate]]) -> UseError:
+    """What the layouts that seem to need least do need."""
+    hardware = problem.hardware
+    least = heapq.nsmallest(NUM_LEAST, too_large, key=lambda one: one[0])
+    plan = min((play(problem, candidate) for _, candidate in least), key=lambda one: one.memory.total)
+    return use_error(
+        "--memory-gb",
+        f"{hardware.memory_bytes / GB:.3g} ({hardware.usable_memory:.0%} of it usable)",
+        f"at least {plan.memory.total / hardware.usable_memory / GB:.3g}, for {describe(plan.layout)}",
+        "use more or larger GPUs, or shorter sequences",
     )
-
-
-def recipe_of(recipe: Recipe, layout: Layout, counts: tuple[int, ...]) -> Recipe:
-    """The recipe with a layout, and with the microbatches that go with it."""
-    parallel = parallel_of(layout, counts, recipe)
-    train, data = recipe.train, recipe.data
-    if layout.samples:
-        train = dataclasses.replace(train, micro_batch_size=layout.samples)
-    else:
-        data = dataclasses.replace(data, packing=True, packing_length=layout.packing_length)
-    return dataclasses.replace(recipe, parallel=parallel, train=train, data=data)
-
-
-def step_end(problem: Problem, layout: Layout, counts: tuple[int, ...]) -> StepEnd:
-    """Reduction of gradients, gathering of weights and the update, of the rank with most."""
-    architecture, optimizer = problem.workload.architecture, problem.recipe.optimizer
-    topology, hardware = layout.topology, problem.hardware
-    copies = layout.data * layout.context
-    trained = [
-        sum(language_held(architecture, optimizer, layout.tensor, layers, stage, layout.pipeline).trained)
-        for stage, layers in enumerate(_layers_a_rank(layout, counts))
-    ]
-    largest = max(trained)
-    spanned = layout.tensor * copies
-    stages = layout.vision_stages if layout.placement == "stage" else 1
-    encoder_layers = -(-architecture.vision.num_computed_layers // stages)
-    encoder = sum(encoder_held(architecture, optimizer, layout.vision_tensor, encoder_layers, True, True).trained)
-    encoder_copies = len(topology.replicas)
-    return StepEnd(
-        language_sync_s=sync_s(hardware, largest, copies, spanned),
-        encoder_sync_s=sync_s(hardware, encoder, encoder_copies, topology.world_size if encoder_copies > 1 else 1),
-        optimizer_s=update_s(hardware, largest / copies + encoder / encoder_copies),
-    )
-
-
-def _layers_a_rank(layout: Layout, counts: tuple[int, ...]) -> list[int]:
-    return [sum(counts[rank :: layout.pipeline]) for rank in range(layout.pipeline)]
 
 
 def _least_memory(problem: Problem, candidate: Candidate, limit: float) -> float:
@@ -258,53 +137,3 @@ def _least_memory(problem: Problem, candidate: Candidate, limit: float) -> float
 @functools.lru_cache(maxsize=256)
 def _language_alone(num_ranks: int, num_chunks: int, num_microbatches: int) -> Schedule:
     return interleaved(num_ranks, num_chunks, num_microbatches)
-
-
-def _loads(problem: Problem, candidate: Candidate) -> list[list[Load]]:
-    """By position: the fullest data rank's rows, and the images of a rank there that has its share of them."""
-    flops_RM = candidate.played.encode_flops_RM
-    stages = candidate.layout.vision_stages if candidate.layout.placement == "stage" else 1
-    whole_RM = flops_RM * stages if stages > 1 else flops_RM  # a stage runs part of the layers on all the images
-    packs = candidate.pieces.batch.fullest
-    everything = [pack for rank in candidate.pieces.batch.packs for pack in rank]
-    return [
-        [
-            Load(pack.lengths, _images_for(float(whole_RM[position, m]), pack, everything), pack.num_visual_tokens)
-            for m, pack in enumerate(packs)
-        ]
-        for position in range(len(flops_RM))
-    ]
-
-
-def _images_for(flops: float, pack: Pack, everything: list[Pack]) -> tuple[tuple[int, int, int], ...]:
-    """Images that cost about so much: the row's own, then others'."""
-    chosen: list[tuple[int, int, int]] = []
-    left = flops
-    for source in (pack, *everything):
-        for grid, cost in zip(source.grids, source.image_flops, strict=True):
-            if left <= 0.01 * cost:
-                return tuple(chosen)
-            chosen.append(grid)
-            left -= cost
-    return tuple(chosen)
-
-
-def describe(layout: Layout) -> str:
-    """A layout in a line, e.g. `TP2 x PP4 x DP8, encoder bubble, recompute full`."""
-    parts = [("TP", layout.tensor), ("CP", layout.context), ("PP", layout.pipeline), ("DP", layout.data)]
-    text = " x ".join(f"{name}{size}" for name, size in parts if size > 1) or "one GPU"
-    if layout.chunks > 1:
-        text += f" x VPP{layout.chunks}"
-    text += f", encoder {layout.placement}"
-    if layout.placement == "stage":
-        text += f" {layout.vision_stages}"
-    if layout.placement == "own_ranks":
-        text += f" TP{layout.vision_tensor} x DP{layout.vision_data}"
-    elif layout.vision_tensor != layout.tensor:
-        text += f" TP{layout.vision_tensor}"
-    if layout.encode_twice:
-        text += " twice"
-    if layout.recompute != "none":
-        text += f", recompute {layout.recompute}"
-    size = f"{layout.samples} samples" if layout.samples else f"packs of {layout.packing_length} tokens"
-    return f"{text}, {size}"

@@ -7,6 +7,7 @@ Shape suffixes: R schedule positions, C chunks, M microbatches.
 """
 
 import functools
+import heapq
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,9 +47,6 @@ class Problem:
     recipe: Recipe
     hardware: Hardware
     num_gpus: int
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_kept", {})
 
     @functools.cached_property
     def trained(self) -> Trained:
@@ -95,8 +93,15 @@ class Played:
     encode_flops_RM: np.ndarray
 
 
-def played(problem: Problem, layout: Layout, pieces: Pieces) -> Played:
-    """The costs of a layout's pipeline, its layers split as evenly as they can be."""
+def played(problem: Problem, layout: Layout, pieces: Pieces, counts: tuple[int, ...] | None = None) -> Played:
+    """The costs of a layout's pipeline.
+
+    Args:
+        problem: what is planned for.
+        layout: the layout.
+        pieces: of the layout.
+        counts: decoder layers of each stage; None: those of `layer_counts`.
+    """
     first, num_positions = layout.topology.first_position, layout.topology.num_positions
     num_microbatches = pieces.batch.num_microbatches
     encode_RM = np.zeros((num_positions, num_microbatches))
@@ -108,7 +113,8 @@ def played(problem: Problem, layout: Layout, pieces: Pieces) -> Played:
         parts = parts / parts.sum() if layout.placement == "stage" else np.ones(1)
         encode_RM[: len(parts)] = parts[:, None] * shares
     seconds_RM = encode_seconds(pieces.encoder, encode_RM)
-    counts = layer_counts(problem, layout, pieces, seconds_RM[0] if layout.placement == "first_stage" else None)
+    if counts is None:
+        counts = layer_counts(problem, layout, pieces, seconds_RM[0] if layout.placement == "first_stage" else None)
     forward_RCM = np.zeros((num_positions, layout.chunks, num_microbatches))
     backward_RCM = np.zeros_like(forward_RCM)
     times = pieces.language
@@ -136,7 +142,10 @@ def played(problem: Problem, layout: Layout, pieces: Pieces) -> Played:
 def layer_counts(
     problem: Problem, layout: Layout, pieces: Pieces, encode_first_M: np.ndarray | None
 ) -> tuple[int, ...]:
-    """Decoder layers of each stage: one after the other to the stage with the least work so far.
+    """Decoder layers of each stage: one after the other to the stage with the least work so far, the last one of these.
+
+    What the first stages have more than others every microbatch waits for, while the last one has the output layer;
+    with ties given to the first stages, steps are up to a tenth longer where the encoder fills the bubbles.
 
     Args:
         problem: has the number of layers.
@@ -157,9 +166,12 @@ def layer_counts(
     # A stage in the middle may not be empty.
     for stage in range(1, num_stages - 1):
         counts[stage] = 1
+    heap = [(counts[stage] + loads[stage], -stage) for stage in range(num_stages)]
+    heapq.heapify(heap)
     for _ in range(problem.workload.architecture.language.num_layers - sum(counts)):
-        stage = min(range(num_stages), key=lambda index: (counts[index] + loads[index], index))
-        counts[stage] += 1
+        load, minus_stage = heap[0]
+        counts[-minus_stage] += 1
+        heapq.heapreplace(heap, (load + 1, minus_stage))
     return tuple(counts)
 
 
@@ -199,20 +211,23 @@ def least_makespan_s(layout: Layout, costs: StageCosts) -> float:
     """A lower bound of the pipeline's makespan, without playing it.
 
     No rank can do its work in less than its sum; and before a stage begins the ones in front of it run the first
-    microbatch's forward, behind its end they run the last one's backward.
+    microbatch's forward, behind its end they run the last one's backward. In front of all that the first microbatch is
+    encoded (with `spread`, the first rank's share of them all), and behind it the last one's encoder backward runs.
     """
+    forward_RM, backward_RM = costs.encode_forward_s_RM, costs.encode_backward_s_RM
     language_R = (costs.forward_s_RCM + costs.backward_s_RCM).sum(axis=(1, 2))
-    work_R = language_R + costs.encode_forward_s_RM.sum(axis=1) + costs.encode_backward_s_RM.sum(axis=1)
+    num_forwards = 2 if layout.encode_twice else 1
+    work_R = language_R + num_forwards * forward_RM.sum(axis=1) + backward_RM.sum(axis=1)
     fill_R = costs.forward_s_RCM[:, 0, 0] + costs.backward_s_RCM[:, 0, -1]
     before_R = np.cumsum(fill_R) - fill_R
-    bound = language_R + before_R
-    if layout.placement in ("stage", "own_ranks"):
-        ends_R = costs.encode_forward_s_RM[:, 0] + costs.encode_backward_s_RM[:, -1]
-        bound = bound + (ends_R.sum() if costs.encode_backward_s_RM.any() else costs.encode_forward_s_RM[:, 0].sum())
-    if layout.placement == "first_stage":
-        bound = np.maximum(bound, work_R + before_R)
-        bound[1:] += costs.encode_forward_s_RM[0, 0] + costs.encode_backward_s_RM[0, -1]
-    if layout.placement == "spread":
-        # All encoding of a rank is outside the language model's pipeline, except that it may run into its ends.
-        bound = np.maximum(bound, work_R)
-    return float(max(bound.max(), work_R.max()))
+    bound_R = language_R + before_R
+    if layout.placement in ("stage", "own_ranks"):  # encoder stages run one after the other
+        bound_R = bound_R + forward_RM[:, 0].sum() + backward_RM[:, -1].sum()
+    elif layout.placement == "first_stage":
+        bound_R = np.maximum(bound_R, work_R + before_R)
+        bound_R[1:] += forward_RM[0, 0] + backward_RM[0, -1]
+    elif layout.placement == "spread":
+        bound_R = bound_R + work_R[0] - language_R[0]
+    else:
+        bound_R = bound_R + forward_RM[:, 0].max() + backward_RM[:, -1].max()
+    return float(max(bound_R.max(), work_R.max()))

@@ -12,7 +12,8 @@ from megavlm.errors import UseError
 from megavlm.parallel.topology import topology_of
 from megavlm.planner.layouts import layouts, space_of
 from megavlm.planner.page import block, page
-from megavlm.planner.search import bounded, describe, play, recipe_of, search
+from megavlm.planner.plans import bounded, describe, play, recipe_of
+from megavlm.planner.search import search
 from tests.unit.planner.builders import ARCHITECTURE, make_problem
 
 PROBLEMS = {

@@ -8,6 +8,7 @@ _READ_BY: dict[str, tuple[object, tuple[str, ...]]] = {
     "vision_pipeline_model_parallel_size": (1, ("stage",)),
     "vision_data_parallel_size": (1, ("own_ranks",)),
     "vision_max_live_microbatches": (0, ("bubble",)),
+    "vision_extra_microbatches_in_flight": (0, ("bubble",)),
     "vision_recompute": (False, ("spread", "bubble")),
 }
 
@@ -37,6 +38,14 @@ def check_placement(parallel: ParallelConfig) -> None:
             f"{virtual} with vision_placement {placement}",
             "1: the encoder's ranks run once a microbatch",
             "set it to 1, or choose vision_placement bubble",
+        )
+    extra = parallel.vision_extra_microbatches_in_flight
+    if extra and virtual > 1:
+        raise use_error(
+            "parallel.vision_extra_microbatches_in_flight",
+            f"{extra} with {virtual} model chunks a rank",
+            "0: interleaved pipelines have more microbatches in flight already",
+            "remove it, or set parallel.virtual_pipeline_model_parallel_size=1",
         )
     # A bubble needs a pipeline to have one; with one rank it would be first_stage under another name.
     if placement == "bubble" and pipeline == 1:

@@ -34,6 +34,7 @@ LEAST: dict[str, float] = {
     "parallel.vision_pipeline_model_parallel_size": 1,
     "parallel.vision_data_parallel_size": 1,
     "parallel.vision_max_live_microbatches": 0,
+    "parallel.vision_extra_microbatches_in_flight": 0,
     "parallel.recompute_num_layers": 1,
     "data.max_length": 2,  # one token read, one predicted
     "data.min_pixels": 0,

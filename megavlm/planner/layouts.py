@@ -42,6 +42,7 @@ class Layout:
         vision_data: with `own_ranks`, encoders.
         encode_twice: `vision_recompute`.
         max_live: with `bubble`, microbatches whose encoder activations may be alive.
+        extra_in_flight: with `bubble`, microbatches more in flight than in 1F1B.
         recompute: a key of `RECOMPUTES`.
         samples: of a microbatch; 0: packs.
         packing_length: most tokens of a pack.
@@ -58,6 +59,7 @@ class Layout:
     vision_data: int
     encode_twice: bool
     max_live: int
+    extra_in_flight: int
     recompute: str
     samples: int
     packing_length: int
@@ -210,6 +212,7 @@ def _placed(
         vision_data=grid.own[0],
         encode_twice=False,
         max_live=0,
+        extra_in_flight=0,
         recompute="none",
         samples=1,
         packing_length=0,
@@ -264,6 +267,8 @@ def _with_chunks(
         yield placed
         if layout.placement in ("spread", "bubble") and trains:
             yield dataclasses.replace(placed, encode_twice=True)
+        if layout.placement == "bubble" and trains and chunks == 1:
+            yield dataclasses.replace(placed, extra_in_flight=1, max_live=placed.max_live + 1)
 
 
 def _batch_problem(layout: Layout, recipe: Recipe, samples: int) -> str:
@@ -321,6 +326,7 @@ def parallel_of(layout: Layout, counts: tuple[int, ...], recipe: Recipe) -> Para
         "vision_pipeline_model_parallel_size": layout.vision_stages if layout.placement == "stage" else 1,
         "vision_data_parallel_size": layout.vision_data if own else 1,
         "vision_max_live_microbatches": layout.max_live if layout.placement == "bubble" else 0,
+        "vision_extra_microbatches_in_flight": layout.extra_in_flight,
         "vision_recompute": layout.encode_twice,
     }
     for name in ("recompute_method", "recompute_num_layers", "recompute_modules"):

@@ -211,6 +211,8 @@ def describe(layout: Layout) -> str:
         text += f" TP{layout.vision_tensor}"
     if layout.encode_twice:
         text += " twice"
+    if layout.extra_in_flight:
+        text += f" +{layout.extra_in_flight} in flight"
     if layout.recompute != "none":
         text += f", recompute {layout.recompute}"
     size = f"{layout.samples} samples" if layout.samples else f"packs of {layout.packing_length} tokens"

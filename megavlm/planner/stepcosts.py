@@ -187,6 +187,7 @@ def schedule_of(problem: Problem, layout: Layout, costs: StageCosts) -> Schedule
             num_chunks=layout.chunks,
             train_encoder=trains,
             recompute=layout.encode_twice,
+            extra_in_flight=layout.extra_in_flight,
             rules=QUICK_RULES,
         )
     return _fixed_schedule(layout, num_microbatches, trains)

@@ -28,6 +28,7 @@ class Layout:
         trains_encoder: whether the encoder has a backward pass.
         recompute: see `vision_recompute` of the recipe.
         max_live: see `vision_max_live_microbatches` of the recipe, its default filled in.
+        extra_in_flight: see `vision_extra_microbatches_in_flight` of the recipe.
     """
 
     topology: Topology
@@ -35,6 +36,7 @@ class Layout:
     trains_encoder: bool
     recompute: bool
     max_live: int
+    extra_in_flight: int
 
 
 def layout_of(parallel: ParallelConfig, topology: Topology, trains_encoder: bool) -> Layout:
@@ -45,6 +47,7 @@ def layout_of(parallel: ParallelConfig, topology: Topology, trains_encoder: bool
         trains_encoder=trains_encoder,
         recompute=parallel.vision_recompute and trains_encoder,
         max_live=parallel.vision_max_live_microbatches or topology.pipeline + 4,
+        extra_in_flight=parallel.vision_extra_microbatches_in_flight,
     )
 
 
@@ -65,6 +68,7 @@ def training_schedule(layout: Layout, inputs: StepInputs, costs: CostModel) -> S
         num_chunks=layout.num_chunks,
         train_encoder=layout.trains_encoder,
         recompute=layout.recompute,
+        extra_in_flight=layout.extra_in_flight,
         rules=QUICK_RULES,
     )
 

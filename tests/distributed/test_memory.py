@@ -29,6 +29,7 @@ MEMBERS: tuple[Member, ...] = tuple(
         ("encoder stage + PP1", 2, layout(placement="stage", pp=2), True),
         ("encoder spread, PP2", 2, layout(placement="spread", pp=2), True),
         ("encoder in bubbles, PP2", 2, layout(placement="bubble", pp=2), True),
+        ("encoder in bubbles, PP2, one more", 2, layout(placement="bubble", pp=2, extra_in_flight=1), False),
         ("encoder in bubbles, PP2 x VPP2", 2, layout(placement="bubble", pp=2, vpp=2), False),
         ("encoder in bubbles twice, PP2", 2, layout(placement="bubble", pp=2, encode_twice=True), True),
         ("encoder on own rank + one", 2, layout(placement="own_ranks"), True),

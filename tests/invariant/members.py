@@ -18,6 +18,7 @@ _SHORT = {
     "vision_pp": "vision_pipeline_model_parallel_size",
     "vision_dp": "vision_data_parallel_size",
     "max_live": "vision_max_live_microbatches",
+    "extra_in_flight": "vision_extra_microbatches_in_flight",
     "encode_twice": "vision_recompute",
     "sharded_optimizer": "use_distributed_optimizer",
     "overlap_reduce": "overlap_grad_reduce",
@@ -181,6 +182,12 @@ MEMBERS: tuple[Member, ...] = (
     Member("encoder spread, PP2 x DP2, optimizer not distributed", 4, layout(placement="spread", pp=2) | _PLAIN),
     Member("encoder spread, CP2 x DP2", 4, layout(placement="spread", cp=2)),
     Member("encoder spread, TP2+SP x PP2", 4, layout(placement="spread", tp=2, sp=True, pp=2), micro_batch_size=2),
+    Member(
+        "encoder in bubbles, PP4, one more in flight",
+        4,
+        layout(placement="bubble", pp=4, extra_in_flight=1),
+        quick=True,
+    ),
     Member("encoder in bubbles, PP4, bound 4", 4, layout(placement="bubble", pp=4, max_live=4), quick=True),
     Member(
         "encoder in bubbles, TP2+SP x PP2", 4, layout(placement="bubble", tp=2, sp=True, pp=2), True, micro_batch_size=2

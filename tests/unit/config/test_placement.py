@@ -40,6 +40,13 @@ PP2 = {"pipeline_model_parallel_size": 2}
         ({"vision_placement": "bubble"}, ["got bubble with pipeline_model_parallel_size 1", "spread"]),
         (PP2 | {"vision_data_parallel_size": 2}, ["vision_data_parallel_size: got 2", "own_ranks"]),
         (PP2 | {"vision_max_live_microbatches": 2}, ["vision_max_live_microbatches: got 2", "bubble"]),
+        (PP2 | {"vision_extra_microbatches_in_flight": 1}, ["vision_extra_microbatches_in_flight: got 1", "bubble"]),
+        (
+            PP2
+            | {"vision_placement": "bubble", "virtual_pipeline_model_parallel_size": 2}
+            | {"vision_extra_microbatches_in_flight": 1},
+            ["vision_extra_microbatches_in_flight: got 1 with 2 model chunks", "remove it"],
+        ),
         (PP2 | {"vision_recompute": True}, ["vision_recompute: got True", "spread or"]),
     ],
 )

@@ -51,8 +51,8 @@ class ParallelConfig:
     vision_max_live_microbatches: int = 0
     """With `bubble`: a rank holds encoder activations of at most so many microbatches; 0: pipeline ranks + 4."""
     vision_extra_microbatches_in_flight: int = 0
-    """With `bubble` and one model chunk a rank: the language model runs so many microbatches further ahead than 1F1B, at
-    the price of their activations, so that more of the encoder's backward fits into the bubbles."""
+    """With `bubble` and one model chunk a rank: the language model runs so many microbatches further ahead than 1F1B,
+    at the price of their activations, so that more of the encoder's backward fits into the bubbles."""
     vision_recompute: bool = False
     """With `spread` or `bubble`: keep features only, and encode again before each backward pass of the encoder."""
     use_distributed_optimizer: bool = True

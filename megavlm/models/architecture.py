@@ -90,6 +90,7 @@ class ConnectorArchitecture:
         num_key_value_heads: of a perceiver.
         head_dim: of a perceiver.
         cross_attention_frequency: a Q-Former reads the image in every so manieth layer.
+        merge_size: neighbouring patches that become one, along each side.
         norm_epsilon: of its norms.
     """
 
@@ -102,6 +103,7 @@ class ConnectorArchitecture:
     num_key_value_heads: int = 0
     head_dim: int = 0
     cross_attention_frequency: int = 1
+    merge_size: int = 1
     norm_epsilon: float = 1e-6
 
 

@@ -41,9 +41,7 @@ class Decoder:
 
 DECODERS: dict[str, Decoder] = {
     "llama": Decoder(
-        MappingProxyType(
-            _COMMON | {"intermediate_size": 11008, "vocab_size": 32000, "max_position_embeddings": 2048}
-        )
+        MappingProxyType(_COMMON | {"intermediate_size": 11008, "vocab_size": 32000, "max_position_embeddings": 2048})
     ),
     "mistral": Decoder(
         MappingProxyType(

@@ -19,7 +19,9 @@ def rope_settings(text: Mapping[str, Any]) -> dict[str, Any]:
     kind = found.get("rope_type", found.get("type", "default"))
     # Qwen2-VL's checkpoints on the hub call plain multimodal RoPE `mrope`
     if kind not in ("default", "mrope", "linear", "llama3"):
-        raise use_error("text_config rope_type", kind, "default, linear or llama3", "no other RoPE scaling is supported")
+        raise use_error(
+            "text_config rope_type", kind, "default, linear or llama3", "no other RoPE scaling is supported"
+        )
     return found
 
 

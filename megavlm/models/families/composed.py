@@ -159,36 +159,76 @@ def build_projector(
     return Connectors(config, main, [])
 
 
-def connector_names(architecture: Architecture) -> list[str]:
-    """Names of the connector's parameters, after `projector.main.` here and after `connector.` on disk."""
-    connector = architecture.connector
+def connector_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """The connector's parameters by their names: after `projector.main.` here, after `connector.` on disk."""
+    connector, tower, size = architecture.connector, architecture.vision.hidden_size, architecture.language.hidden_size
     assert connector is not None
-    both = ("weight", "bias")
     if connector.kind == "mlp":
-        return [f"linear_fc{number}.{kind}" for number in (1, 2) for kind in both]
+        return _affine("linear_fc1", size, tower) | _affine("linear_fc2", size, size)
     if connector.kind == "pixel_shuffle_mlp":
-        return [f"mlp.{part}.{kind}" for part in ("norm", "linear_fc1", "linear_fc2") for kind in both]
-    layers = [f"layers.{number}." for number in range(connector.depth)]
+        merged = tower * connector.merge_size**2
+        return (
+            _norm("mlp.norm", merged) | _affine("mlp.linear_fc1", size, merged) | _affine("mlp.linear_fc2", size, size)
+        )
     if connector.kind == "perceiver":
-        parts = "latents_norm context_norm query key value output mlp_norm mlp.gate mlp.up mlp.down".split()
-        names = [f"projection.{part}.weight" for part in ("gate", "up", "down")]
-        return [*names, "latents", *(f"{layer}{part}.weight" for layer in layers for part in parts), "norm.weight"]
-    attention = ("query", "key", "value", "output", "norm")
-    names = ["queries", *(f"{part}.{kind}" for part in ("norm", "projection") for kind in both)]
-    for number, layer in enumerate(layers):
-        parts = [f"attention.{part}" for part in attention]
+        return _perceiver_shapes(connector, tower, architecture.language.ffn_hidden_size, size)
+    return _qformer_shapes(connector, tower, size)
+
+
+def _affine(name: str, size_out: int, size_in: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (size_out, size_in), f"{name}.bias": (size_out,)}
+
+
+def _norm(name: str, size: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (size,), f"{name}.bias": (size,)}
+
+
+def _gated(name: str, size_in: int, middle: int, size_out: int) -> dict[str, tuple[int, ...]]:
+    return {
+        f"{name}.gate.weight": (middle, size_in),
+        f"{name}.up.weight": (middle, size_in),
+        f"{name}.down.weight": (size_out, middle),
+    }
+
+
+def _perceiver_shapes(
+    connector: ConnectorArchitecture, tower: int, middle: int, size: int
+) -> dict[str, tuple[int, ...]]:
+    wide, narrow = connector.num_heads * connector.head_dim, connector.num_key_value_heads * connector.head_dim
+    shapes = _gated("projection", tower, middle, size) | {"latents": (connector.num_queries, size)}
+    for number in range(connector.depth):
+        layer = f"layers.{number}."
+        for norm in ("latents_norm", "context_norm", "mlp_norm"):
+            shapes[f"{layer}{norm}.weight"] = (size,)
+        shapes |= {f"{layer}query.weight": (wide, size), f"{layer}output.weight": (size, wide)}
+        shapes |= {f"{layer}key.weight": (narrow, size), f"{layer}value.weight": (narrow, size)}
+        shapes |= _gated(f"{layer}mlp", size, 4 * size, size)
+    return shapes | {"norm.weight": (size,)}
+
+
+def _qformer_shapes(connector: ConnectorArchitecture, tower: int, size: int) -> dict[str, tuple[int, ...]]:
+    width, ffn = connector.hidden_size, connector.ffn_hidden_size
+    shapes: dict[str, tuple[int, ...]] = {"queries": (connector.num_queries, width)}
+    shapes |= _norm("norm", width) | _affine("projection", size, width)
+    for number in range(connector.depth):
+        layer = f"layers.{number}."
+        attentions = [("attention", width)]
         if number % connector.cross_attention_frequency == 0:
-            parts += [f"cross_attention.{part}" for part in attention]
-        parts += ["mlp_fc1", "mlp_fc2", "mlp_norm"]
-        names += [f"{layer}{part}.{kind}" for part in parts for kind in both]
-    return names
+            attentions.append(("cross_attention", tower))
+        for name, read in attentions:
+            for part, size_in in (("query", width), ("key", read), ("value", read), ("output", width)):
+                shapes |= _affine(f"{layer}{name}.{part}", width, size_in)
+            shapes |= _norm(f"{layer}{name}.norm", width)
+        shapes |= _affine(f"{layer}mlp_fc1", ffn, width) | _affine(f"{layer}mlp_fc2", width, ffn)
+        shapes |= _norm(f"{layer}mlp_norm", width)
+    return shapes
 
 
 def weight_map(architecture: Architecture) -> list[Entry]:
     """Native names to those of a composed directory."""
     entries = decoder_entries(architecture.language, "language_model.model.", "language_model.lm_head.weight")
     entries += llava.tower_entries(architecture)
-    return entries + [direct(f"projector.main.{name}", f"connector.{name}") for name in connector_names(architecture)]
+    return entries + [direct(f"projector.main.{name}", f"connector.{name}") for name in connector_shapes(architecture)]
 
 
 FAMILY = ModelFamily(

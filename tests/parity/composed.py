@@ -26,7 +26,8 @@ from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel
 from transformers.models.idefics2.configuration_idefics2 import Idefics2PerceiverConfig
 from transformers.models.idefics2.modeling_idefics2 import Idefics2MLP, Idefics2PerceiverResampler
 
-from tests.tiny import VOCAB_SIZE
+from tests.tiny import LLAVA_SPECIALS, LLAVA_TEMPLATE, VOCAB_SIZE, make_tokenizer
+from tests.tiny_parts import CLIP_PROCESSOR
 
 DECODERS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 CONNECTORS: dict[str, dict[str, Any]] = {
@@ -207,7 +208,7 @@ class ComposedReference(nn.Module):
         return self.language_model(inputs_embeds=embeddings)
 
     def write(self, out_dir: Path) -> Path:
-        """Write config.json and the weights; no tokenizer."""
+        """Write the directory, with the tokenizer, template and image processor of a LLaVA."""
         config = {
             "model_type": "megavlm",
             "image_token_id": self.config.image_token_id,
@@ -220,4 +221,10 @@ class ComposedReference(nn.Module):
         (out_dir / "config.json").write_text(json.dumps(config, default=str))
         tensors = {name: parameter.detach().contiguous() for name, parameter in self.named_parameters()}
         save_file(tensors, out_dir / "model.safetensors", metadata={"format": "pt"})
+        tokenizer = make_tokenizer(
+            LLAVA_SPECIALS, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+        )
+        tokenizer.save_pretrained(out_dir)
+        (out_dir / "chat_template.jinja").write_text(LLAVA_TEMPLATE)
+        (out_dir / "preprocessor_config.json").write_text(json.dumps(CLIP_PROCESSOR))
         return out_dir

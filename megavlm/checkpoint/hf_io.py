@@ -214,6 +214,42 @@ def export_weights(
     copy_companions(source.path, out_dir)
 
 
+def write_tensors(tensors: Iterable[tuple[str, torch.Tensor]], out_dir: Path, max_shard_bytes: int = 5 * 2**30) -> None:
+    """Write named tensors as safetensors, a shard of them in memory at a time.
+
+    Args:
+        tensors: each once.
+        out_dir: an existing directory.
+        max_shard_bytes: a new shard is begun before this size is passed.
+    """
+    shard: dict[str, torch.Tensor] = {}
+    names: list[list[str]] = []
+    size, total, num_parameters = 0, 0, 0
+
+    def flush() -> None:
+        save_file(shard, out_dir / f"part-{len(names)}.safetensors", metadata={"format": "pt"})
+        names.append(list(shard))
+        shard.clear()
+
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > max_shard_bytes:
+            flush()
+            size = 0
+        shard[name] = tensor.contiguous()
+        size, total, num_parameters = size + tensor.nbytes, total + tensor.nbytes, num_parameters + tensor.numel()
+    flush()
+    if len(names) == 1:
+        (out_dir / "part-0.safetensors").rename(out_dir / SINGLE)
+        return
+    weight_map = {}
+    for number, part in enumerate(names):
+        file = f"model-{number + 1:05d}-of-{len(names):05d}.safetensors"
+        (out_dir / f"part-{number}.safetensors").rename(out_dir / file)
+        weight_map.update(dict.fromkeys(part, file))
+    index = {"metadata": {"total_parameters": num_parameters, "total_size": total}, "weight_map": weight_map}
+    (out_dir / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
 def _write_shards(shards: list[dict[str, torch.Tensor]], out_dir: Path) -> None:
     if len(shards) == 1:
         save_file(shards[0], out_dir / SINGLE, metadata={"format": "pt"})

@@ -20,6 +20,7 @@ class InputSpec:
         temporal_patch_size: frames per patch; a still image is repeated that often. 1 where there is no such axis.
         merge_size: patches per visual token along each side; 1 means one token a patch.
         image_px: side of a `square` image in pixels; 0 for `dynamic`.
+        num_queries: visual tokens of a frame behind a connector with learned queries; 0: follows from the patches.
         position_kind: `linear` positions count tokens; `mrope` gives (temporal, height, width) positions.
     """
 
@@ -31,10 +32,13 @@ class InputSpec:
     merge_size: int
     image_px: int
     position_kind: Literal["linear", "mrope"]
+    num_queries: int = 0
 
     def num_image_tokens(self, grid_thw: tuple[int, int, int]) -> int:
         """Visual tokens of one image whose patch grid is (frames, rows, columns)."""
         frames, rows, columns = grid_thw
+        if self.num_queries:
+            return frames * self.num_queries
         return frames * (rows // self.merge_size) * (columns // self.merge_size)
 
     @property

@@ -57,7 +57,7 @@ class Tokenizer:
     @property
     def _tokenizer(self) -> "PreTrainedTokenizerFast":
         if self._loaded is None:
-            self._loaded = _load(Path(self._where))
+            self._loaded = load_tokenizer(Path(self._where))
         return self._loaded
 
     def __getstate__(self) -> dict[str, Any]:
@@ -201,7 +201,12 @@ class Tokenizer:
         return f"\n{_PROBE}" in text.split(self.image_token, 1)[1]
 
 
-def _load(hf_dir: Path) -> "PreTrainedTokenizerFast":
+def load_tokenizer(hf_dir: Path) -> "PreTrainedTokenizerFast":
+    """A directory's tokenizer; local files only, no code from the directory is run.
+
+    Raises:
+        UseError: no directory, or no fast tokenizer in it.
+    """
     # Here, not at the top: the import takes seconds and 200 MB, which data workers are spared.
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 

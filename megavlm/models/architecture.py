@@ -1,8 +1,29 @@
 """What a model is made of, read from a Hugging Face config, before anything is built. Plain data."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from megavlm.config.inputs import InputSpec
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Rotary frequencies that are stretched for contexts longer than those of pretraining.
+
+    Attributes:
+        kind: `linear` divides all by `factor`; `llama3` (Llama 3.1) divides slow ones, leaves fast ones, and blends
+            those between.
+        factor: of stretching.
+        low_frequency_factor: wavelengths above original_max_positions / this are slow.
+        high_frequency_factor: wavelengths below original_max_positions / this are fast.
+        original_max_positions: context length of pretraining, in tokens.
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 1.0
+    original_max_positions: int = 0
 
 
 @dataclass(frozen=True)
@@ -26,6 +47,7 @@ class LanguageArchitecture:
     """Rotary frequencies per (temporal, height, width) axis; None: one axis."""
     mrope_interleaved: bool = False
     """True: axes alternate (Qwen3-VL); False: one block of frequencies after the other (Qwen2.5-VL)."""
+    rope_scaling: RopeScaling | None = None
 
 
 @dataclass(frozen=True)
@@ -54,13 +76,46 @@ class VisionArchitecture:
 
 
 @dataclass(frozen=True)
+class ConnectorArchitecture:
+    """A connector that is a choice of its own (composed models); fields that a kind does not have keep their default.
+
+    Attributes:
+        kind: `mlp` (two layers), `pixel_shuffle_mlp` (merge_size^2 neighbouring patches become one, then a norm and two
+            layers), `perceiver` or `qformer` (learned queries).
+        num_queries: visual tokens of an image.
+        depth: layers.
+        hidden_size: width of a Q-Former.
+        ffn_hidden_size: of a Q-Former's MLP.
+        num_heads: of attention.
+        num_key_value_heads: of a perceiver.
+        head_dim: of a perceiver.
+        cross_attention_frequency: a Q-Former reads the image in every so manieth layer.
+        merge_size: neighbouring patches that become one, along each side.
+        norm_epsilon: of its norms.
+    """
+
+    kind: Literal["mlp", "pixel_shuffle_mlp", "perceiver", "qformer"]
+    num_queries: int = 0
+    depth: int = 0
+    hidden_size: int = 0
+    ffn_hidden_size: int = 0
+    num_heads: int = 0
+    num_key_value_heads: int = 0
+    head_dim: int = 0
+    cross_attention_frequency: int = 1
+    merge_size: int = 1
+    norm_epsilon: float = 1e-6
+
+
+@dataclass(frozen=True)
 class Architecture:
-    """A vision-language model."""
+    """A vision-language model; `connector` only where that is not the family's own."""
 
     family: str
     vision: VisionArchitecture
     language: LanguageArchitecture
     inputs: InputSpec
+    connector: ConnectorArchitecture | None = None
 
     @property
     def num_deepstack(self) -> int:

@@ -79,5 +79,6 @@ def build_language_model(
         architecture.mrope_section,
         architecture.mrope_interleaved,
         torch.device(torch.cuda.current_device()),
+        architecture.rope_scaling,
     )
     return model

@@ -6,10 +6,13 @@ RoPE: Su et al., arXiv 2104.09864. Multimodal RoPE: Qwen2-VL, arXiv 2409.12191, 
 Shape suffixes: 3 the (temporal, height, width) axes, B batch (1), T tokens, P patches, F frequencies, D head dim = 2F.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import nn
+
+from megavlm.models.architecture import RopeScaling
 
 
 class RotaryAngles(nn.Module):
@@ -19,12 +22,18 @@ class RotaryAngles(nn.Module):
     """
 
     def __init__(
-        self, head_dim: int, base: float, section: tuple[int, int, int] | None, interleaved: bool, device: torch.device
+        self,
+        head_dim: int,
+        base: float,
+        section: tuple[int, int, int] | None,
+        interleaved: bool,
+        device: torch.device,
+        scaling: RopeScaling | None = None,
     ) -> None:
         super().__init__()
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
         # a plain attribute: it must stay fp32 in a bf16 model, and is no part of the state
-        self.inverse_frequencies_F = 1.0 / base**exponents
+        self.inverse_frequencies_F = scale_frequencies(1.0 / base**exponents, scaling)
         self.section = section
         self.interleaved = interleaved
 
@@ -45,6 +54,23 @@ class RotaryAngles(nn.Module):
             picked = slice(axis, 3 * self.section[axis], 3)
             mixed_TF[:, picked] = angles_3TF[axis][:, picked]
         return mixed_TF
+
+
+def scale_frequencies(inverse_F: torch.Tensor, scaling: RopeScaling | None) -> torch.Tensor:
+    """Inverse frequencies, stretched.
+
+    Source: position interpolation, Chen et al., arXiv 2306.15595 (`linear`); Llama 3.1's model code (`llama3`).
+    """
+    if scaling is None:
+        return inverse_F
+    stretched_F = inverse_F / scaling.factor
+    if scaling.kind == "linear":
+        return stretched_F
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    # turns within the context of pretraining: 0 where slow, 1 where fast
+    turns_F = scaling.original_max_positions * inverse_F / (2 * math.pi)
+    weight_F = ((turns_F - low) / (high - low)).clamp(0, 1)
+    return (1 - weight_F) * stretched_F + weight_F * inverse_F
 
 
 def axial_angles(rows_P: torch.Tensor, columns_P: torch.Tensor, head_dim: int, base: float = 10000.0) -> torch.Tensor:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megavlm.errors import use_error
-from megavlm.models.architecture import LanguageArchitecture
+from megavlm.models.architecture import LanguageArchitecture, RopeScaling
 
 
 def rope_settings(text: Mapping[str, Any]) -> dict[str, Any]:
@@ -18,9 +18,27 @@ def rope_settings(text: Mapping[str, Any]) -> dict[str, Any]:
         found["rope_theta"] = text["rope_theta"]
     kind = found.get("rope_type", found.get("type", "default"))
     # Qwen2-VL's checkpoints on the hub call plain multimodal RoPE `mrope`
-    if kind not in ("default", "mrope"):
-        raise use_error("text_config rope_type", kind, "default", "RoPE scaling is not supported yet")
+    if kind not in ("default", "mrope", "linear", "llama3"):
+        raise use_error(
+            "text_config rope_type", kind, "default, linear or llama3", "no other RoPE scaling is supported"
+        )
     return found
+
+
+def rope_scaling(settings: Mapping[str, Any]) -> RopeScaling | None:
+    """The scaling that `rope_settings` speak of; None: plain RoPE."""
+    kind = settings.get("rope_type", settings.get("type", "default"))
+    if kind == "linear":
+        return RopeScaling("linear", float(settings["factor"]))
+    if kind == "llama3":
+        return RopeScaling(
+            "llama3",
+            float(settings["factor"]),
+            float(settings["low_freq_factor"]),
+            float(settings["high_freq_factor"]),
+            int(settings["original_max_position_embeddings"]),
+        )
+    return None
 
 
 def read_language(
@@ -37,6 +55,7 @@ def read_language(
     """
     text = {**defaults, **text}
     heads = text["num_attention_heads"]
+    settings = rope_settings(text)
     return LanguageArchitecture(
         num_layers=text["num_hidden_layers"],
         hidden_size=text["hidden_size"],
@@ -47,7 +66,8 @@ def read_language(
         norm_epsilon=text["rms_norm_eps"],
         vocab_size=text["vocab_size"],
         max_positions=text["max_position_embeddings"],
-        rotary_base=rope_settings(text)["rope_theta"],
+        rotary_base=settings["rope_theta"],
         tied_embeddings=tied,
+        rope_scaling=rope_scaling(settings),
         **traits,
     )

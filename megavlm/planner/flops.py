@@ -9,7 +9,12 @@ by what is computed: the whole square (as unfused and most fused kernels are cre
 import math
 from collections.abc import Sequence
 
-from megavlm.models.architecture import Architecture, LanguageArchitecture, VisionArchitecture
+from megavlm.models.architecture import (
+    Architecture,
+    ConnectorArchitecture,
+    LanguageArchitecture,
+    VisionArchitecture,
+)
 
 Grid = tuple[int, int, int]
 
@@ -35,12 +40,40 @@ def tower_flops(vision: VisionArchitecture, grid: Grid) -> int:
 
 def connector_flops(architecture: Architecture, grid: Grid) -> int:
     """Forward FLOPs of all connectors (the projector, and DeepStack's) on one image."""
+    connector = architecture.connector
+    if connector is not None and connector.num_queries:
+        return grid[0] * _resampler_flops(architecture, connector, grid[1] * grid[2])
+    if connector is not None:
+        return _chosen_mlp_flops(architecture, connector, math.prod(grid))
     vision, hidden = architecture.vision, architecture.language.hidden_size
     merged = vision.hidden_size * vision.merge_size**2
     middle = merged if vision.merge_size > 1 else hidden
     tokens = math.prod(grid) // vision.merge_size**2
     one = 2 * tokens * (merged * middle + middle * hidden)
     return one * (1 + architecture.num_deepstack)
+
+
+def _chosen_mlp_flops(architecture: Architecture, connector: ConnectorArchitecture, patches: int) -> int:
+    hidden, merge = architecture.language.hidden_size, connector.merge_size**2
+    return 2 * (patches // merge) * (architecture.vision.hidden_size * merge * hidden + hidden * hidden)
+
+
+def _resampler_flops(architecture: Architecture, connector: ConnectorArchitecture, patches: int) -> int:
+    """Forward FLOPs of a connector with learned queries on one frame."""
+    tower, size, queries = architecture.vision.hidden_size, architecture.language.hidden_size, connector.num_queries
+    if connector.kind == "perceiver":
+        middle = architecture.language.ffn_hidden_size
+        wide = connector.num_heads * connector.head_dim
+        narrow = connector.num_key_value_heads * connector.head_dim
+        seen = patches + queries
+        layer = 2 * (2 * queries * size * wide + 2 * seen * size * narrow + 3 * queries * size * 4 * size)
+        layer += 2 * 2 * queries * seen * wide
+        return 2 * patches * (2 * tower * middle + middle * size) + connector.depth * layer
+    width = connector.hidden_size
+    own = 2 * queries * (4 * width * width + 2 * width * connector.ffn_hidden_size) + 2 * 2 * queries * queries * width
+    reading = 2 * (2 * queries * width * width + 2 * patches * tower * width) + 2 * 2 * queries * patches * width
+    num_reading = -(-connector.depth // connector.cross_attention_frequency)
+    return connector.depth * own + num_reading * reading + 2 * queries * width * size
 
 
 def image_flops(architecture: Architecture, grid: Grid) -> int:

@@ -64,6 +64,8 @@ class Reference:
 REFERENCES: dict[str, Reference] = {
     "qwen3_vl": Reference("qwen3_vl"),
     "llava": Reference("llava"),
+    "perceiver": Reference("perceiver"),
+    "qformer": Reference("qformer"),
     "frozen vision": Reference("qwen3_vl", {"freeze_vit": True}),
     "frozen encoder": Reference("qwen3_vl", {"freeze_vit": True, "freeze_aligner": True}),
     "frozen language": Reference("qwen3_vl", {"freeze_llm": True}),
@@ -141,6 +143,13 @@ MEMBERS: tuple[Member, ...] = (
     Member("encoder spread, TP2+SP, vision TP1", 2, layout(placement="spread", tp=2, sp=True, vision_tp=1), True),
     Member("encoder spread, DP2, recompute full", 2, layout(placement="spread") | _FULL),
     Member("encoder in bubbles, PP2", 2, layout(placement="bubble", pp=2), quick=True),
+    # composed models
+    Member("perceiver, TP2+SP", 2, layout(tp=2, sp=True), True, "perceiver"),
+    Member("perceiver, encoder in bubbles, PP2", 2, layout(placement="bubble", pp=2), True, "perceiver"),
+    Member("perceiver, encoder stage + PP1", 2, layout(placement="stage", pp=2), False, "perceiver"),
+    Member("qformer, CP2 all_gather", 2, layout(cp=2, cp_comm="all_gather"), False, "qformer"),
+    Member("qformer, encoder spread, PP2", 2, layout(placement="spread", pp=2), True, "qformer"),
+    Member("qformer, encoder on own rank", 2, layout(placement="own_ranks"), False, "qformer"),
     Member("encoder in bubbles, PP2, bound 2", 2, layout(placement="bubble", pp=2, max_live=2)),
     Member("encoder in bubbles twice, PP2", 2, layout(placement="bubble", pp=2, encode_twice=True), quick=True),
     Member("encoder in bubbles, PP2, frozen vision", 2, layout(placement="bubble", pp=2), False, "frozen vision"),

@@ -1,10 +1,11 @@
-"""LLaVA-1.5: CLIP tower (hidden state -2, class token dropped), two-layer MLP, Llama.
+"""LLaVA-1.5: CLIP tower (class token dropped), two-layer MLP, and any Llama, Mistral or Qwen decoder.
 
 Source: Liu et al., arXiv 2310.03744; layouts checked against transformers' llava.
 
 Shape suffixes: P patches, C patch values, D tower hidden size, N images, 3 (frames, rows, columns).
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,24 +19,14 @@ from megavlm.config.inputs import InputSpec
 from megavlm.errors import use_error
 from megavlm.models.activations import ACTIVATIONS
 from megavlm.models.architecture import Architecture, VisionArchitecture
+from megavlm.models.decoders import decoder_entries, read_decoder
 from megavlm.models.family import ModelFamily
 from megavlm.models.norm import plain_layer_norm
 from megavlm.models.projector import Connectors, TwoLayerMLP
-from megavlm.models.text_config import read_language
 from megavlm.models.vision import pack_params, run_layers, tower_block
-from megavlm.models.weight_map import Entry, direct, flattened, language_entries, split_qkv
+from megavlm.models.weight_map import Entry, direct, flattened, split_qkv
 
 # What transformers assumes when a config.json leaves a key out, as those on the hub do.
-TEXT_DEFAULTS: dict[str, Any] = {
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "vocab_size": 32000,
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-}
 VISION_DEFAULTS: dict[str, Any] = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -50,14 +41,44 @@ VISION_DEFAULTS: dict[str, Any] = {
 
 def read_config(config: dict[str, Any]) -> Architecture:
     """Read config.json of a `llava` model."""
-    text, vision = config["text_config"], {**VISION_DEFAULTS, **config["vision_config"]}
-    expected = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
+    expected: dict[str, Any] = {
+        "vision_feature_select_strategy": "default",
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+    }
     for key, value in expected.items():
         if config.get(key, value) != value:
             raise use_error(f"config.json {key}", config[key], str(value), "only LLaVA-1.5's own choice is supported")
-    language = read_language(text, config.get("tie_word_embeddings", False), TEXT_DEFAULTS)
+    language = read_decoder(config["text_config"], config.get("tie_word_embeddings", False))
+    tower = read_tower(config["vision_config"], config.get("vision_feature_layer", -2))
+    image_token_id = config.get("image_token_index", config.get("image_token_id", 32000))
+    inputs = input_spec(config["vision_config"], image_token_id, language.vocab_size)
+    return Architecture("llava", tower, language, inputs)
+
+
+def read_tower(vision: Mapping[str, Any], feature_layer: Any) -> VisionArchitecture:
+    """Read a CLIP `vision_config`.
+
+    Args:
+        vision: the config.
+        feature_layer: which hidden state is the feature, counted from the end.
+
+    Raises:
+        UseError: no CLIP tower, or a feature layer that is none.
+    """
+    kind = vision.get("model_type", "clip_vision_model")
+    if kind != "clip_vision_model":
+        raise use_error("vision_config model_type", kind, "clip_vision_model", "use a CLIP tower")
+    vision = {**VISION_DEFAULTS, **vision}
+    if not isinstance(feature_layer, int) or not -vision["num_hidden_layers"] <= feature_layer < 0:
+        raise use_error(
+            "config.json vision_feature_layer",
+            feature_layer,
+            f"a number from -{vision['num_hidden_layers']} to -1",
+            "several feature layers, and those counted from the front, are not supported",
+        )
     patch_px, image_px = vision["patch_size"], vision["image_size"]
-    tower = VisionArchitecture(
+    return VisionArchitecture(
         num_layers=vision["num_hidden_layers"],
         hidden_size=vision["hidden_size"],
         ffn_hidden_size=vision["intermediate_size"],
@@ -67,19 +88,23 @@ def read_config(config: dict[str, Any]) -> Architecture:
         patch_channels=3 * patch_px**2,
         merge_size=1,
         num_positions=(image_px // patch_px) ** 2,
-        feature_layer=-2,
+        feature_layer=feature_layer,
     )
-    inputs = InputSpec(
-        image_token_id=config.get("image_token_index", config.get("image_token_id", 32000)),
-        vocab_size=language.vocab_size,
+
+
+def input_spec(vision: Mapping[str, Any], image_token_id: int, vocab_size: int) -> InputSpec:
+    """Square images of the tower's size, one token a patch."""
+    vision = {**VISION_DEFAULTS, **vision}
+    return InputSpec(
+        image_token_id=image_token_id,
+        vocab_size=vocab_size,
         image_kind="square",
-        patch_px=patch_px,
+        patch_px=vision["patch_size"],
         temporal_patch_size=1,
         merge_size=1,
-        image_px=image_px,
+        image_px=vision["image_size"],
         position_kind="linear",
     )
-    return Architecture("llava", tower, language, inputs)
 
 
 class ClipTower(MegatronModule):
@@ -172,22 +197,24 @@ TOWER = "vision_tower.vision_model."
 
 def weight_map(architecture: Architecture) -> list[Entry]:
     """Native names to the names of a LLaVA-1.5 checkpoint on the hub."""
-    language, vision = architecture.language, architecture.vision
-    entries = language_entries(
-        language.num_layers, language.num_query_groups, language.head_dim, "language_model.model.", False, False
-    )
-    if not language.tied_embeddings:
-        entries.append(direct("language.output_layer.weight", "language_model.lm_head.weight"))
-    patch_px = architecture.inputs.patch_px
-    entries += [
+    entries = decoder_entries(architecture.language, "language_model.model.", "language_model.lm_head.weight")
+    entries += tower_entries(architecture)
+    for kind in ("weight", "bias"):
+        for ours, theirs in (("linear_fc1", "linear_1"), ("linear_fc2", "linear_2")):
+            entries.append(direct(f"projector.main.{ours}.{kind}", f"multi_modal_projector.{theirs}.{kind}"))
+    return entries
+
+
+def tower_entries(architecture: Architecture) -> list[Entry]:
+    """The tower's native names to CLIP's, under `TOWER`."""
+    vision, patch_px = architecture.vision, architecture.inputs.patch_px
+    entries = [
         flattened("vision.patch_embed.weight", f"{TOWER}embeddings.patch_embedding.weight", (3, patch_px, patch_px)),
         direct("vision.class_embedding", f"{TOWER}embeddings.class_embedding"),
         direct("vision.position_table.weight", f"{TOWER}embeddings.position_embedding.weight"),
     ]
     for kind in ("weight", "bias"):
         entries.append(direct(f"vision.pre_norm.{kind}", f"{TOWER}pre_layrnorm.{kind}"))  # spelt so in CLIP
-        for ours, theirs in (("linear_fc1", "linear_1"), ("linear_fc2", "linear_2")):
-            entries.append(direct(f"projector.main.{ours}.{kind}", f"multi_modal_projector.{theirs}.{kind}"))
     for number in range(vision.num_computed_layers):
         entries += _layer_entries(number, vision)
     for key in unused_shapes(vision):

@@ -4,6 +4,7 @@ from transformers import LlamaConfig, Qwen3VLConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding, Qwen3VLVisionRotaryEmbedding
 
+from megavlm.models.architecture import RopeScaling
 from megavlm.models.rope import RotaryAngles, axial_angles
 
 CPU = torch.device("cpu")
@@ -79,3 +80,22 @@ def test_vision_equals_transformers(head_dim):
     angles = axial_angles(rows, columns, head_dim)
     assert angles.shape == (33, 1, 1, head_dim)
     assert_same_rotation(angles, cos, sin)
+
+
+@pytest.mark.parametrize(
+    ("keys", "scaling"),
+    [
+        ({"rope_type": "linear", "factor": 4.0}, RopeScaling("linear", 4.0)),
+        (
+            {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+            | {"original_max_position_embeddings": 512},
+            RopeScaling("llama3", 8.0, 1.0, 4.0, 512),
+        ),
+    ],
+)
+def test_stretched_frequencies_equal_transformers(keys, scaling):
+    config = LlamaConfig(hidden_size=128, num_attention_heads=2, rope_parameters={"rope_theta": 5e5, **keys})
+    theirs = LlamaRotaryEmbedding(config).inv_freq
+    ours = RotaryAngles(64, 5e5, None, False, CPU, scaling).inverse_frequencies_F
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    assert not torch.allclose(ours, RotaryAngles(64, 5e5, None, False, CPU).inverse_frequencies_F, rtol=0.1, atol=0)

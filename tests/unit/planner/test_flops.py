@@ -1,12 +1,15 @@
 """The formulas against torch's own count of what transformers' models execute."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
 
-from megavlm.models.architecture import Architecture
-from megavlm.planner.flops import image_flops, language_flops
+from megavlm.models.architecture import Architecture, ConnectorArchitecture
+from megavlm.planner.flops import connector_flops, image_flops, language_flops
+from tests.parity.composed import COMPOSED, CONNECTORS, ComposedReference
 from tests.tiny import write_tiny_llava, write_tiny_qwen3vl
 from tests.unit.planner.reading import read_architecture
 
@@ -58,3 +61,27 @@ def test_a_packed_row_is_its_samples(tmp_path):
     together = language_flops(language, [5, 9, 2])
     assert together == sum(language_flops(language, [length]) for length in (5, 9, 2))
     assert language_flops(language, [16]) > together
+
+
+@pytest.mark.parametrize("kind", COMPOSED)
+def test_composed_image(tmp_path, kind):
+    model = ComposedReference(kind).requires_grad_(False)
+    keys = CONNECTORS[kind]
+    connector = ConnectorArchitecture(
+        kind=kind,
+        num_queries=keys.get("num_queries", 0),
+        depth=keys.get("num_hidden_layers", 0),
+        hidden_size=keys.get("hidden_size", 0),
+        ffn_hidden_size=keys.get("intermediate_size", 0),
+        num_heads=keys.get("num_attention_heads", 0),
+        num_key_value_heads=keys.get("num_key_value_heads", 0),
+        head_dim=keys.get("head_dim", 0),
+        cross_attention_frequency=keys.get("cross_attention_frequency", 1),
+        merge_size=keys.get("scale_factor", 1),
+    )
+    plain = read_architecture(write_tiny_llava(tmp_path / "model"))  # the same tower
+    architecture = dataclasses.replace(plain, connector=connector)
+    pixels = torch.randn(1, 3, 28, 28)
+    tower = _counted(lambda: model.vision_tower(pixels))
+    counted = _counted(lambda: model.get_image_features(pixels)) - tower
+    assert counted == connector_flops(architecture, (1, 4, 4)) > 0

@@ -158,7 +158,7 @@ def write_tiny_qwen3vl(
     )
     torch.manual_seed(seed)
     model = Qwen3VLForConditionalGeneration(config)
-    return _write(out_dir, model.to(dtype), generation, tokenizer, QWEN_TEMPLATE, image_processor)
+    return write_model(out_dir, model.to(dtype), generation, tokenizer, QWEN_TEMPLATE, image_processor)
 
 
 def write_tiny_llava(
@@ -233,10 +233,10 @@ def write_tiny_llava(
     }
     (Path(out_dir)).mkdir(parents=True, exist_ok=True)
     (Path(out_dir) / "processor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
-    return _write(out_dir, model.to(dtype), generation, tokenizer, LLAVA_TEMPLATE, image_processor)
+    return write_model(out_dir, model.to(dtype), generation, tokenizer, LLAVA_TEMPLATE, image_processor)
 
 
-def _write(
+def write_model(
     out_dir: Path,
     model: PreTrainedModel,
     generation: GenerationConfig,
@@ -244,6 +244,7 @@ def _write(
     template: str,
     image_processor: dict[str, Any],
 ) -> Path:
+    """Write a directory; every 1-D parameter is randomised. Returns `out_dir`."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:

@@ -68,6 +68,14 @@ class VisionArchitecture:
     """ViT layers whose output also feeds the language model's first layers (Qwen3-VL)."""
     feature_layer: int = -1
     """Which hidden state is the feature: -1 after the last layer, -2 the one before (LLaVA-1.5)."""
+    class_token: bool = False
+    """A token of its own in front of every frame's patches; it is dropped behind the last layer."""
+    normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
+    gated_mlp: bool = False
+    window: int = 0
+    """Attention stays inside windows of so many visual tokens (merged patches) a side; 0: inside frames."""
+    full_attention_layers: tuple[int, ...] = ()
+    """Layers that attend to whole frames although there are windows."""
 
     @property
     def num_computed_layers(self) -> int:

@@ -30,6 +30,13 @@ def mark_sequence_parallel(module: nn.Module, value: bool) -> None:
         vars(parameter)["sequence_parallel"] = value
 
 
+def plain_rms_norm(size: int, epsilon: float, dtype: torch.dtype) -> nn.RMSNorm:
+    """An RMSNorm that every tensor-parallel rank applies to the same whole input."""
+    module = nn.RMSNorm(size, eps=epsilon, dtype=dtype)
+    mark_sequence_parallel(module, False)
+    return module
+
+
 def plain_layer_norm(size: int, epsilon: float, dtype: torch.dtype) -> nn.LayerNorm:
     """A LayerNorm that every tensor-parallel rank applies to the same whole input (connectors, towers)."""
     module = nn.LayerNorm(size, eps=epsilon, dtype=dtype)

@@ -14,7 +14,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from megavlm.models.norm import plain_layer_norm
+from megavlm.models.norm import plain_layer_norm, plain_rms_norm
 
 
 class TwoLayerMLP(MegatronModule):
@@ -34,11 +34,13 @@ class TwoLayerMLP(MegatronModule):
         merge: int = 1,
         norm_size: int = 0,
         norm_epsilon: float = 1e-6,
+        rms_norm: bool = False,
     ) -> None:
         super().__init__(config=config)
         self.input_size, hidden_size, output_size = sizes
         self.activation, self.merge = activation, merge
-        self.norm = plain_layer_norm(norm_size, norm_epsilon, config.params_dtype) if norm_size else None
+        make_norm = plain_rms_norm if rms_norm else plain_layer_norm
+        self.norm = make_norm(norm_size, norm_epsilon, config.params_dtype) if norm_size else None
         self.norm_after_merge = norm_size == self.input_size and merge > 1
         linear = {"config": config, "bias": True, "tp_group": groups.tp}
         self.linear_fc1 = provider.column_parallel_linear()(

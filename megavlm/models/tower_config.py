@@ -11,11 +11,7 @@ from megavlm.models.architecture import VisionArchitecture
 
 
 def tower_config(
-    language: TransformerConfig,
-    vision: VisionArchitecture,
-    groups: ProcessGroupCollection,
-    normalization: str = "LayerNorm",
-    gated_mlp: bool = False,
+    language: TransformerConfig, vision: VisionArchitecture, groups: ProcessGroupCollection
 ) -> TransformerConfig:
     """The tower has tensor parallelism and stages of its own, no context and no sequence parallelism.
 
@@ -23,8 +19,6 @@ def tower_config(
         language: the language model's configuration (precision, recompute and parameter initialisation carry over).
         vision: what the tower is made of.
         groups: of the encoder.
-        normalization: LayerNorm or RMSNorm.
-        gated_mlp: whether its MLP is gated (SwiGLU).
     """
     num_stages = groups.pp.size()
     return dataclasses.replace(
@@ -37,8 +31,8 @@ def tower_config(
         kv_channels=vision.hidden_size // vision.num_attention_heads,
         activation_func=ACTIVATIONS[vision.activation],
         layernorm_epsilon=vision.norm_epsilon,
-        normalization=normalization,
-        gated_linear_unit=gated_mlp,
+        normalization=vision.normalization,
+        gated_linear_unit=vision.gated_mlp,
         add_bias_linear=True,
         add_qkv_bias=True,
         qk_layernorm=False,

@@ -80,7 +80,7 @@ def fused_qkv(native: str, name: str, num_heads: int) -> Entry:
 
 
 def gated(native: str, gate: str, up: str) -> Entry:
-    """SwiGLU's gate and up projections as one."""
+    """SwiGLU's gate and up projections as one (weights or biases)."""
     return Entry(
         native, (gate, up), lambda tensors: torch.cat(list(tensors)), lambda tensor: list(tensor.chunk(2)), halves=True
     )

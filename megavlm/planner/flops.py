@@ -22,20 +22,29 @@ Grid = tuple[int, int, int]
 def tower_flops(vision: VisionArchitecture, grid: Grid) -> int:
     """Forward FLOPs of the vision tower on one image of `grid` (frames, rows, columns) patches.
 
-    Attention stays inside each frame. A tower that counts positions of its own class token (CLIP) is given by
-    `merge_size == 1` and one more token a frame.
+    Attention stays inside each frame, or inside its windows.
     """
     frames, rows, columns = grid
-    patches = frames * rows * columns
-    has_class_token = vision.feature_layer != -1
-    segment = rows * columns + (1 if has_class_token else 0)
+    segment = rows * columns + vision.class_token
     tokens = frames * segment
-    size = vision.hidden_size
-    layers = vision.num_layers + 1 + vision.feature_layer
-    linear = 2 * tokens * (4 * size * size + 2 * size * vision.ffn_hidden_size)
-    attention = 2 * 2 * frames * segment * segment * size
-    embed = 2 * patches * vision.patch_channels * size
-    return embed + layers * (linear + attention)
+    size, layers = vision.hidden_size, vision.num_computed_layers
+    linear = 2 * tokens * (4 * size * size + (3 if vision.gated_mlp else 2) * size * vision.ffn_hidden_size)
+    num_full = sum(number < layers for number in vision.full_attention_layers) if vision.window else layers
+    squares = num_full * segment**2
+    if num_full < layers:
+        squares += (layers - num_full) * sum(length**2 for length in window_lengths(vision, rows, columns))
+    embed = 2 * frames * rows * columns * vision.patch_channels * size
+    return embed + layers * linear + 2 * 2 * frames * squares * size
+
+
+def window_lengths(vision: VisionArchitecture, rows: int, columns: int) -> list[int]:
+    """Patches of each window of a frame; those at its right and lower edge may be smaller."""
+    side = vision.window * vision.merge_size
+
+    def spans(extent: int) -> list[int]:
+        return [min(side, extent - start) for start in range(0, extent, side)]
+
+    return [height * width for height in spans(rows) for width in spans(columns)]
 
 
 def connector_flops(architecture: Architecture, grid: Grid) -> int:

@@ -6,6 +6,7 @@ Imports megatron only inside functions: pytest imports this module too.
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -148,7 +149,7 @@ def compare_gradients(models: Sequence[Any], expected: Mapping[str, torch.Tensor
 
     A parameter without gradient there (a frozen or unused one) must have none here, or one that is exactly 0.
     """
-    from megavlm.checkpoint.hf_io import _shard
+    from megavlm.checkpoint.hf_io import _shard, _tied_name
     from megavlm.models.names import named_parameters
 
     by_native = {entry.native: entry for entry in judge.entries}
@@ -157,7 +158,7 @@ def compare_gradients(models: Sequence[Any], expected: Mapping[str, torch.Tensor
     for model in models:
         held = dict(named_parameters(model))
         for name, parameter in held.items():
-            entry = by_native[name]
+            entry = by_native[_tied_name(name, model)]
             parts = [theirs[part] for part in entry.names]
             unused_here += [name] if not parameter.requires_grad else []
             if any(part is None for part in parts):
@@ -195,9 +196,14 @@ def compare_gradients(models: Sequence[Any], expected: Mapping[str, torch.Tensor
 
 
 def train_step_against(
-    hf_dir: Path, rows_file: Path, expected: Reference, micro_batch_size: int, broken: str = ""
+    hf_dir: Path,
+    rows_file: Path,
+    expected: Reference,
+    micro_batch_size: int,
+    broken: str = "",
+    parallel: Mapping[str, Any] = MappingProxyType({}),
 ) -> Measured:
-    """One training step on all rows of a file, in order, over all ranks as data ranks."""
+    """One training step on all rows of a file, in order; ranks that the layout leaves over are data ranks."""
     from megavlm.checkpoint.hf_io import HFDirectory
     from megavlm.config.schema import DataConfig, OptimizerConfig, TrainConfig
     from megavlm.train.state import build_state
@@ -206,7 +212,7 @@ def train_step_against(
     num_rows = len(rows_file.read_text().splitlines())
     recipe = recipe_of(
         hf_dir,
-        {},
+        parallel,
         data=DataConfig(train=(str(rows_file),), shuffle=False),
         # not clipped: the gradients are looked at after the step
         optimizer=OptimizerConfig(clip_grad=0.0),

@@ -44,25 +44,57 @@ def _gate_up_swapped() -> Patches:
     return [patch.object(weight_map, "gated", lambda native, gate, up: gated(native, up, gate))]
 
 
-def _chunked_mrope() -> Patches:
+def _mrope_interleaved(value: bool) -> Patches:
     from megavlm.models import language
 
+    def changed(size: Any, base: Any, section: Any, _: bool, *rest: Any) -> Any:
+        return real(size, base, section, value, *rest)
+
     real = language.RotaryAngles
-    return [
-        patch.object(
-            language, "RotaryAngles", lambda size, base, section, _, device: real(size, base, section, False, device)
-        )
-    ]
+    return [patch.object(language, "RotaryAngles", changed)]
+
+
+def _no_windows() -> Patches:
+    from megavlm.models.families import qwen2_5_vl
+
+    def whole_frames(grid_thw_N3: torch.Tensor, merge_size: int, _: int) -> Any:
+        return window_order(grid_thw_N3, merge_size, int(grid_thw_N3.max()))
+
+    window_order = qwen2_5_vl.window_order
+    return [patch.object(qwen2_5_vl, "window_order", whole_frames)]
+
+
+def _windows_everywhere() -> Patches:
+    from megavlm.models.families import qwen2_5_vl
+
+    def without(*args: Any, **kwargs: Any) -> Any:
+        return vision(*args, **{**kwargs, "full_attention_layers": ()})
+
+    vision = qwen2_5_vl.VisionArchitecture
+    return [patch.object(qwen2_5_vl, "VisionArchitecture", without)]
+
+
+def _window_order_kept() -> Patches:
+    from megavlm.models.families import qwen2_5_vl
+
+    def kept(self: Any, hiddens: Any, grid_thw_N3: torch.Tensor) -> Any:
+        vision = self.architecture
+        order_V, _ = qwen2_5_vl.window_order(grid_thw_N3, vision.merge_size, vision.window)
+        (hidden_PD,) = forward(self, hiddens, grid_thw_N3)
+        return [hidden_PD.unflatten(0, (-1, vision.merge_size**2))[order_V].flatten(0, 1)]
+
+    forward = qwen2_5_vl.Qwen25Tower.forward
+    return [patch.object(qwen2_5_vl.Qwen25Tower, "forward", kept)]
 
 
 def _one_vision_segment() -> Patches:
-    from megavlm.models.families import llava, qwen3_vl
+    from megavlm.models.families import llava, qwen2_5_vl, qwen3_vl
 
     def whole(lengths: Any, device: torch.device) -> Any:
         return pack_params([sum(lengths)], device)
 
     pack_params = qwen3_vl.pack_params
-    return [patch.object(family, "pack_params", whole) for family in (llava, qwen3_vl)]
+    return [patch.object(family, "pack_params", whole) for family in (llava, qwen2_5_vl, qwen3_vl)]
 
 
 def _one_language_segment() -> Patches:
@@ -169,7 +201,11 @@ def _local_count() -> Patches:
 MUTATIONS: dict[str, Callable[[], Patches]] = {
     "DeepStack one layer late": _deepstack_late,
     "gate and up swapped": _gate_up_swapped,
-    "chunked MRoPE": _chunked_mrope,
+    "chunked MRoPE": lambda: _mrope_interleaved(False),
+    "interleaved MRoPE": lambda: _mrope_interleaved(True),
+    "full attention in every layer of the tower": _no_windows,
+    "windows in every layer of the tower": _windows_everywhere,
+    "windows' order not undone": _window_order_kept,
     "all images one attention segment": _one_vision_segment,
     "packed row one attention segment": _one_language_segment,
     "erf for tanh GELU in the tower": _exact_gelu,

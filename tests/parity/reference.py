@@ -21,8 +21,11 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
+from transformers.vision_utils import get_vision_window_index
 
 from tests.parity.rows import Item
+
+QWEN = ("qwen3_vl", "qwen2_5_vl")
 
 
 @dataclass
@@ -94,7 +97,7 @@ def model_inputs(model: PreTrainedModel, item: Item) -> dict[str, Any]:
     """A sample in the form that transformers takes."""
     tokens_1S = torch.from_numpy(item.encoded.tokens_S)[None]
     arguments: dict[str, Any] = {"input_ids": tokens_1S}
-    if model.config.model_type == "qwen3_vl":
+    if model.config.model_type in QWEN:
         arguments["mm_token_type_ids"] = (tokens_1S == model.config.image_token_id).int()
         if item.encoded.grids_thw:
             arguments |= {"pixel_values": item.patches_PC.to(model.dtype), "image_grid_thw": item.grid_thw_N3}
@@ -113,7 +116,7 @@ def processor_inputs(hf_dir: Path, messages: list[dict[str, Any]], images: Seque
         processor = AutoProcessor.from_pretrained(hf_dir)
         arguments = processor(text=text, images=pixels or None, return_tensors="pt")
         return {name: arguments[name] for name in ("input_ids", "pixel_values") if name in arguments}
-    # Qwen3VLProcessor cannot be made without torchvision (for videos): what it does with images, step by step.
+    # Qwen's processors cannot be made without torchvision (for videos): what it does with images, step by step.
     vision = AutoImageProcessor.from_pretrained(hf_dir)(images=pixels, return_tensors="pt") if pixels else {}
     image_token = tokenizer.convert_ids_to_tokens(config["image_token_id"])
     pieces = text.split(image_token)
@@ -139,7 +142,9 @@ def _add_features(result: Reference, model: PreTrainedModel, inputs: Sequence[di
         names = ("pixel_values", "image_grid_thw")
         out = model.get_image_features(**{name: arguments[name] for name in names if name in arguments})
         slots = [torch.cat(list(out.pooler_output))]
-        if model.config.model_type == "qwen3_vl":
+        if model.config.model_type == "qwen2_5_vl":
+            towers.append(_row_by_row(model, arguments["image_grid_thw"], out.last_hidden_state))
+        elif model.config.model_type == "qwen3_vl":
             towers.append(out.last_hidden_state)
             slots += [torch.cat(list(feature)) for feature in out.deepstack_features]
         else:
@@ -147,3 +152,13 @@ def _add_features(result: Reference, model: PreTrainedModel, inputs: Sequence[di
         features.append(torch.stack(slots, dim=1))
     if towers:
         result.tower_PD, result.features_VKH = torch.cat(towers).float(), torch.cat(features).float()
+
+
+def _row_by_row(model: PreTrainedModel, grid_thw_N3: torch.Tensor, hidden_PD: torch.Tensor) -> torch.Tensor:
+    """Undo the windows' order, in which Qwen2.5-VL's tower gives its last hidden state."""
+    vision = model.config.vision_config
+    merge = vision.spatial_merge_size
+    order_V, _ = get_vision_window_index(
+        grid_thw_N3, spatial_merge_size=merge, window_size=vision.window_size, patch_size=vision.patch_size
+    )
+    return hidden_PD.unflatten(0, (-1, merge**2))[order_V.argsort()].flatten(0, 1)

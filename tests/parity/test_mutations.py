@@ -18,10 +18,14 @@ MODEL_MUTATIONS = [
     ("qwen3_vl", "erf for tanh GELU in the tower"),
     ("qwen3_vl", "plain q/k/v concatenation, vision"),
     ("qwen3_vl", "RMSNorm epsilon 1e-5 for 1e-6"),
+    ("qwen2_5_vl", "interleaved MRoPE"),
+    ("qwen2_5_vl", "full attention in every layer of the tower"),
+    ("qwen2_5_vl", "windows in every layer of the tower"),
+    ("qwen2_5_vl", "windows' order not undone"),
     ("llava", "erf for quick GELU"),
     *[
         (family, name)
-        for family in ("qwen3_vl", "llava")
+        for family in ("qwen3_vl", "llava", "qwen2_5_vl")
         for name in (
             "gate and up swapped",
             "all images one attention segment",

@@ -89,6 +89,7 @@ def read_tower(vision: Mapping[str, Any], feature_layer: Any) -> VisionArchitect
         merge_size=1,
         num_positions=(image_px // patch_px) ** 2,
         feature_layer=feature_layer,
+        class_token=True,
     )
 
 

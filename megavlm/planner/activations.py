@@ -199,7 +199,7 @@ def decoder_layer(language: LanguageArchitecture, row: Row, recompute: Recompute
     learns = 1 if row.trained else 0
     width = held * language.hidden_size
     linear_in = learns * width * e
-    norm = _rms_norm(width, held, learns)
+    norm = rms_norm(width, held, learns)
     rotary = 4 * tokens * language.head_dim * e
     mixed_is_kept = language.qk_norm and e == FP32_BYTES  # in fp32 these norms keep parts of it as their inputs
     heads_norm = _heads_norm(language, row, attention, groups) if language.qk_norm else 0.0
@@ -230,8 +230,8 @@ def _heads_norm(language: LanguageArchitecture, row: Row, attention: Attention, 
     return roots + normalised + attention.mixed_bytes + own_query
 
 
-def _rms_norm(width: float, tokens: float, learns: int) -> float:
-    """Input and normalised copy in fp32, and the root of each token."""
+def rms_norm(width: float, tokens: float, learns: int) -> float:
+    """What an RMSNorm keeps of `width` elements: input and normalised copy in fp32, and the root of each token."""
     return FP32_BYTES * (width * (1 + learns) + tokens)
 
 
@@ -308,7 +308,7 @@ def output_layer(language: LanguageArchitecture, row: Row) -> float:
     """The final norm and the input of the output layer."""
     learns = 1 if row.trained else 0
     width = row.held_tokens * language.hidden_size
-    return _rms_norm(width, row.held_tokens, learns) + learns * width * row.element_bytes
+    return rms_norm(width, row.held_tokens, learns) + learns * width * row.element_bytes
 
 
 def logits(language: LanguageArchitecture, row: Row) -> float:

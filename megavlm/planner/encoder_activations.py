@@ -18,8 +18,10 @@ from megavlm.planner.activations import (
     Recompute,
     attention_bytes,
     layer_bytes,
+    rms_norm,
 )
 from megavlm.planner.families import tower_traits
+from megavlm.planner.flops import window_lengths
 
 Grid = tuple[int, int, int]
 
@@ -49,15 +51,26 @@ class Images:
 
 
 def _segments(architecture: Architecture, grids: Sequence[Grid]) -> tuple[int, ...]:
-    """Tokens of each segment of the tower's attention: one a frame."""
+    """Tokens of each frame: a segment of the tower's attention."""
     extra = 1 if tower_traits(architecture).class_token else 0
     return tuple(rows * columns + extra for frames, rows, columns in grids for _ in range(frames))
 
 
-def tower_layer(architecture: Architecture, images: Images, recompute: Recompute) -> Kept:
-    """One layer of the tower, without full recompute."""
+def _windows(architecture: Architecture, grids: Sequence[Grid]) -> tuple[int, ...]:
+    """Tokens of each window."""
+    return tuple(
+        length
+        for frames, rows, columns in grids
+        for _ in range(frames)
+        for length in window_lengths(architecture.vision, rows, columns)
+    )
+
+
+def tower_layer(architecture: Architecture, images: Images, recompute: Recompute, number: int) -> Kept:
+    """Layer `number` of the tower, without full recompute."""
     vision, traits, e = architecture.vision, tower_traits(architecture), images.element_bytes
-    lengths = _segments(architecture, images.grids)
+    in_windows = vision.window and number not in vision.full_attention_layers
+    lengths = (_windows if in_windows else _segments)(architecture, images.grids)
     tokens, size = sum(lengths), vision.hidden_size
     width = tokens * size * e
     attention = Attention(
@@ -71,17 +84,22 @@ def tower_layer(architecture: Architecture, images: Images, recompute: Recompute
         own_query_key=traits.rotary,
     )
     rotary = 4 * tokens * size // vision.num_attention_heads * e if traits.rotary else 0
-    roots = 2 * tokens * e
+    if vision.normalization == "RMSNorm":
+        norm = rms_norm(tokens * size, tokens, 1)
+        redone_norm = norm - (width if e == FP32_BYTES else 0)  # in fp32 its input is the kept one
+    else:
+        redone_norm = 2 * tokens * e
+        norm = width + redone_norm
     ffn = tokens * vision.ffn_hidden_size / images.tensor * e
     return layer_bytes(
         recompute,
-        norm=width + roots,
-        redone_norm=roots,
+        norm=norm,
+        redone_norm=redone_norm,
         hidden=width,
         linear_in=width,
         heads=rotary,
         core=attention_bytes(attention, recompute, mixed_is_kept=False),
-        mlp=(1 + traits.activation_copies) * ffn,
+        mlp=(5 if vision.gated_mlp else 1 + traits.activation_copies) * ffn,
     )
 
 
@@ -91,6 +109,8 @@ def patch_embedding(architecture: Architecture, images: Images) -> float:
     kept = float(images.patches * vision.patch_channels * e)
     if traits.interpolated:
         kept += 4 * images.patches * (INDEX_BYTES + FP32_BYTES)
+    if vision.window:  # the order that puts windows together
+        kept += images.patches * INDEX_BYTES
     if traits.pre_norm:
         kept += sum(_segments(architecture, images.grids)) * (vision.hidden_size + 2) * e
     return kept
@@ -113,7 +133,12 @@ def connectors(architecture: Architecture, images: Images, taps_last_layer: bool
     linears = tokens * (inputs + middle / images.tensor) * e
     if not tower_traits(architecture).merger_norm:
         return linears
-    main = (images.patches * (vision.hidden_size + 2)) * e + linears
+    if vision.normalization == "RMSNorm":
+        main = rms_norm(images.patches * vision.hidden_size, images.patches, 1) + linears
+    else:
+        main = (images.patches * (vision.hidden_size + 2)) * e + linears
+    if vision.window:  # the order that takes them apart again
+        main += images.patches * INDEX_BYTES
     deepstack = architecture.num_deepstack * (linears + 2 * tokens * e)
     if not images.trains_tower:  # the tapped states are kept by nobody else
         deepstack += (architecture.num_deepstack - taps_last_layer) * images.patches * vision.hidden_size * e
@@ -145,7 +170,7 @@ def encoder(
     behind = connectors(architecture, images, taps_last) if last else 0.0
     if not images.trains_tower:
         return Kept(behind)
-    layer = tower_layer(architecture, images, recompute)
+    kept_layers = [tower_layer(architecture, images, recompute, number) for number in layers]
     width = sum(_segments(architecture, images.grids)) * vision.hidden_size * images.element_bytes
     # states that were tapped by earlier stages come with the hidden state in one tensor; the connectors copy them
     num_tapped = sum(number < layers.start for number in vision.deepstack_layers)
@@ -153,6 +178,7 @@ def encoder(
     if recompute.full:
         kept = before + len(layers) * width + behind
         # the norm keeps the checkpoint itself; the connectors are through by then
-        return Kept(kept, max(0.0, layer.bytes - width - behind))
-    kept = before + len(layers) * layer.bytes + behind
-    return Kept(kept, max(0.0, layer.redone_bytes - behind))
+        shared = width if vision.normalization == "LayerNorm" or images.element_bytes == FP32_BYTES else 0
+        return Kept(kept, max(0.0, *(layer.bytes - shared - behind for layer in kept_layers)))
+    kept = before + sum(layer.bytes for layer in kept_layers) + behind
+    return Kept(kept, max(0.0, *(layer.redone_bytes - behind for layer in kept_layers)))

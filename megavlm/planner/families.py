@@ -42,6 +42,15 @@ TOWERS: dict[str, TowerTraits] = {
         merger_norm=True,
         activation_copies=1,
     ),
+    "qwen2_5_vl": TowerTraits(
+        class_token=False,
+        rotary=True,
+        interpolated=False,
+        patch_bias=False,
+        pre_norm=False,
+        merger_norm=True,
+        activation_copies=1,
+    ),
     # quick_gelu keeps its argument and the sigmoid
     "llava": TowerTraits(
         class_token=True,

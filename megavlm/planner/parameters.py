@@ -75,11 +75,15 @@ def tower_sizes(
     """A rank's part of the vision tower: (tensors that learn unless the tower is frozen, tensors that never do)."""
     vision, traits = architecture.vision, tower_traits(architecture)
     size, ffn = vision.hidden_size, vision.ffn_hidden_size
-    layer = [size, size, 3 * size * size // tensor, 3 * size // tensor, size * size // tensor, size]
-    layer += [size, size, ffn * size // tensor, ffn // tensor, ffn * size // tensor, size]
+    norm = [size] if vision.normalization == "RMSNorm" else [size, size]
+    middle = 2 * ffn if vision.gated_mlp else ffn
+    layer = [*norm, 3 * size * size // tensor, 3 * size // tensor, size * size // tensor, size]
+    layer += [*norm, middle * size // tensor, middle // tensor, ffn * size // tensor, size]
     sizes = layer * num_layers
     if first:
-        sizes += [vision.patch_channels * size, (vision.num_positions + traits.class_token) * size]
+        sizes += [vision.patch_channels * size]
+        num_positions = vision.num_positions + traits.class_token
+        sizes += [num_positions * size] if num_positions else []
         sizes += [size] * (traits.patch_bias + traits.class_token + 2 * traits.pre_norm)
     never: Sizes = []
     if last and traits.class_token:  # CLIP's final norm and the layers behind the feature, carried along for export
@@ -96,7 +100,7 @@ def connector_sizes(architecture: Architecture, tensor: int) -> Sizes:
     linears = [merged * middle // tensor, middle // tensor, middle * hidden // tensor, hidden]
     if not tower_traits(architecture).merger_norm:
         return linears
-    main = [vision.hidden_size] * 2 + linears
+    main = [vision.hidden_size] * (1 if vision.normalization == "RMSNorm" else 2) + linears
     return main + ([merged] * 2 + linears) * architecture.num_deepstack
 
 

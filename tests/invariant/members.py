@@ -64,6 +64,7 @@ class Reference:
 REFERENCES: dict[str, Reference] = {
     "qwen3_vl": Reference("qwen3_vl"),
     "llava": Reference("llava"),
+    "qwen2_5_vl": Reference("qwen2_5_vl"),
     "perceiver": Reference("perceiver"),
     "qformer": Reference("qformer"),
     "frozen vision": Reference("qwen3_vl", {"freeze_vit": True}),
@@ -143,6 +144,14 @@ MEMBERS: tuple[Member, ...] = (
     Member("encoder spread, TP2+SP, vision TP1", 2, layout(placement="spread", tp=2, sp=True, vision_tp=1), True),
     Member("encoder spread, DP2, recompute full", 2, layout(placement="spread") | _FULL),
     Member("encoder in bubbles, PP2", 2, layout(placement="bubble", pp=2), quick=True),
+    # windows
+    Member("Qwen2.5-VL TP2+SP", 2, layout(tp=2, sp=True), False, "qwen2_5_vl"),
+    Member("Qwen2.5-VL CP2 all_gather", 2, layout(cp=2, cp_comm="all_gather"), False, "qwen2_5_vl"),
+    Member("Qwen2.5-VL PP2", 2, layout(pp=2), False, "qwen2_5_vl"),
+    Member("Qwen2.5-VL, encoder spread, PP2", 2, layout(placement="spread", pp=2), False, "qwen2_5_vl"),
+    Member("Qwen2.5-VL, encoder on own rank", 2, layout(placement="own_ranks"), False, "qwen2_5_vl"),
+    Member("Qwen2.5-VL, encoder in bubbles, PP2", 2, layout(placement="bubble", pp=2), True, "qwen2_5_vl"),
+    Member("Qwen2.5-VL, 2 encoder stages + PP1", 3, layout(placement="stage", pp=3, vision_pp=2), True, "qwen2_5_vl"),
     # composed models
     Member("perceiver, TP2+SP", 2, layout(tp=2, sp=True), True, "perceiver"),
     Member("perceiver, encoder in bubbles, PP2", 2, layout(placement="bubble", pp=2), True, "perceiver"),

@@ -29,6 +29,7 @@ def read_architecture(hf_dir: Path) -> Architecture:
     merge = 1 if clip else vision["spatial_merge_size"]
     temporal = 1 if clip else vision["temporal_patch_size"]
     patch_px = vision["patch_size"]
+    windows = vision.get("window_size", 0) // merge // patch_px
     tower = VisionArchitecture(
         num_layers=vision["num_hidden_layers"] if clip else vision["depth"],
         hidden_size=vision["hidden_size"],
@@ -39,7 +40,11 @@ def read_architecture(hf_dir: Path) -> Architecture:
         patch_channels=3 * temporal * patch_px**2,
         merge_size=merge,
         num_positions=16,
-        deepstack_layers=() if clip else tuple(vision["deepstack_visual_indexes"]),
+        deepstack_layers=tuple(vision.get("deepstack_visual_indexes", ())),
+        class_token=clip,
+        gated_mlp=windows > 0,
+        window=windows,
+        full_attention_layers=tuple(vision.get("fullatt_block_indexes", ())),
         feature_layer=-2 if clip else -1,
     )
     inputs = InputSpec(0, text["vocab_size"], "dynamic", patch_px, temporal, merge, 0, "linear")

@@ -11,6 +11,7 @@ from megavlm.models.architecture import Architecture, ConnectorArchitecture
 from megavlm.planner.flops import connector_flops, image_flops, language_flops
 from tests.parity.composed import COMPOSED, CONNECTORS, ComposedReference
 from tests.tiny import write_tiny_llava, write_tiny_qwen3vl
+from tests.tiny_qwen2_5_vl import write_tiny_qwen2_5_vl
 from tests.unit.planner.reading import read_architecture
 
 
@@ -85,3 +86,12 @@ def test_composed_image(tmp_path, kind):
     tower = _counted(lambda: model.vision_tower(pixels))
     counted = _counted(lambda: model.get_image_features(pixels)) - tower
     assert counted == connector_flops(architecture, (1, 4, 4)) > 0
+
+
+@pytest.mark.parametrize("grid", [(1, 4, 4), (1, 6, 10), (1, 2, 20)])
+def test_qwen2_5_vl_image(tmp_path, grid):
+    hf_dir = write_tiny_qwen2_5_vl(tmp_path / "model")
+    model = AutoModelForImageTextToText.from_pretrained(hf_dir, attn_implementation="eager")
+    architecture = read_architecture(hf_dir)
+    patches = torch.randn(grid[1] * grid[2], architecture.vision.patch_channels)
+    assert _counted(lambda: model.model.visual(patches, torch.tensor([grid]))) == image_flops(architecture, grid)

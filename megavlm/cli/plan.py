@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     if args.write and Path(args.write).is_dir():
         raise use_error("--write", f"`{args.write}`, a directory", "a file", "name a file in it")
     start()
+    from megavlm.planner.families import tower_traits
     from megavlm.planner.layouts import space_of
     from megavlm.planner.page import block, page
     from megavlm.planner.search import search
@@ -58,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
     from megavlm.planner.workload import typical_batch
 
     architecture = _architecture(recipe.model.hf_dir)
+    tower_traits(architecture)  # a family that the planner does not know is said first
     samples = _samples(recipe, architecture, args.lengths)
     workload = typical_batch(architecture, samples, recipe.train.global_batch_size, recipe.data.max_length)
     space = space_of(recipe, args.gpus, hardware.gpus_per_node)
@@ -92,7 +94,7 @@ def _samples(recipe: "Recipe", architecture: "Architecture", lengths: str) -> "l
     validate_recipe(recipe)
     inputs, data = architecture.inputs, recipe.data
     spec = read_image_spec(recipe.model.hf_dir, inputs, data.min_pixels, data.max_pixels)
-    tokenizer = Tokenizer(recipe.model.hf_dir, inputs.image_token_id)
+    tokenizer = Tokenizer(recipe.model.hf_dir, inputs.image_token_id, inputs.has_borders)
     dataset = build_dataset(data.train, recipe, SampleEncoder(inputs, spec, tokenizer, data.max_length))
     return [
         Sample(int(length), grids) for length, grids in zip(dataset.num_tokens_each, dataset.grids_each, strict=True)

@@ -95,6 +95,7 @@ class SampleEncoder:
     def _finish(self, sample: Sample, tokens_S: np.ndarray, weights_S: np.ndarray) -> EncodedSample:
         grids = tuple(self._grid(path) for path in sample.images)
         is_image = tokens_S == self.inputs.image_token_id
+        assert not weights_S[is_image].any(), "images are never learned"
         if int(is_image.sum()) != len(grids):
             raise use_error(
                 "the chat template",
@@ -102,6 +103,12 @@ class SampleEncoder:
                 f"{len(grids)}, one for each image of the row",
                 "use a template that prints every image of every turn once",
             )
+        if self.inputs.has_borders:
+            places = np.flatnonzero(is_image)
+            around = np.stack((places, places + 1), axis=1).flatten()
+            tokens_S = np.insert(tokens_S, around, np.tile(self.tokenizer.image_borders, len(places)))
+            weights_S = np.insert(weights_S, around, 0.0)
+            is_image = tokens_S == self.inputs.image_token_id
         counts = np.ones(len(tokens_S), dtype=np.int64)
         counts[is_image] = [self.inputs.num_image_tokens(grid) for grid in grids]
         num_tokens = int(counts.sum())
@@ -114,7 +121,6 @@ class SampleEncoder:
                 f"ids below the model's vocabulary size {self.inputs.vocab_size}",
                 "use the tokenizer that the model came with",
             )
-        assert not weights_S[is_image].any(), "images are never learned"
         tokens_S, weights_S = np.repeat(tokens_S, counts), np.repeat(weights_S, counts)
         return EncodedSample(
             sample_id=sample.sample_id,

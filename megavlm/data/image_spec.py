@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megavlm.config.inputs import InputSpec
+from megavlm.data.image_tiles import num_tiles
 from megavlm.errors import use_error
 
 MAX_ASPECT_RATIO = 200
@@ -22,11 +23,12 @@ class ImageSpec:
     """How one family resizes, normalises and patchifies an image.
 
     Attributes:
-        kind: `dynamic` (Qwen-VL: aspect ratio kept) or `square` (CLIP: shorter side resized, centre cropped).
+        kind: `dynamic` (Qwen-VL: aspect ratio kept), `square` (CLIP: shorter side resized, centre cropped) or `tiles`
+            (InternVL: squares of one size, and a thumbnail).
         patch_px: side of a patch in pixels.
         temporal_patch_size: how often a still image is repeated in a patch.
         merge_size: patches per visual token along each side; `dynamic` patches are ordered in such blocks.
-        image_px: side of a `square` image in pixels; 0 for `dynamic`.
+        image_px: side of a `square` image or a tile in pixels; 0 for `dynamic`.
         resize_px: what the shorter side of a `square` image is resized to before the crop; 0 for `dynamic`.
         min_pixels: least area of a `dynamic` image in pixels; 0 for `square`.
         max_pixels: largest area of a `dynamic` image in pixels; 0 for `square`.
@@ -34,9 +36,11 @@ class ImageSpec:
         std: divided by per colour.
         rescale: factor from 0..255 to 0..1.
         resample: PIL's number of the resampling filter (3: bicubic).
+        min_tiles: fewest `tiles` of an image, without the thumbnail.
+        max_tiles: most `tiles` of an image, without the thumbnail.
     """
 
-    kind: Literal["dynamic", "square"]
+    kind: Literal["dynamic", "square", "tiles"]
     patch_px: int
     temporal_patch_size: int
     merge_size: int
@@ -48,6 +52,8 @@ class ImageSpec:
     std: tuple[float, float, float]
     rescale: float
     resample: int
+    min_tiles: int = 1
+    max_tiles: int = 1
 
 
 def read_image_spec(hf_dir: str | Path, inputs: InputSpec, min_pixels: int = 0, max_pixels: int = 0) -> ImageSpec:
@@ -80,7 +86,8 @@ def read_image_spec(hf_dir: str | Path, inputs: InputSpec, min_pixels: int = 0, 
         image_px = resize_px = 0
     else:
         least = most = 0
-        image_px, resize_px = _square_sizes(config, where, inputs.image_px)
+        sizes = _square_sizes if inputs.image_kind == "square" else _tile_sizes
+        image_px, resize_px = sizes(config, where, inputs.image_px)
     return ImageSpec(
         kind=inputs.image_kind,
         patch_px=inputs.patch_px,
@@ -94,6 +101,8 @@ def read_image_spec(hf_dir: str | Path, inputs: InputSpec, min_pixels: int = 0, 
         std=_three_floats(config, where, "image_std", _CLIP_STD),
         rescale=float(config.get("rescale_factor", 1 / 255)),
         resample=int(config.get("resample", _BICUBIC)),
+        min_tiles=int(config.get("min_patches", 1)),
+        max_tiles=int(config.get("max_patches", 12)),
     )
 
 
@@ -156,6 +165,18 @@ def _square_sizes(config: dict[str, Any], where: str, image_px: int) -> tuple[in
     return image_px, shortest
 
 
+def _tile_sizes(config: dict[str, Any], where: str, image_px: int) -> tuple[int, int]:
+    size = config.get("size", {"height": 384, "width": 384})
+    if size != {"height": image_px, "width": image_px}:
+        raise use_error(
+            f"{where} size",
+            size,
+            f"height and width {image_px}, the vision tower's image_size",
+            "make the two files agree",
+        )
+    return image_px, 0
+
+
 def _three_floats(
     config: dict[str, Any], where: str, key: str, default: tuple[float, float, float]
 ) -> tuple[float, float, float]:
@@ -171,9 +192,10 @@ def target_grid(spec: ImageSpec, width_px: int, height_px: int) -> tuple[int, in
     Raises:
         UseError: a `dynamic` image whose sides differ by more than a factor of 200.
     """
-    if spec.kind == "square":
+    if spec.kind != "dynamic":
         side = spec.image_px // spec.patch_px
-        return 1, side, side
+        limits = spec.min_tiles, spec.max_tiles
+        return (num_tiles(width_px, height_px, spec.image_px, *limits) if spec.kind == "tiles" else 1), side, side
     if max(width_px, height_px) / min(width_px, height_px) > MAX_ASPECT_RATIO:
         raise use_error(
             "image size",

@@ -17,6 +17,7 @@ import torch
 from PIL import ExifTags, Image, ImageFile, ImageOps, PngImagePlugin
 
 from megavlm.data.image_spec import ImageSpec, read_image_spec, target_grid
+from megavlm.data.image_tiles import cut_tiles
 from megavlm.errors import UseError, use_error
 
 __all__ = ["ImageSpec", "load_patches", "read_image_size", "read_image_spec", "target_grid"]
@@ -71,7 +72,7 @@ def load_patches(path: str | Path, spec: ImageSpec) -> torch.Tensor:
 
     Returns:
         float32 [P, C]. `dynamic`: patches in merge-block order, C = (colour, frame, row, column) flattened.
-        `square`: patches row by row, C = (colour, row, column) flattened.
+        `square`, `tiles`: patches row by row (tile by tile), C = (colour, row, column) flattened.
 
     Raises:
         UseError: the file is missing, truncated or no image, or its aspect ratio is beyond the limit.
@@ -87,9 +88,15 @@ def load_patches(path: str | Path, spec: ImageSpec) -> torch.Tensor:
         raise UseError(f"{path}: {error}") from error
     if spec.kind == "dynamic":
         size = (columns * spec.patch_px, rows * spec.patch_px)
-        pixels_HWC = np.asarray(image.resize(size, resample=spec.resample))
+        frames = [np.asarray(image.resize(size, resample=spec.resample))]
+    elif spec.kind == "tiles":
+        frames = cut_tiles(image, spec.image_px, spec.min_tiles, spec.max_tiles, spec.resample)
     else:
-        pixels_HWC = _resize_and_crop(image, spec)
+        frames = [_resize_and_crop(image, spec)]
+    return torch.cat([_to_patches(pixels_HWC, spec, rows, columns) for pixels_HWC in frames])
+
+
+def _to_patches(pixels_HWC: np.ndarray, spec: ImageSpec, rows: int, columns: int) -> torch.Tensor:
     pixels_CHW = np.ascontiguousarray(_normalise(pixels_HWC, spec).transpose(2, 0, 1))
     return _patchify(torch.from_numpy(pixels_CHW), spec, rows, columns)
 

@@ -32,15 +32,17 @@ class Tokenizer:
         image_token_id: id of the image placeholder.
         image_token: the placeholder as the template prints it.
         pad_token_id: what fills a packed row up; never learned.
+        image_borders: ids of the tokens around an image, where the family has them.
         eos_token_ids: what ends an answer, from generation_config.json and the tokenizer.
     """
 
-    def __init__(self, hf_dir: str | Path, image_token_id: int) -> None:
+    def __init__(self, hf_dir: str | Path, image_token_id: int, has_borders: bool = False) -> None:
         """Load and check the directory's tokenizer.
 
         Args:
             hf_dir: Hugging Face directory.
             image_token_id: `InputSpec.image_token_id`, which the template must print once for an image.
+            has_borders: `InputSpec.has_borders`.
 
         Raises:
             UseError: no fast tokenizer, no chat template, or one that does not print the image's placeholder.
@@ -49,6 +51,7 @@ class Tokenizer:
         self._loaded: PreTrainedTokenizerFast | None = None
         self.image_token_id = image_token_id
         self.image_token = self._image_token()
+        self.image_borders = self._image_borders() if has_borders else ()
         self.eos_token_ids = _eos_token_ids(Path(hf_dir), self._tokenizer)
         pad = self._tokenizer.pad_token_id
         self.pad_token_id: int = pad if pad is not None else (*self.eos_token_ids, 0)[0]
@@ -179,6 +182,23 @@ class Tokenizer:
                 "use the tokenizer that the model came with",
             )
         return token
+
+    def _image_borders(self) -> tuple[int, int]:
+        """Ids of the tokens that tokenizer_config.json calls start_image_token and end_image_token."""
+        path = Path(self._where) / "tokenizer_config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))  # transformers has read it already
+        named = {**(config.get("extra_special_tokens") or {}), **config}
+        tokens = [named.get(key) for key in ("start_image_token", "end_image_token")]
+        tokens = [token.get("content") if isinstance(token, dict) else token for token in tokens]
+        ids = [self._tokenizer.encode(token, add_special_tokens=False) if token else [] for token in tokens]
+        if not all(len(one) == 1 for one in ids):
+            raise use_error(
+                str(path),
+                f"{tokens} as start_image_token and end_image_token",
+                "two special tokens",
+                "use the tokenizer that the model came with",
+            )
+        return ids[0][0], ids[1][0]
 
     def _probe_template(self) -> bool:
         """Check what the template prints for an image; returns whether it breaks the line behind it."""

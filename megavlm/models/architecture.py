@@ -70,6 +70,13 @@ class VisionArchitecture:
     """Which hidden state is the feature: -1 after the last layer, -2 the one before (LLaVA-1.5)."""
     class_token: bool = False
     """A token of its own in front of every frame's patches; it is dropped behind the last layer."""
+    patch_bias: bool = False
+    """Whether the patch embedding has a bias."""
+    pre_norm: bool = False
+    """A norm in front of the first layer (CLIP)."""
+    layer_scale: bool = False
+    """Branches are scaled channel by channel before they are added (InternViT)."""
+    qkv_bias: bool = True
     normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
     gated_mlp: bool = False
     window: int = 0

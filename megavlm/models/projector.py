@@ -14,6 +14,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
+from megavlm.models.activations import ACTIVATIONS
 from megavlm.models.norm import plain_layer_norm, plain_rms_norm
 
 
@@ -65,6 +66,49 @@ class TwoLayerMLP(MegatronModule):
         middle, _ = self.linear_fc1(merged[:, None])
         output, _ = self.linear_fc2(self.activation(middle))
         return output[:, 0]
+
+
+class PixelShuffleMLP(MegatronModule):
+    """Neighbouring patches of a square image become one input of LayerNorm, Linear, GELU, Linear (InternVL)."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        provider: BackendSpecProvider,
+        groups: ProcessGroupCollection,
+        sizes: tuple[int, int],
+        side: int,
+        merge: int,
+        norm_epsilon: float,
+    ) -> None:
+        """Build it.
+
+        Args:
+            config: of the encoder.
+            provider: where modules come from.
+            groups: of the encoder.
+            sizes: hidden sizes of tower and language model.
+            side: patches of an image along each side.
+            merge: of these, how many become one.
+            norm_epsilon: of the norm.
+        """
+        super().__init__(config=config)
+        tower_size, size = sizes
+        merged = tower_size * merge**2
+        self.num_patches = side**2
+        raster = torch.arange(self.num_patches).reshape(side // merge, merge, side // merge, merge)
+        # where each patch of merge-block order stands row by row; no part of the state
+        self.order = raster.transpose(1, 2).flatten()
+        gelu = ACTIVATIONS["gelu"]
+        self.mlp = TwoLayerMLP(
+            config, provider, groups, (merged, size, size), gelu, merge**2, norm_size=merged, norm_epsilon=norm_epsilon
+        )
+
+    def forward(self, hidden_PD: torch.Tensor) -> torch.Tensor:
+        """[P, D] to [V, H]."""
+        blocks = hidden_PD.unflatten(0, (-1, self.num_patches))[:, self.order.to(hidden_PD.device)]
+        output: torch.Tensor = self.mlp(blocks.flatten(0, 1))
+        return output
 
 
 class Connectors(MegatronModule):

@@ -1,11 +1,12 @@
 """The model families by the `model_type` of their Hugging Face config."""
 
 from megavlm.errors import use_error
-from megavlm.models.families import composed, llava, qwen2_5_vl, qwen3_vl
+from megavlm.models.families import composed, internvl, llava, qwen2_5_vl, qwen3_vl
 from megavlm.models.family import ModelFamily
 
 FAMILIES: dict[str, ModelFamily] = {
     composed.MODEL_TYPE: composed.FAMILY,
+    "internvl": internvl.FAMILY,
     "llava": llava.FAMILY,
     "qwen2_5_vl": qwen2_5_vl.FAMILY,
     "qwen3_vl": qwen3_vl.FAMILY,

@@ -34,7 +34,7 @@ def tower_config(
         normalization=vision.normalization,
         gated_linear_unit=vision.gated_mlp,
         add_bias_linear=True,
-        add_qkv_bias=True,
+        add_qkv_bias=vision.qkv_bias,
         qk_layernorm=False,
         mrope_section=None,
         hidden_dropout=0.0,

@@ -13,6 +13,7 @@ from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlock,
     TransformerBlockSubmodules,
@@ -93,10 +94,22 @@ def interpolate_positions(table_RD: torch.Tensor, side: int, geometry: PatchGeom
 
 
 def tower_block(
-    config: TransformerConfig, provider: LocalSpecProvider, groups: ProcessGroupCollection
+    config: TransformerConfig,
+    provider: LocalSpecProvider,
+    groups: ProcessGroupCollection,
+    join: ModuleSpec | None = None,
 ) -> TransformerBlock:
-    """The layers of a tower that this stage holds (all of them, unless `config` has a pipeline)."""
+    """The layers of a tower that this stage holds (all of them, unless `config` has a pipeline).
+
+    Args:
+        config: of the encoder.
+        provider: where modules come from.
+        groups: of the encoder.
+        join: what adds a branch to the residual, for towers that do more than add.
+    """
     spec = layer_spec(provider, AttnMaskType.no_mask)
+    if join is not None:
+        spec.submodules.self_attn_bda = spec.submodules.mlp_bda = join
     num_layers = get_num_layers_to_build(config, vp_stage=None, pp_rank=groups.pp.rank())
     return TransformerBlock(
         config,

@@ -48,6 +48,15 @@ def flattened(native: str, name: str, shape: tuple[int, ...]) -> Entry:
     )
 
 
+def unsqueezed(native: str, name: str, num_dimensions: int) -> Entry:
+    """A tensor that has leading dimensions of 1 on disk."""
+
+    def to_hf(tensor: torch.Tensor) -> list[torch.Tensor]:
+        return [tensor[(None,) * num_dimensions]]
+
+    return Entry(native, (name,), lambda tensors: tensors[0][(0,) * num_dimensions], to_hf)
+
+
 def split_qkv(native: str, names: tuple[str, str, str], num_groups: int, head_dim: int) -> Entry:
     """Separate query, key and value projections (weights or biases)."""
 

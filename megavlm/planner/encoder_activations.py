@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megavlm.models.architecture import Architecture
+from megavlm.models.architecture import Architecture, ConnectorArchitecture
 from megavlm.planner.activations import (
     FP32_BYTES,
     INDEX_BYTES,
@@ -52,7 +52,7 @@ class Images:
 
 def _segments(architecture: Architecture, grids: Sequence[Grid]) -> tuple[int, ...]:
     """Tokens of each frame: a segment of the tower's attention."""
-    extra = 1 if tower_traits(architecture).class_token else 0
+    extra = int(architecture.vision.class_token)
     return tuple(rows * columns + extra for frames, rows, columns in grids for _ in range(frames))
 
 
@@ -97,7 +97,7 @@ def tower_layer(architecture: Architecture, images: Images, recompute: Recompute
         redone_norm=redone_norm,
         hidden=width,
         linear_in=width,
-        heads=rotary,
+        heads=rotary + (2 * width if vision.layer_scale else 0),
         core=attention_bytes(attention, recompute, mixed_is_kept=False),
         mlp=(5 if vision.gated_mlp else 1 + traits.activation_copies) * ffn,
     )
@@ -111,7 +111,7 @@ def patch_embedding(architecture: Architecture, images: Images) -> float:
         kept += 4 * images.patches * (INDEX_BYTES + FP32_BYTES)
     if vision.window:  # the order that puts windows together
         kept += images.patches * INDEX_BYTES
-    if traits.pre_norm:
+    if vision.pre_norm:
         kept += sum(_segments(architecture, images.grids)) * (vision.hidden_size + 2) * e
     return kept
 
@@ -125,6 +125,8 @@ def connectors(architecture: Architecture, images: Images, taps_last_layer: bool
         taps_last_layer: the last layer's output is tapped too, and so kept by two norms as one.
     """
     vision, e = architecture.vision, images.element_bytes
+    if architecture.connector is not None:
+        return _pixel_shuffle_mlp(architecture, architecture.connector, images)
     merge = vision.merge_size**2
     merged = vision.hidden_size * merge
     middle = merged if merge > 1 else architecture.language.hidden_size
@@ -143,6 +145,16 @@ def connectors(architecture: Architecture, images: Images, taps_last_layer: bool
     if not images.trains_tower:  # the tapped states are kept by nobody else
         deepstack += (architecture.num_deepstack - taps_last_layer) * images.patches * vision.hidden_size * e
     return main + deepstack
+
+
+def _pixel_shuffle_mlp(architecture: Architecture, connector: ConnectorArchitecture, images: Images) -> float:
+    """The patches in another order, which the norm keeps; its output; the MLP."""
+    e, width = images.element_bytes, architecture.vision.hidden_size
+    tokens = images.patches / connector.merge_size**2
+    middle = architecture.language.hidden_size / images.tensor
+    inputs = images.patches * width + tokens * middle if images.trains_connectors else 0
+    order = architecture.vision.num_positions * INDEX_BYTES if images.trains_tower else 0
+    return (images.patches * width + 2 * tokens + inputs + tokens * middle) * e + order
 
 
 def encoder(

@@ -14,50 +14,36 @@ class TowerTraits:
     """A vision tower's own ways.
 
     Attributes:
-        class_token: a token of its own in front of every frame's patches; it is dropped behind the last layer.
         rotary: rotary positions, in every layer.
         interpolated: positions are sampled from a table by four corners; otherwise the table is added as it is.
-        patch_bias: whether the patch embedding has a bias.
-        pre_norm: a norm in front of the first layer.
         merger_norm: the connectors begin with a norm.
         activation_copies: tensors as wide as the feed-forward that the activation function keeps.
     """
 
-    class_token: bool
     rotary: bool
     interpolated: bool
-    patch_bias: bool
-    pre_norm: bool
     merger_norm: bool
     activation_copies: int
 
 
 TOWERS: dict[str, TowerTraits] = {
     "qwen3_vl": TowerTraits(
-        class_token=False,
         rotary=True,
         interpolated=True,
-        patch_bias=True,
-        pre_norm=False,
         merger_norm=True,
         activation_copies=1,
     ),
     "qwen2_5_vl": TowerTraits(
-        class_token=False,
         rotary=True,
         interpolated=False,
-        patch_bias=False,
-        pre_norm=False,
         merger_norm=True,
         activation_copies=1,
     ),
+    "internvl": TowerTraits(rotary=False, interpolated=False, merger_norm=True, activation_copies=1),
     # quick_gelu keeps its argument and the sigmoid
     "llava": TowerTraits(
-        class_token=True,
         rotary=False,
         interpolated=False,
-        patch_bias=False,
-        pre_norm=True,
         merger_norm=False,
         activation_copies=2,
     ),

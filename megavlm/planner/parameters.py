@@ -73,20 +73,22 @@ def tower_sizes(
     architecture: Architecture, tensor: int, num_layers: int, first: bool, last: bool
 ) -> tuple[Sizes, Sizes]:
     """A rank's part of the vision tower: (tensors that learn unless the tower is frozen, tensors that never do)."""
-    vision, traits = architecture.vision, tower_traits(architecture)
+    vision = architecture.vision
     size, ffn = vision.hidden_size, vision.ffn_hidden_size
     norm = [size] if vision.normalization == "RMSNorm" else [size, size]
     middle = 2 * ffn if vision.gated_mlp else ffn
-    layer = [*norm, 3 * size * size // tensor, 3 * size // tensor, size * size // tensor, size]
+    layer = [*norm, 3 * size * size // tensor, size * size // tensor, size]
+    layer += [3 * size // tensor] if vision.qkv_bias else []
+    layer += [size] * 2 if vision.layer_scale else []
     layer += [*norm, middle * size // tensor, middle // tensor, ffn * size // tensor, size]
     sizes = layer * num_layers
     if first:
         sizes += [vision.patch_channels * size]
-        num_positions = vision.num_positions + traits.class_token
+        num_positions = vision.num_positions + vision.class_token
         sizes += [num_positions * size] if num_positions else []
-        sizes += [size] * (traits.patch_bias + traits.class_token + 2 * traits.pre_norm)
+        sizes += [size] * (vision.patch_bias + vision.class_token + 2 * vision.pre_norm)
     never: Sizes = []
-    if last and traits.class_token:  # CLIP's final norm and the layers behind the feature, carried along for export
+    if last and vision.pre_norm:  # CLIP's final norm and the layers behind the feature, carried along for export
         whole = [size * size] * 4 + [ffn * size] * 2 + [size] * 9 + [ffn]
         never = [size] * 2 + whole * (vision.num_layers - vision.num_computed_layers)
     return sizes, never
@@ -95,6 +97,10 @@ def tower_sizes(
 def connector_sizes(architecture: Architecture, tensor: int) -> Sizes:
     """All connectors on each of `tensor` ranks."""
     vision, hidden = architecture.vision, architecture.language.hidden_size
+    connector = architecture.connector
+    if connector is not None:
+        merged = vision.hidden_size * connector.merge_size**2
+        return [merged] * 2 + [merged * hidden // tensor, hidden // tensor, hidden * hidden // tensor, hidden]
     merged = vision.hidden_size * vision.merge_size**2
     middle = merged if vision.merge_size > 1 else hidden
     linears = [merged * middle // tensor, middle // tensor, middle * hidden // tensor, hidden]

@@ -46,7 +46,10 @@ def ask(
     inputs = directory.architecture.inputs
     longest = directory.architecture.language.max_positions
     encoder = SampleEncoder(
-        inputs, read_image_spec(hf_dir, inputs, 0, 0), Tokenizer(hf_dir, inputs.image_token_id), longest
+        inputs,
+        read_image_spec(hf_dir, inputs, 0, 0),
+        Tokenizer(hf_dir, inputs.image_token_id, inputs.has_borders),
+        longest,
     )
     turns = ((Turn("system", system),) if system else ()) + (Turn("user", text),)
     row = encoder.encode_prompt(Sample("prompt", turns, images))

@@ -128,7 +128,7 @@ def build_encoder(recipe: Recipe, directory: HFDirectory) -> SampleEncoder:
     return SampleEncoder(
         inputs,
         read_image_spec(recipe.model.hf_dir, inputs, recipe.data.min_pixels, recipe.data.max_pixels),
-        Tokenizer(recipe.model.hf_dir, inputs.image_token_id),
+        Tokenizer(recipe.model.hf_dir, inputs.image_token_id, inputs.has_borders),
         recipe.data.max_length,
     )
 

@@ -83,7 +83,7 @@ def native_logits(hf_dir: str, checkpoint: str, rows: str) -> tuple[list[int], t
 
     directory = HFDirectory(hf_dir)
     inputs = directory.architecture.inputs
-    tokenizer = Tokenizer(hf_dir, inputs.image_token_id)
+    tokenizer = Tokenizer(hf_dir, inputs.image_token_id, inputs.has_borders)
     encoder = SampleEncoder(inputs, read_image_spec(hf_dir, inputs, 0, 0), tokenizer, 512)
     row = encoder.encode_prompt(read_samples([rows])[0])
     sizes = {"sample_multiple": 1, "total_multiple": 1, "pad_token_id": 0, "patch_channels": inputs.patch_channels}

@@ -18,7 +18,7 @@ _CORE = layout(recompute="selective", recompute_modules=("core_attn",))
 # `against` is the family here.
 MEMBERS: tuple[Member, ...] = tuple(
     Member(name, world_size, parallel, quick and family == "qwen3_vl", family)
-    for family in ("qwen3_vl", "llava", "qwen2_5_vl")
+    for family in ("qwen3_vl", "llava", "qwen2_5_vl", "internvl")
     for name, world_size, parallel, quick in (
         ("one process", 1, {}, True),
         ("recompute full", 1, _FULL, True),

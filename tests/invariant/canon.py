@@ -35,6 +35,7 @@ SENSITIVITY: dict[str, dict[str, float]] = {
     "qwen3_vl": {"merger": 5.0, "visual": 2.0, "embed_tokens": 4.0, "layers": 4.0},
     "llava": {"multi_modal_projector": 5.0, "vision": 2.0, "lm_head": 4.0, "layers": 4.0},
     "qwen2_5_vl": {"merger": 5.0, "visual": 1.5, "embed_tokens": 4.0, "layers": 5.0},
+    "internvl": {"multi_modal_projector": 5.0, "vision": 3.0, "lm_head": 4.0, "layers": 5.0},
     "perceiver": {"language_model": 4.0},
     "qformer": {"cross_attention": 2.0, "language_model": 5.0},
 }
@@ -46,9 +47,15 @@ def write_inputs(root: Path) -> None:
     """Write the models `root`/<family>, the images, and the rows `root`/rows.jsonl."""
     from tests.parity.composed import ComposedReference
     from tests.tiny import write_tiny_llava, write_tiny_qwen3vl
+    from tests.tiny_internvl import write_tiny_internvl
     from tests.tiny_qwen2_5_vl import write_tiny_qwen2_5_vl
 
-    writers = {"qwen3_vl": write_tiny_qwen3vl, "llava": write_tiny_llava, "qwen2_5_vl": write_tiny_qwen2_5_vl}
+    writers = {
+        "qwen3_vl": write_tiny_qwen3vl,
+        "llava": write_tiny_llava,
+        "qwen2_5_vl": write_tiny_qwen2_5_vl,
+        "internvl": write_tiny_internvl,
+    }
     for family, write in writers.items():
         _sharpen(write(root / family), SENSITIVITY[family])
     for kind in ("perceiver", "qformer"):

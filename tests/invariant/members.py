@@ -65,6 +65,7 @@ REFERENCES: dict[str, Reference] = {
     "qwen3_vl": Reference("qwen3_vl"),
     "llava": Reference("llava"),
     "qwen2_5_vl": Reference("qwen2_5_vl"),
+    "internvl": Reference("internvl"),
     "perceiver": Reference("perceiver"),
     "qformer": Reference("qformer"),
     "frozen vision": Reference("qwen3_vl", {"freeze_vit": True}),
@@ -152,6 +153,20 @@ MEMBERS: tuple[Member, ...] = (
     Member("Qwen2.5-VL, encoder on own rank", 2, layout(placement="own_ranks"), False, "qwen2_5_vl"),
     Member("Qwen2.5-VL, encoder in bubbles, PP2", 2, layout(placement="bubble", pp=2), True, "qwen2_5_vl"),
     Member("Qwen2.5-VL, 2 encoder stages + PP1", 3, layout(placement="stage", pp=3, vision_pp=2), True, "qwen2_5_vl"),
+    # tiles
+    Member("InternVL TP2+SP", 2, layout(tp=2, sp=True), False, "internvl"),
+    Member("InternVL CP2 all_gather", 2, layout(cp=2, cp_comm="all_gather"), False, "internvl"),
+    Member("InternVL PP2", 2, layout(pp=2), False, "internvl"),
+    Member("InternVL, encoder stage + PP1", 2, layout(placement="stage", pp=2), False, "internvl"),
+    Member("InternVL, encoder spread, PP2", 2, layout(placement="spread", pp=2), True, "internvl"),
+    Member("InternVL, encoder on own rank", 2, layout(placement="own_ranks"), False, "internvl"),
+    Member(
+        "InternVL, encoder in bubbles, TP2+SP x PP2",
+        4,
+        layout(placement="bubble", tp=2, sp=True, pp=2),
+        True,
+        "internvl",
+    ),
     # composed models
     Member("perceiver, TP2+SP", 2, layout(tp=2, sp=True), True, "perceiver"),
     Member("perceiver, encoder in bubbles, PP2", 2, layout(placement="bubble", pp=2), True, "perceiver"),

@@ -7,9 +7,15 @@ from PIL import Image
 
 from tests.parity.reference import amplify_vision
 from tests.tiny import write_tiny_llava, write_tiny_qwen3vl
+from tests.tiny_internvl import write_tiny_internvl
 from tests.tiny_qwen2_5_vl import write_tiny_qwen2_5_vl
 
-WRITERS = {"qwen3_vl": write_tiny_qwen3vl, "llava": write_tiny_llava, "qwen2_5_vl": write_tiny_qwen2_5_vl}
+WRITERS = {
+    "qwen3_vl": write_tiny_qwen3vl,
+    "llava": write_tiny_llava,
+    "qwen2_5_vl": write_tiny_qwen2_5_vl,
+    "internvl": write_tiny_internvl,
+}
 
 # Question, answer, and width and height of each image, which come before the question.
 CONVERSATIONS = [

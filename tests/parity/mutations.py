@@ -87,14 +87,36 @@ def _window_order_kept() -> Patches:
     return [patch.object(qwen2_5_vl.Qwen25Tower, "forward", kept)]
 
 
+def _no_layer_scale() -> Patches:
+    from megavlm.models.square_tower import ScaledResidual
+
+    def plain(self: Any, _training: bool, _fused: bool) -> Any:
+        return lambda branch, residual, _: residual + branch[0] + branch[1] + 0 * self.scale
+
+    return [patch.object(ScaledResidual, "forward", plain)]
+
+
+def _columns_first() -> Patches:
+    """Pixel shuffle with rows and columns of a block exchanged."""
+    from megavlm.models import projector
+
+    def swapped(self: Any, *args: Any) -> None:
+        init(self, *args)
+        self.order = self.order.unflatten(0, (-1, 2, 2)).transpose(1, 2).flatten()
+
+    init = projector.PixelShuffleMLP.__init__
+    return [patch.object(projector.PixelShuffleMLP, "__init__", swapped)]
+
+
 def _one_vision_segment() -> Patches:
-    from megavlm.models.families import llava, qwen2_5_vl, qwen3_vl
+    from megavlm.models import square_tower
+    from megavlm.models.families import qwen2_5_vl, qwen3_vl
 
     def whole(lengths: Any, device: torch.device) -> Any:
         return pack_params([sum(lengths)], device)
 
     pack_params = qwen3_vl.pack_params
-    return [patch.object(family, "pack_params", whole) for family in (llava, qwen2_5_vl, qwen3_vl)]
+    return [patch.object(family, "pack_params", whole) for family in (square_tower, qwen2_5_vl, qwen3_vl)]
 
 
 def _one_language_segment() -> Patches:
@@ -205,6 +227,8 @@ MUTATIONS: dict[str, Callable[[], Patches]] = {
     "interleaved MRoPE": lambda: _mrope_interleaved(True),
     "full attention in every layer of the tower": _no_windows,
     "windows in every layer of the tower": _windows_everywhere,
+    "no LayerScale": _no_layer_scale,
+    "pixel shuffle column by column": _columns_first,
     "windows' order not undone": _window_order_kept,
     "all images one attention segment": _one_vision_segment,
     "packed row one attention segment": _one_language_segment,

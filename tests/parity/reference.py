@@ -116,7 +116,9 @@ def processor_inputs(hf_dir: Path, messages: list[dict[str, Any]], images: Seque
         processor = AutoProcessor.from_pretrained(hf_dir)
         arguments = processor(text=text, images=pixels or None, return_tensors="pt")
         return {name: arguments[name] for name in ("input_ids", "pixel_values") if name in arguments}
-    # Qwen's processors cannot be made without torchvision (for videos): what it does with images, step by step.
+    # The others' processors cannot be made without torchvision (for videos): what they do with images, step by step.
+    if config["model_type"] == "internvl":
+        return _internvl_inputs(hf_dir, tokenizer, text, pixels)
     vision = AutoImageProcessor.from_pretrained(hf_dir)(images=pixels, return_tensors="pt") if pixels else {}
     image_token = tokenizer.convert_ids_to_tokens(config["image_token_id"])
     pieces = text.split(image_token)
@@ -127,9 +129,23 @@ def processor_inputs(hf_dir: Path, messages: list[dict[str, Any]], images: Seque
     return {"input_ids": tokens_1S, "mm_token_type_ids": types, **vision}
 
 
+def _internvl_inputs(hf_dir: Path, tokenizer: Any, text: str, pixels: list[Image.Image]) -> dict[str, Any]:
+    """As InternVLProcessor: tiles, and borders around every image's placeholders."""
+    vision: Any = {}
+    if pixels:
+        processor = AutoImageProcessor.from_pretrained(hf_dir)
+        vision = processor(images=pixels, return_tensors="pt", crop_to_patches=True)
+        counts = [4 * int(number) for number in vision.pop("num_patches")]
+        pieces = text.split("<IMG_CONTEXT>")
+        text = pieces[0] + "".join(
+            f"<img>{'<IMG_CONTEXT>' * count}</img>{piece}" for count, piece in zip(counts, pieces[1:], strict=True)
+        )
+    return {"input_ids": tokenizer(text, return_tensors="pt")["input_ids"], **vision}
+
+
 def _whole_images(item: Item) -> torch.Tensor:
-    """Patches row by row back to [images, 3, height, width]."""
-    num_images, (_, rows, columns) = len(item.encoded.grids_thw), item.encoded.grids_thw[0]
+    """Patches row by row back to [images or tiles, 3, height, width]."""
+    num_images, (_, rows, columns) = sum(grid[0] for grid in item.encoded.grids_thw), item.encoded.grids_thw[0]
     side = int((item.patches_PC.shape[1] // 3) ** 0.5)
     patches = item.patches_PC.view(num_images, rows, columns, 3, side, side)
     return patches.permute(0, 3, 1, 4, 2, 5).reshape(num_images, 3, rows * side, columns * side)
@@ -148,7 +164,9 @@ def _add_features(result: Reference, model: PreTrainedModel, inputs: Sequence[di
             towers.append(out.last_hidden_state)
             slots += [torch.cat(list(feature)) for feature in out.deepstack_features]
         else:
-            towers.append(out.hidden_states[model.config.vision_feature_layer][:, 1:].flatten(0, 1))
+            layer = model.config.vision_feature_layer
+            hidden = out.last_hidden_state if layer == -1 else out.hidden_states[layer]
+            towers.append(hidden[:, 1:].flatten(0, 1))
         features.append(torch.stack(slots, dim=1))
     if towers:
         result.tower_PD, result.features_VKH = torch.cat(towers).float(), torch.cat(features).float()

@@ -17,8 +17,8 @@ from megavlm.data.positions import linear_positions, mrope_positions
 from megavlm.data.sample import Batch, EncodedSample
 
 Grid = tuple[int, int, int]
-# A number of text tokens, or the patch rows and columns of an image.
-Part = int | tuple[int, int]
+# A number of text tokens, or an image: its patch rows and columns, or its tiles, and rows and columns of each.
+Part = int | tuple[int, int] | Grid
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ def item_of(parts: Sequence[Part], inputs: InputSpec, generator: torch.Generator
             tokens.append(torch.randint(20, inputs.vocab_size, (part,), generator=generator))
             weights.append(torch.tensor([0.0, 0.5, 1.0])[torch.randint(3, (part,), generator=generator)])
         else:
-            grids.append((1, *part))
+            grids.append(part if len(part) == 3 else (1, *part))
             num_tokens = inputs.num_image_tokens(grids[-1])
             tokens.append(torch.full((num_tokens,), inputs.image_token_id))
             weights.append(torch.zeros(num_tokens))
     tokens_S = torch.cat(tokens).numpy()
-    num_patches = sum(rows * columns for _, rows, columns in grids)
+    num_patches = sum(frames * rows * columns for frames, rows, columns in grids)
     encoded = EncodedSample(
         sample_id=str(list(parts)),
         tokens_S=tokens_S,
@@ -96,8 +96,19 @@ SQUARE_ROWS: dict[str, list[list[Part]]] = {
 }
 
 
+TILE_ROWS: dict[str, list[list[Part]]] = {
+    "one image": [[5, (3, 4, 4), 10]],
+    "several images": [[3, (1, 4, 4), 4, (5, 4, 4), (1, 4, 4), 6]],
+    "image first": [[(4, 4), 8]],
+    "image last": [[9, (3, 4, 4)]],
+    "text only": [[23]],
+    "mixed": [[12], [4, (3, 4, 4), 7], [(4, 4), 5], [1], [6, (7, 4, 4), 2, (4, 4), 3], [20], [3, (4, 4)]],
+}
+KINDS = {"dynamic": DYNAMIC_ROWS, "square": SQUARE_ROWS, "tiles": TILE_ROWS}
+
+
 def synthetic_rows(inputs: InputSpec) -> dict[str, list[Item]]:
     """Named packed rows for a family, always the same."""
     generator = torch.Generator().manual_seed(7)
-    table = DYNAMIC_ROWS if inputs.image_kind == "dynamic" else SQUARE_ROWS
+    table = KINDS[inputs.image_kind]
     return {name: [item_of(parts, inputs, generator) for parts in samples] for name, samples in table.items()}

@@ -8,11 +8,11 @@ from tests.parity import cases
 from tests.parity.cases import BF16_LOGITS, TOLERANCES
 from tests.parity.conftest import CONVERSATIONS, WRITERS
 from tests.parity.reference import load_reference, processor_inputs, reference
-from tests.parity.rows import DYNAMIC_ROWS, SQUARE_ROWS, synthetic_rows
+from tests.parity.rows import DYNAMIC_ROWS, SQUARE_ROWS, TILE_ROWS, synthetic_rows
 
 COMMAND = "make test TESTS=tests/parity"
 LAYOUTS = {"TP1": {}, "TP2+SP": {"tensor_model_parallel_size": 2, "sequence_parallel": True}}
-ROWS = {"qwen3_vl": DYNAMIC_ROWS, "llava": SQUARE_ROWS, "qwen2_5_vl": DYNAMIC_ROWS}
+ROWS = {"qwen3_vl": DYNAMIC_ROWS, "llava": SQUARE_ROWS, "qwen2_5_vl": DYNAMIC_ROWS, "internvl": TILE_ROWS}
 UNITS = {
     "logits": "largest difference",
     "loss": "relative difference",

@@ -22,10 +22,12 @@ MODEL_MUTATIONS = [
     ("qwen2_5_vl", "full attention in every layer of the tower"),
     ("qwen2_5_vl", "windows in every layer of the tower"),
     ("qwen2_5_vl", "windows' order not undone"),
+    ("internvl", "no LayerScale"),
+    ("internvl", "pixel shuffle column by column"),
     ("llava", "erf for quick GELU"),
     *[
         (family, name)
-        for family in ("qwen3_vl", "llava", "qwen2_5_vl")
+        for family in ("qwen3_vl", "llava", "qwen2_5_vl", "internvl")
         for name in (
             "gate and up swapped",
             "all images one attention segment",

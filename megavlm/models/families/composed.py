@@ -9,7 +9,6 @@ Shape suffixes: P patches, D tower hidden size, I images, V visual tokens, H lan
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
@@ -18,12 +17,11 @@ from torch import nn
 
 from megavlm.config.inputs import InputSpec
 from megavlm.errors import use_error
-from megavlm.models.activations import ACTIVATIONS
 from megavlm.models.architecture import Architecture, ConnectorArchitecture
 from megavlm.models.decoders import decoder_entries, read_decoder
 from megavlm.models.families import llava
 from megavlm.models.family import ModelFamily
-from megavlm.models.projector import Connectors, TwoLayerMLP
+from megavlm.models.projector import Connectors, PixelShuffleMLP
 from megavlm.models.resampler import PerceiverResampler, QFormer
 from megavlm.models.weight_map import Entry, direct
 
@@ -106,40 +104,6 @@ def read_config(config: dict[str, Any]) -> Architecture:
     return Architecture(MODEL_TYPE, tower, language, inputs, connector)
 
 
-class PixelShuffleMLP(MegatronModule):
-    """Neighbouring patches of a square image become one input of a two-layer MLP (InternVL's connector)."""
-
-    def __init__(
-        self, config: TransformerConfig, architecture: Architecture, provider: LocalSpecProvider, groups: Any
-    ) -> None:
-        super().__init__(config=config)
-        connector, vision = architecture.connector, architecture.vision
-        assert connector is not None
-        merge, size = connector.merge_size, architecture.language.hidden_size
-        merged = vision.hidden_size * merge**2
-        self.num_patches = vision.num_positions
-        side = int(self.num_patches**0.5)
-        raster = torch.arange(self.num_patches).reshape(side // merge, merge, side // merge, merge)
-        # where each patch of merge-block order stands row by row; no part of the state
-        self.order = raster.transpose(1, 2).flatten()
-        self.mlp = TwoLayerMLP(
-            config,
-            provider,
-            groups,
-            (merged, size, size),
-            ACTIVATIONS["gelu"],
-            merge**2,
-            norm_size=merged,
-            norm_epsilon=connector.norm_epsilon,
-        )
-
-    def forward(self, hidden_PD: torch.Tensor) -> torch.Tensor:
-        """[P, D] to [V, H]."""
-        blocks = hidden_PD.unflatten(0, (-1, self.num_patches))[:, self.order.to(hidden_PD.device)]
-        output: torch.Tensor = self.mlp(blocks.flatten(0, 1))
-        return output
-
-
 def build_projector(
     config: TransformerConfig, architecture: Architecture, provider: LocalSpecProvider, groups: ProcessGroupCollection
 ) -> nn.Module:
@@ -150,10 +114,12 @@ def build_projector(
         return llava.build_projector(config, architecture, provider, groups)
     main: MegatronModule
     if connector.kind == "pixel_shuffle_mlp":
-        main = PixelShuffleMLP(config, architecture, provider, groups)
+        side = int(vision.num_positions**0.5)
+        sizes = (vision.hidden_size, language.hidden_size)
+        main = PixelShuffleMLP(config, provider, groups, sizes, side, connector.merge_size, connector.norm_epsilon)
     elif connector.kind == "perceiver":
-        sizes = (vision.hidden_size, language.ffn_hidden_size, language.hidden_size)
-        main = PerceiverResampler(config, connector, sizes, vision.num_positions)
+        widths = (vision.hidden_size, language.ffn_hidden_size, language.hidden_size)
+        main = PerceiverResampler(config, connector, widths, vision.num_positions)
     else:
         main = QFormer(config, connector, vision.hidden_size, language.hidden_size, vision.num_positions)
     return Connectors(config, main, [])

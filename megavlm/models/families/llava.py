@@ -1,17 +1,13 @@
 """LLaVA-1.5: CLIP tower (class token dropped), two-layer MLP, and any Llama, Mistral or Qwen decoder.
 
 Source: Liu et al., arXiv 2310.03744; layouts checked against transformers' llava.
-
-Shape suffixes: P patches, C patch values, D tower hidden size, N images, 3 (frames, rows, columns).
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
@@ -21,9 +17,8 @@ from megavlm.models.activations import ACTIVATIONS
 from megavlm.models.architecture import Architecture, VisionArchitecture
 from megavlm.models.decoders import decoder_entries, read_decoder
 from megavlm.models.family import ModelFamily
-from megavlm.models.norm import plain_layer_norm
 from megavlm.models.projector import Connectors, TwoLayerMLP
-from megavlm.models.vision import pack_params, run_layers, tower_block
+from megavlm.models.square_tower import SquareTower
 from megavlm.models.weight_map import Entry, direct, flattened, split_qkv
 
 # What transformers assumes when a config.json leaves a key out, as those on the hub do.
@@ -90,6 +85,7 @@ def read_tower(vision: Mapping[str, Any], feature_layer: Any) -> VisionArchitect
         num_positions=(image_px // patch_px) ** 2,
         feature_layer=feature_layer,
         class_token=True,
+        pre_norm=True,
     )
 
 
@@ -106,59 +102,6 @@ def input_spec(vision: Mapping[str, Any], image_token_id: int, vocab_size: int) 
         image_px=vision["image_size"],
         position_kind="linear",
     )
-
-
-class ClipTower(MegatronModule):
-    """Patches to the hidden state before CLIP's last layer, [P, D].
-
-    The last layer and the final norm are never computed. Their weights are kept, frozen, so that an exported
-    checkpoint is complete.
-    """
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        architecture: VisionArchitecture,
-        provider: LocalSpecProvider,
-        groups: ProcessGroupCollection,
-    ) -> None:
-        super().__init__(config=config)
-        size, dtype = architecture.hidden_size, config.params_dtype
-        self.num_patches = architecture.num_positions
-        self.is_first_stage = groups.pp.rank() == 0
-        self.is_last_stage = groups.pp.rank() == groups.pp.size() - 1
-        if self.is_first_stage:
-            self.patch_embed = nn.Linear(architecture.patch_channels, size, bias=False, dtype=dtype)
-            self.class_embedding = nn.Parameter(torch.zeros(size, dtype=dtype))
-            self.position_table = nn.Embedding(architecture.num_positions + 1, size, dtype=dtype)
-            self.pre_norm = plain_layer_norm(size, architecture.norm_epsilon, dtype)
-        self.block = tower_block(config, provider, groups)
-        shapes = unused_shapes(architecture) if self.is_last_stage else {}
-        self.unused = nn.ParameterDict(
-            {key: nn.Parameter(torch.zeros(shape, dtype=dtype), requires_grad=False) for key, shape in shapes.items()}
-        )
-
-    def forward(self, hiddens: list[torch.Tensor], grid_thw_N3: torch.Tensor) -> list[torch.Tensor]:
-        """Encode images of the one size that CLIP takes.
-
-        Args:
-            hiddens: the patches [P, C] on the first stage; the hidden state [N * (patches + 1), D] elsewhere.
-            grid_thw_N3: patch grid of every image.
-        """
-        num_images = len(grid_thw_N3)
-        (hidden,) = hiddens
-        if self.is_first_stage:
-            embedded = self.patch_embed(hidden.to(self.patch_embed.weight.dtype))
-            embedded = embedded.view(num_images, self.num_patches, -1)
-            first = self.class_embedding.expand(num_images, 1, -1)
-            hidden = torch.cat((first, embedded), dim=1) + self.position_table.weight
-            hidden = self.pre_norm(hidden).flatten(0, 1)
-        packing = pack_params([self.num_patches + 1] * num_images, hidden.device)
-        last, _ = run_layers(self.block, hidden[:, None], [packing] * len(self.block.layers), None, ())
-        if not self.is_last_stage:
-            return [last[:, 0]]
-        without_class = last.view(num_images, self.num_patches + 1, -1)[:, 1:]
-        return [without_class.reshape(num_images * self.num_patches, -1)]
 
 
 def unused_shapes(architecture: VisionArchitecture) -> dict[str, tuple[int, ...]]:
@@ -181,7 +124,7 @@ def build_tower(
     config: TransformerConfig, architecture: Architecture, provider: LocalSpecProvider, groups: ProcessGroupCollection
 ) -> nn.Module:
     """Build the CLIP tower."""
-    return ClipTower(config, architecture.vision, provider, groups)
+    return SquareTower(config, architecture.vision, provider, groups, unused_shapes(architecture.vision))
 
 
 def build_projector(

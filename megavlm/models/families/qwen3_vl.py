@@ -65,6 +65,7 @@ def read_config(config: dict[str, Any]) -> Architecture:
         patch_channels=3 * temporal * patch_px**2,
         merge_size=merge,
         num_positions=vision.get("num_position_embeddings", 2304),
+        patch_bias=True,
         deepstack_layers=tuple(vision.get("deepstack_visual_indexes", (8, 16, 24))),
     )
     if len(tower.deepstack_layers) > language.num_layers:

@@ -14,7 +14,12 @@ from tests.unit.data.conftest import LLAVA_INPUTS, QWEN_INPUTS, draw_image
 
 
 def encoder_for(hf_dir, inputs, max_length=512):
-    return SampleEncoder(inputs, read_image_spec(hf_dir, inputs), Tokenizer(hf_dir, inputs.image_token_id), max_length)
+    return SampleEncoder(
+        inputs,
+        read_image_spec(hf_dir, inputs),
+        Tokenizer(hf_dir, inputs.image_token_id, inputs.has_borders),
+        max_length,
+    )
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ SENSITIVITY: dict[str, dict[str, float]] = {
     "qwen3_vl": {"merger": 5.0, "visual": 2.0, "embed_tokens": 4.0, "layers": 4.0},
     "llava": {"multi_modal_projector": 5.0, "vision": 2.0, "lm_head": 4.0, "layers": 4.0},
     "qwen2_5_vl": {"merger": 5.0, "visual": 1.5, "embed_tokens": 4.0, "layers": 5.0},
-    "internvl": {"multi_modal_projector": 5.0, "vision": 3.0, "lm_head": 4.0, "layers": 5.0},
+    "internvl": {"multi_modal_projector": 5.0, "lm_head": 4.0, "language_model": 6.0},
     "perceiver": {"language_model": 4.0},
     "qformer": {"cross_attention": 2.0, "language_model": 5.0},
 }

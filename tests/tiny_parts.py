@@ -16,6 +16,10 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    SiglipConfig,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
 
 from tests.tiny import VOCAB_SIZE, make_tokenizer
@@ -63,6 +67,42 @@ def write_tiny_clip(out_dir: Path, *, whole: bool = True, seed: int = 0) -> Path
         model = CLIPVisionModel(CLIPVisionConfig(**vision))
     _write(out_dir, model)
     (out_dir / "preprocessor_config.json").write_text(json.dumps(CLIP_PROCESSOR))
+    return out_dir
+
+
+SIGLIP_PROCESSOR = {
+    "image_processor_type": "SiglipImageProcessor",
+    "do_convert_rgb": True,
+    "do_normalize": True,
+    "do_rescale": True,
+    "do_resize": True,
+    "size": {"height": 28, "width": 28},
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "resample": 3,
+    "rescale_factor": 1 / 255,
+}
+
+
+def write_tiny_siglip(out_dir: Path, *, whole: bool = True, seed: int = 0) -> Path:
+    """A SigLIP model, with its text half or without; its pooling head is there."""
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "image_size": 28,
+        "patch_size": 7,
+    }
+    torch.manual_seed(seed)
+    model: PreTrainedModel
+    if whole:
+        text = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        model = SiglipModel(SiglipConfig(vision_config=vision, text_config=text))
+    else:
+        model = SiglipVisionModel(SiglipVisionConfig(**vision))
+    _write(out_dir, model)
+    (out_dir / "preprocessor_config.json").write_text(json.dumps(SIGLIP_PROCESSOR))
     return out_dir
 
 

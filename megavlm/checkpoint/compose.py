@@ -19,9 +19,9 @@ import torch
 from megavlm.checkpoint.hf_io import DTYPE_NAMES, INDEX, SINGLE, open_safetensors, read_json, write_tensors
 from megavlm.errors import use_error
 from megavlm.models.architecture import Architecture, ConnectorArchitecture
+from megavlm.models.clip import TOWER
 from megavlm.models.families.composed import MODEL_TYPE, connector_shapes
 from megavlm.models.families.composed import read_config as read_composed
-from megavlm.models.families.llava import TOWER
 from megavlm.models.registry import family_of
 
 # LLaVA's names of what `connector_shapes` calls otherwise.
@@ -88,7 +88,7 @@ def composed_config(parts: Composition, image_token_id: int, num_tokens: int) ->
             "architectures": ["LlavaForConditionalGeneration"],
             "model_type": "llava",
             "image_token_index": image_token_id,
-            "vision_feature_select_strategy": "default",
+            "vision_feature_select_strategy": _strategy(vision),
             "projector_hidden_act": "gelu",
             "multimodal_projector_bias": True,
         }
@@ -102,6 +102,11 @@ def composed_config(parts: Composition, image_token_id: int, num_tokens: int) ->
     }
     read_composed(config)
     return config
+
+
+def _strategy(vision: Mapping[str, Any]) -> str:
+    """SigLIP has no class token that would have to be dropped."""
+    return "full" if vision.get("model_type") == "siglip_vision_model" else "default"
 
 
 def write_composed(parts: Composition, config: Mapping[str, Any], num_tokens_before: int, out_dir: Path) -> None:
@@ -214,8 +219,9 @@ def _copy_processors(parts: Composition, config: Mapping[str, Any], out_dir: Pat
         "processor_class": "LlavaProcessor",
         "image_processor": read_json(processor),
         "patch_size": config["vision_config"]["patch_size"],
-        "num_additional_image_tokens": 1,  # CLIP's class token, which "default" drops
-        "vision_feature_select_strategy": "default",
+        # CLIP's class token, which "default" drops
+        "num_additional_image_tokens": 1 if config["vision_feature_select_strategy"] == "default" else 0,
+        "vision_feature_select_strategy": config["vision_feature_select_strategy"],
         "image_token": parts.image_token,
     }
     text = json.dumps(processor_config, indent=2) + "\n"

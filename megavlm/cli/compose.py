@@ -8,7 +8,7 @@ from typing import Any
 SUMMARY = "put a vision tower and a text-only language model together, with a new connector"
 
 EPILOG = """\
-The tower is a CLIP model's directory; the language model a Llama, Mistral, Qwen2, Qwen2.5 or Qwen3 directory
+The tower is a CLIP or SigLIP model's directory; the language model a Llama, Mistral, Qwen2, Qwen2.5 or Qwen3 directory
 with a tokenizer and a chat template. Connectors and their keys (key=value):
   mlp                two layers; the result is a LLaVA directory, which transformers and vLLM read
   pixel_shuffle_mlp  scale_factor^2 neighbouring patches become one (scale_factor=2)

@@ -16,6 +16,7 @@ class InputSpec:
         vocab_size: ids must be below this.
         image_kind: `dynamic` keeps the aspect ratio, sides multiples of patch_px * merge_size (Qwen-VL);
             `square` resizes the shorter side to image_px and crops the centre (CLIP in LLaVA-1.5);
+            `resized` makes it image_px high and wide, whatever it was (SigLIP);
             `tiles` cuts the image into squares of image_px, each a frame of its grid (InternVL).
         patch_px: side of a patch in pixels.
         temporal_patch_size: frames per patch; a still image is repeated that often. 1 where there is no such axis.
@@ -29,7 +30,7 @@ class InputSpec:
 
     image_token_id: int
     vocab_size: int
-    image_kind: Literal["dynamic", "square", "tiles"]
+    image_kind: Literal["dynamic", "square", "resized", "tiles"]
     patch_px: int
     temporal_patch_size: int
     merge_size: int

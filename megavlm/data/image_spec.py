@@ -23,8 +23,8 @@ class ImageSpec:
     """How one family resizes, normalises and patchifies an image.
 
     Attributes:
-        kind: `dynamic` (Qwen-VL: aspect ratio kept), `square` (CLIP: shorter side resized, centre cropped) or `tiles`
-            (InternVL: squares of one size, and a thumbnail).
+        kind: `dynamic` (Qwen-VL: aspect ratio kept), `square` (CLIP: shorter side resized, centre cropped), `resized`
+            (SigLIP: to a square, nothing cropped) or `tiles` (InternVL: squares of one size, and a thumbnail).
         patch_px: side of a patch in pixels.
         temporal_patch_size: how often a still image is repeated in a patch.
         merge_size: patches per visual token along each side; `dynamic` patches are ordered in such blocks.
@@ -40,7 +40,7 @@ class ImageSpec:
         max_tiles: most `tiles` of an image, without the thumbnail.
     """
 
-    kind: Literal["dynamic", "square", "tiles"]
+    kind: Literal["dynamic", "square", "resized", "tiles"]
     patch_px: int
     temporal_patch_size: int
     merge_size: int

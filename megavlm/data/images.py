@@ -72,7 +72,7 @@ def load_patches(path: str | Path, spec: ImageSpec) -> torch.Tensor:
 
     Returns:
         float32 [P, C]. `dynamic`: patches in merge-block order, C = (colour, frame, row, column) flattened.
-        `square`, `tiles`: patches row by row (tile by tile), C = (colour, row, column) flattened.
+        The others: patches row by row (tile by tile), C = (colour, row, column) flattened.
 
     Raises:
         UseError: the file is missing, truncated or no image, or its aspect ratio is beyond the limit.
@@ -89,6 +89,8 @@ def load_patches(path: str | Path, spec: ImageSpec) -> torch.Tensor:
     if spec.kind == "dynamic":
         size = (columns * spec.patch_px, rows * spec.patch_px)
         frames = [np.asarray(image.resize(size, resample=spec.resample))]
+    elif spec.kind == "resized":
+        frames = [np.asarray(image.resize((spec.image_px, spec.image_px), resample=spec.resample))]
     elif spec.kind == "tiles":
         frames = cut_tiles(image, spec.image_px, spec.min_tiles, spec.max_tiles, spec.resample)
     else:

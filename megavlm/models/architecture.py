@@ -74,6 +74,10 @@ class VisionArchitecture:
     """Whether the patch embedding has a bias."""
     pre_norm: bool = False
     """A norm in front of the first layer (CLIP)."""
+    carries_final_norm: bool = False
+    """A norm behind the last layer, and layers behind the feature, are carried along for export (CLIP, SigLIP)."""
+    carries_head: bool = False
+    """So is an attention pooling head (SigLIP)."""
     layer_scale: bool = False
     """Branches are scaled channel by channel before they are added (InternViT)."""
     qkv_bias: bool = True

@@ -91,6 +91,7 @@ def tower_layer(architecture: Architecture, images: Images, recompute: Recompute
         redone_norm = 2 * tokens * e
         norm = width + redone_norm
     ffn = tokens * vision.ffn_hidden_size / images.tensor * e
+    activation_copies = 2 if vision.activation == "quick_gelu" else 1  # its argument and the sigmoid
     return layer_bytes(
         recompute,
         norm=norm,
@@ -99,7 +100,7 @@ def tower_layer(architecture: Architecture, images: Images, recompute: Recompute
         linear_in=width,
         heads=rotary + (2 * width if vision.layer_scale else 0),
         core=attention_bytes(attention, recompute, mixed_is_kept=False),
-        mlp=(5 if vision.gated_mlp else 1 + traits.activation_copies) * ffn,
+        mlp=(5 if vision.gated_mlp else 1 + activation_copies) * ffn,
     )
 
 

@@ -17,13 +17,11 @@ class TowerTraits:
         rotary: rotary positions, in every layer.
         interpolated: positions are sampled from a table by four corners; otherwise the table is added as it is.
         merger_norm: the connectors begin with a norm.
-        activation_copies: tensors as wide as the feed-forward that the activation function keeps.
     """
 
     rotary: bool
     interpolated: bool
     merger_norm: bool
-    activation_copies: int
 
 
 TOWERS: dict[str, TowerTraits] = {
@@ -31,21 +29,17 @@ TOWERS: dict[str, TowerTraits] = {
         rotary=True,
         interpolated=True,
         merger_norm=True,
-        activation_copies=1,
     ),
     "qwen2_5_vl": TowerTraits(
         rotary=True,
         interpolated=False,
         merger_norm=True,
-        activation_copies=1,
     ),
-    "internvl": TowerTraits(rotary=False, interpolated=False, merger_norm=True, activation_copies=1),
-    # quick_gelu keeps its argument and the sigmoid
+    "internvl": TowerTraits(rotary=False, interpolated=False, merger_norm=True),
     "llava": TowerTraits(
         rotary=False,
         interpolated=False,
         merger_norm=False,
-        activation_copies=2,
     ),
 }
 

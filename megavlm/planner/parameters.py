@@ -88,9 +88,11 @@ def tower_sizes(
         sizes += [num_positions * size] if num_positions else []
         sizes += [size] * (vision.patch_bias + vision.class_token + 2 * vision.pre_norm)
     never: Sizes = []
-    if last and vision.pre_norm:  # CLIP's final norm and the layers behind the feature, carried along for export
+    if last and vision.carries_final_norm:  # carried along for export
         whole = [size * size] * 4 + [ffn * size] * 2 + [size] * 9 + [ffn]
         never = [size] * 2 + whole * (vision.num_layers - vision.num_computed_layers)
+    if last and vision.carries_head:
+        never += [3 * size * size, 3 * size, size * size, *[size] * 4, ffn * size, ffn, ffn * size, size]
     return sizes, never
 
 

@@ -175,7 +175,12 @@ class ComposedReference(nn.Module):
         self.vision_tower = CLIPVisionModel._from_config(vision, attn_implementation="eager")
         self.language_model = AutoModelForCausalLM.from_config(text, attn_implementation="eager")
         self.connector = MODULES[kind](CONNECTORS[kind], vision.hidden_size, text)
-        self.config = SimpleNamespace(model_type="megavlm", image_token_id=3, vision_feature_layer=-2)
+        self.config = SimpleNamespace(
+            model_type="megavlm",
+            image_token_id=3,
+            vision_feature_layer=-2,
+            vision_feature_select_strategy="default",
+        )
         self.dtype = torch.float32
         with torch.no_grad():
             for name, parameter in self.named_parameters():

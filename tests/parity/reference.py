@@ -165,8 +165,9 @@ def _add_features(result: Reference, model: PreTrainedModel, inputs: Sequence[di
             slots += [torch.cat(list(feature)) for feature in out.deepstack_features]
         else:
             layer = model.config.vision_feature_layer
-            hidden = out.last_hidden_state if layer == -1 else out.hidden_states[layer]
-            towers.append(hidden[:, 1:].flatten(0, 1))
+            hidden = out.last_hidden_state if model.config.model_type == "internvl" else out.hidden_states[layer]
+            drops_first = model.config.vision_feature_select_strategy == "default"
+            towers.append(hidden[:, int(drops_first) :].flatten(0, 1))
         features.append(torch.stack(slots, dim=1))
     if towers:
         result.tower_PD, result.features_VKH = torch.cat(towers).float(), torch.cat(features).float()

@@ -104,7 +104,7 @@ TILE_ROWS: dict[str, list[list[Part]]] = {
     "text only": [[23]],
     "mixed": [[12], [4, (3, 4, 4), 7], [(4, 4), 5], [1], [6, (7, 4, 4), 2, (4, 4), 3], [20], [3, (4, 4)]],
 }
-KINDS = {"dynamic": DYNAMIC_ROWS, "square": SQUARE_ROWS, "tiles": TILE_ROWS}
+KINDS = {"dynamic": DYNAMIC_ROWS, "square": SQUARE_ROWS, "resized": SQUARE_ROWS, "tiles": TILE_ROWS}
 
 
 def synthetic_rows(inputs: InputSpec) -> dict[str, list[Item]]:

@@ -13,7 +13,7 @@ from tests.parity import cases
 from tests.parity.cases import TOLERANCES
 from tests.parity.reference import amplify_vision, load_reference, reference
 from tests.parity.test_families import conversation_inputs
-from tests.tiny_parts import write_tiny_clip, write_tiny_decoder
+from tests.tiny_parts import write_tiny_clip, write_tiny_decoder, write_tiny_siglip
 
 
 def run_command(words: list[str]) -> tuple[int, str]:
@@ -66,6 +66,28 @@ def test_llava_of_any_decoder_equals_transformers(kind, tie, clip, rows_file, tm
         for rank in ranks:
             for figure in ("logits", "loss", "gradients"):
                 assert rank["real"][figure] <= TOLERANCES[figure], rank["real"]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("layer", [-1, -2])
+def test_siglip_equals_transformers(layer, whole, rows_file, tmp_path, workers, compose):
+    siglip = write_tiny_siglip(tmp_path / "siglip", whole=whole)
+    language = write_tiny_decoder(tmp_path / "language", "qwen2")
+    out = tmp_path / "out"
+    assert compose("--vision", siglip, "--language", language, "--out", out, "--feature-layer", layer) == ""
+    model, info = AutoModelForImageTextToText.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values()), info
+    amplify_vision(out)
+    items = workers(1).run(cases.encode_rows, hf_dir=out, rows_file=rows_file)[0]
+    inputs = [conversation_inputs(out, rows_file, number) for number in range(len(items))]
+    for item, arguments in zip(items, inputs, strict=True):
+        assert item.encoded.tokens_S.tolist() == arguments["input_ids"][0].tolist()
+    rows = {"real": (items, reference(load_reference(out), items, inputs))}
+    (rank,) = workers(1).run(cases.compare, hf_dir=out, rows=rows, parallel={})
+    for figure in ("logits", "loss", "gradients", "tower", "features"):
+        assert rank["real"][figure] <= TOLERANCES[figure], rank["real"]
+    report = workers(1).run(cases.round_trip, hf_dir=out, out_dir=tmp_path / "again", max_shard_bytes=2**30)[0]
+    assert not report["one side only"] and not report["different"], report
 
 
 def test_tensors_are_copied_and_new_rows_are_the_mean(clip, tmp_path, compose):

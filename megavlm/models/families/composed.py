@@ -1,4 +1,4 @@
-"""Composed models: any CLIP tower, any Llama/Mistral/Qwen language model, and a connector of choice between them.
+"""Composed models: a CLIP or SigLIP tower, a Llama, Mistral or Qwen decoder, and a connector of choice between them.
 
 `megavlm compose` writes such a directory. With the `mlp` connector it writes a LLaVA directory instead, which other
 programs read too; the other connectors have no public model type for every pair of tower and language model.
@@ -18,6 +18,7 @@ from torch import nn
 from megavlm.config.inputs import InputSpec
 from megavlm.errors import use_error
 from megavlm.models.architecture import Architecture, ConnectorArchitecture
+from megavlm.models.clip import build_tower, input_spec, read_tower, tower_entries
 from megavlm.models.decoders import decoder_entries, read_decoder
 from megavlm.models.families import llava
 from megavlm.models.family import ModelFamily
@@ -90,7 +91,7 @@ def read_config(config: dict[str, Any]) -> Architecture:
     """Read config.json of a composed model."""
     connector = read_connector(config["connector_config"])
     language = read_decoder(config["text_config"])
-    tower = llava.read_tower(config["vision_config"], config.get("vision_feature_layer", -2))
+    tower = read_tower(config["vision_config"], config.get("vision_feature_layer", -2))
     side = int(tower.num_positions**0.5)
     if side % connector.merge_size:
         raise use_error(
@@ -99,7 +100,7 @@ def read_config(config: dict[str, Any]) -> Architecture:
             f"a divisor of the tower's {side} patches a side",
             "choose another",
         )
-    inputs = llava.input_spec(config["vision_config"], config["image_token_id"], language.vocab_size)
+    inputs = input_spec(config["vision_config"], config["image_token_id"], language.vocab_size)
     inputs = InputSpec(**{**vars(inputs), "merge_size": connector.merge_size, "num_queries": connector.num_queries})
     return Architecture(MODEL_TYPE, tower, language, inputs, connector)
 
@@ -193,14 +194,14 @@ def _qformer_shapes(connector: ConnectorArchitecture, tower: int, size: int) -> 
 def weight_map(architecture: Architecture) -> list[Entry]:
     """Native names to those of a composed directory."""
     entries = decoder_entries(architecture.language, "language_model.model.", "language_model.lm_head.weight")
-    entries += llava.tower_entries(architecture)
+    entries += tower_entries(architecture)
     return entries + [direct(f"projector.main.{name}", f"connector.{name}") for name in connector_shapes(architecture)]
 
 
 FAMILY = ModelFamily(
     model_type=MODEL_TYPE,
     read_config=read_config,
-    build_tower=llava.build_tower,
+    build_tower=build_tower,
     build_projector=build_projector,
     weight_map=weight_map,
     public_name=llava.public_name,

@@ -7,14 +7,15 @@ PYTEST_ARGS ?=
 BALANCE_BENCHES := balance packing spreading planner real
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup demo test test-full check bench bench-balance clean
+.PHONY: help setup demo test test-full check bench bench-balance bench-checkpoint clean
 
 help:
 	@echo 'make demo       train, export and question a tiny model on real images, on the CPU'
 	@echo 'make test       the tests: pairwise choice of layouts'
 	@echo 'make test-full  the tests: every layout'
 	@echo 'make check      lint, format, types'
-	@echo 'make bench      all benches (bench-balance: places of the encoder, simulated and real; packing; spreading)'
+	@echo 'make bench      all benches (bench-balance: places of the encoder, simulated and real; packing; spreading;'
+	@echo '                bench-checkpoint: conversion)'
 	@echo 'make setup      .venv alone'
 	@echo 'make clean      remove caches and build folders; .venv and runs/ stay'
 
@@ -36,11 +37,14 @@ check: setup
 	@$(PYTHON) -m ruff format --check .
 	@$(PYTHON) -m mypy
 
-bench: bench-balance
+bench: bench-balance bench-checkpoint
 
 # All of them, also when one misses its figure.
 bench-balance: setup
 	@failed=0; for bench in $(BALANCE_BENCHES); do $(TEST_ENV) $(PYTHON) -m benchmarks.$$bench || failed=1; done; exit $$failed
+
+bench-checkpoint: setup
+	$(TEST_ENV) $(PYTHON) -m benchmarks.checkpoint
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -31,6 +31,11 @@ TITLES = {
         "DP8, packs of 8K tokens, costs in FLOPs, messages free), real steps of a small model on two pinned processes "
         "against the simulator; packing and spreading by cost; the planner. Written by `make bench-balance`.",
     ),
+    "checkpoint": (
+        "Checkpoints",
+        "Conversion tensor by tensor against a plain copy of the same bytes on the same disk. Written by "
+        "`make bench-checkpoint`.",
+    ),
     "demo": (
         "Demo",
         "A tiny Qwen3-VL trained on handwriting by four CPU processes, exported, and asked by transformers about "

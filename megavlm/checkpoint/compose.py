@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from megavlm.checkpoint.hf_io import DTYPE_NAMES, INDEX, SINGLE, open_safetensors, read_json, write_tensors
+from megavlm.checkpoint.hf_io import DTYPE_NAMES, read_json, weight_files, write_tensors
+from megavlm.checkpoint.safetensors_reader import SafetensorsFile
 from megavlm.errors import use_error
 from megavlm.models.architecture import Architecture, ConnectorArchitecture
 from megavlm.models.clip import TOWER
@@ -167,14 +168,10 @@ def _tensors(
 
 
 def _stored(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    if (folder / INDEX).is_file():
-        files = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
-    else:
-        files = [SINGLE]
-    for file in files:
-        with open_safetensors(folder / file) as handle:
-            for name in handle.keys():  # noqa: SIM118  (not a dict)
-                yield name, handle.get_tensor(name)
+    for file in weight_files(folder):
+        opened = SafetensorsFile(file)
+        for name in opened.names:
+            yield name, opened.read(name)
 
 
 def _with_new_rows(old: torch.Tensor, num_used: int, vocab_size: int) -> torch.Tensor:

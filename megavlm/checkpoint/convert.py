@@ -1,18 +1,19 @@
 """Between Hugging Face directories and native checkpoints, in one process."""
 
-import logging
-from collections.abc import Sequence
+import contextlib
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from megavlm.checkpoint import native
-from megavlm.checkpoint.hf_io import DTYPE_NAMES, HFDirectory, export_weights, load_weights, make_empty
-from megavlm.errors import use_error
-from megavlm.models.names import Part, named_parameters
+from megavlm.checkpoint.hf_io import DTYPE_NAMES, HFDirectory, copy_companions, make_empty
+from megavlm.checkpoint.stream import NativeReader, export_stream, import_stream
+from megavlm.errors import RunError, use_error
+from megavlm.models.names import Part
 from megavlm.parallel.groups import Groups
-
-logger = logging.getLogger(__name__)
 
 TIMEOUT_S = 3600
 
@@ -23,7 +24,19 @@ def load_checkpoint_weights(folder: Path, directory: HFDirectory, models: Sequen
     Raises:
         UseError: the checkpoint is of another model.
     """
-    common = native.read_common(folder)["common"]
+    common = checked_common(folder, directory)
+    loaded = native.load_sharded(folder, native.model_state(models, groups), TIMEOUT_S)
+    native.restore_models(models, loaded)
+    return int(common["step"])
+
+
+def checked_common(folder: Path, directory: HFDirectory) -> dict[str, Any]:
+    """What a checkpoint says of itself.
+
+    Raises:
+        UseError: it is of another model.
+    """
+    common: dict[str, Any] = native.read_common(folder)["common"]
     if common["architecture"] != repr(directory.architecture):
         raise use_error(
             str(folder),
@@ -31,46 +44,76 @@ def load_checkpoint_weights(folder: Path, directory: HFDirectory, models: Sequen
             f"one of {directory.path} (family {directory.family.model_type})",
             "give the Hugging Face directory that the run started from",
         )
-    loaded = native.load_sharded(folder, native.model_state(models, groups), TIMEOUT_S)
-    native.restore_models(models, loaded)
-    return int(common["step"])
+    return common
 
 
-def import_checkpoint(directory: HFDirectory, models: Sequence[Part], groups: Groups, out_dir: Path) -> Path:
-    """Write a directory's weights as a native checkpoint of step 0, without optimizer state."""
-    make_empty(out_dir)
-    load_weights(directory, models)
-    state = native.model_state(models, groups)
-    state["common"] = {
+def import_checkpoint(directory: HFDirectory, out_dir: Path) -> Path:
+    """Write a directory's weights as a native checkpoint of step 0, without optimizer state.
+
+    Args:
+        directory: what to import.
+        out_dir: new or empty.
+
+    Raises:
+        UseError: out_dir holds files, or tensors are missing or left over.
+        RunError: writing failed, e.g. because the disk is full; nothing is left behind.
+    """
+    directory.check()
+    common = {
         "step": 0,
         "family": directory.family.model_type,
         "architecture": repr(directory.architecture),
         "weights_only": True,
     }
-    return native.save_checkpoint(out_dir, 0, state, {}, TIMEOUT_S, keep_last=0)
+    num_bytes = sum(directory.spec(name).num_bytes for entry in directory.entries for name in entry.names)
+    with finished(out_dir, num_bytes) as folder:
+        native.write_weights(folder, common, lambda path: import_stream(directory, path))
+    return native.step_folder(out_dir, 0)
 
 
-def export_checkpoint(
-    folder: Path,
-    directory: HFDirectory,
-    models: Sequence[Part],
-    groups: Groups,
-    out_dir: Path,
-    dtype: str | None,
-) -> int:
+def export_checkpoint(folder: Path, directory: HFDirectory, out_dir: Path, dtype: str | None) -> int:
     """Write a native checkpoint as a Hugging Face directory; returns the checkpoint's step.
 
     Args:
         folder: the checkpoint's step folder.
         directory: the model it started from: config, tokenizer and processor files are copied from there.
-        models: parts that make up a whole model, to load into.
-        groups: a world of one.
         out_dir: new or empty.
         dtype: float32, bfloat16, float16, or None: what the directory's config says.
+
+    Raises:
+        UseError: out_dir holds files, or the checkpoint is of another model.
+        RunError: writing failed, e.g. because the disk is full; nothing is left behind.
     """
-    step = load_checkpoint_weights(folder, directory, models, groups)
-    whole: dict[str, torch.Tensor] = {
-        name: parameter.data for model in models for name, parameter in named_parameters(model)
-    }
-    export_weights(directory.entries, whole, directory, out_dir, DTYPE_NAMES[dtype] if dtype else None)
-    return step
+    common = checked_common(folder, directory)
+    wanted = DTYPE_NAMES[dtype] if dtype else directory.dtype
+    reader = NativeReader(folder)
+    num_bytes = sum(math.prod(spec.shape) for spec in reader.specs.values()) * wanted.itemsize
+    with finished(out_dir, num_bytes) as unfinished:
+        export_stream(reader, directory, unfinished, wanted)
+        copy_companions(directory.path, unfinished)
+    return int(common["step"])
+
+
+@contextlib.contextmanager
+def finished(out_dir: Path, num_bytes: int) -> Iterator[Path]:
+    """A folder that becomes `out_dir` when all has gone well, and is removed otherwise.
+
+    Raises:
+        UseError: out_dir holds files, or the disk has less than `num_bytes` free.
+        RunError: writing failed.
+    """
+    make_empty(out_dir)
+    parent = out_dir.absolute().parent
+    free = shutil.disk_usage(parent).free
+    if free < num_bytes:
+        raise use_error(
+            str(out_dir), f"{free / 1e9:.2f} GB free", f"{num_bytes / 1e9:.2f} GB for the weights", "free some space"
+        )
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}-", dir=parent) as folder:
+            unfinished = Path(folder) / out_dir.name
+            unfinished.mkdir()
+            yield unfinished
+            unfinished.rename(out_dir)  # over the empty directory
+    except (OSError, RuntimeError) as error:
+        raise RunError(f"cannot write {out_dir}: {error}; nothing is left of it; is the disk full?") from error

@@ -4,15 +4,17 @@ Tensors are read one at a time through safetensors (never pickle).
 """
 
 import json
+import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from megavlm.checkpoint.safetensors_reader import SafetensorsFile
+from megavlm.checkpoint.safetensors_writer import TensorSpec
 from megavlm.errors import UseError, use_error
 from megavlm.models.architecture import Architecture
 from megavlm.models.encoder import VisionEncoder
@@ -56,23 +58,16 @@ class HFDirectory:
                 str(self.path / "config.json"), f"no key {error}", f"a {self.family.model_type} config", "complete it"
             ) from error
         self.entries: list[Entry] = self.family.weight_map(self.architecture)
+        self._handles: dict[Path, SafetensorsFile] = {}
         self._files = self._locate()
 
     def _locate(self) -> dict[str, tuple[Path, str]]:
         """Canonical tensor name to (file, name in the file)."""
-        if (self.path / INDEX).is_file():
-            files = sorted({self.path / name for name in read_json(self.path / INDEX)["weight_map"].values()})
-        elif (self.path / SINGLE).is_file():
-            files = [self.path / SINGLE]
-        else:
-            raise use_error(
-                str(self.path), "no weights", f"{SINGLE} or {INDEX}", "give a directory with safetensors weights"
-            )
         located: dict[str, tuple[Path, str]] = {}
-        for file in files:
-            with open_safetensors(file) as handle:
-                for name in handle.keys():  # noqa: SIM118  (not a dict)
-                    located[self.family.public_name(name)] = (file, name)
+        for file in weight_files(self.path):
+            self._handles[file] = SafetensorsFile(file)
+            for name in self._handles[file].names:
+                located[self.family.public_name(name)] = (file, name)
         return located
 
     @property
@@ -91,6 +86,10 @@ class HFDirectory:
         """Type the weights are stored in, as the config says (fp32 where it says nothing)."""
         text = self.config.get("text_config", {})
         name = self.config.get("dtype") or self.config.get("torch_dtype") or text.get("dtype") or "float32"
+        if name not in DTYPE_NAMES:
+            raise use_error(
+                f"{self.path / 'config.json'} dtype", name, f"one of {', '.join(DTYPE_NAMES)}", "correct it"
+            )
         return DTYPE_NAMES[name]
 
     def check(self) -> None:
@@ -100,12 +99,44 @@ class HFDirectory:
     def read(self, name: str) -> torch.Tensor:
         """One tensor by its canonical name."""
         file, stored = self._files[name]
-        with open_safetensors(file) as handle:
-            return handle.get_tensor(stored)
+        return self._handles[file].read(stored)
+
+    def spec(self, name: str) -> TensorSpec:
+        """Shape and type of a tensor, without reading it."""
+        file, stored = self._files[name]
+        return self._handles[file].spec(stored)
 
     def read_native(self, entry: Entry) -> torch.Tensor:
         """One whole native parameter."""
         return entry.to_native([self.read(name) for name in entry.names])
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a directory.
+
+    Raises:
+        UseError: there are none, or the index names files elsewhere.
+    """
+    if (folder / INDEX).is_file():
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise use_error(str(folder / INDEX), "no weight_map", "tensor names and their files", "restore the file")
+        names = sorted(set(weight_map.values()))
+        outside = [name for name in names if Path(name).name != name]
+        if outside:
+            raise use_error(str(folder / INDEX), f"`{outside[0]}`", "names of files beside it", "restore the file")
+        return [folder / name for name in names]
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
+    if pickles:
+        raise use_error(
+            str(folder),
+            f"weights as pickle ({pickles[0]}), which can run code when it is read",
+            f"{SINGLE} or {INDEX}",
+            "save the model again with transformers' save_pretrained",
+        )
+    raise use_error(str(folder), "no weights", f"{SINGLE} or {INDEX}", "give a directory with safetensors weights")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -121,16 +152,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise use_error(str(path), type(content).__name__, "a JSON object", "restore the file")
     return content
-
-
-def open_safetensors(path: Path) -> Any:
-    """Open a safetensors file, or raise `UseError` naming it."""
-    try:
-        return safe_open(path, framework="pt")
-    except FileNotFoundError as error:
-        raise use_error(str(path), "no such file", "the shard that the index names", "restore the file") from error
-    except (SafetensorError, OSError) as error:
-        raise use_error(str(path), f"unreadable ({error})", "a safetensors file", "restore the file") from error
 
 
 def load_weights(directory: HFDirectory, models: Iterable[Part]) -> None:
@@ -176,44 +197,6 @@ def _shard(whole: torch.Tensor, parameter: torch.nn.Parameter, entry: Entry, mod
     return whole.chunk(size, dimension)[rank]
 
 
-def export_weights(
-    entries: Iterable[Entry],
-    native: Mapping[str, torch.Tensor] | Callable[[str], torch.Tensor],
-    source: HFDirectory,
-    out_dir: Path,
-    dtype: torch.dtype | None = None,
-    max_shard_bytes: int = 5 * 2**30,
-) -> None:
-    """Write a Hugging Face directory.
-
-    Args:
-        entries: the family's map.
-        native: whole native parameters by name.
-        source: the directory whose config, tokenizer and processor files belong to the model.
-        out_dir: must not exist or be empty: a stale shard beside new ones would be loaded.
-        dtype: of the written weights; None: as the source's config says.
-        max_shard_bytes: a new shard is begun before this size is passed.
-
-    Raises:
-        UseError: out_dir holds files already.
-    """
-    make_empty(out_dir)
-    get = native if callable(native) else native.__getitem__
-    dtype = dtype or source.dtype
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    size = 0
-    for entry in entries:
-        for name, tensor in zip(entry.names, entry.to_hf(get(entry.native)), strict=True):
-            tensor = tensor.to(dtype).contiguous()
-            if size and size + tensor.nbytes > max_shard_bytes:
-                shards.append({})
-                size = 0
-            shards[-1][name] = tensor.clone()
-            size += tensor.nbytes
-    _write_shards(shards, out_dir)
-    copy_companions(source.path, out_dir)
-
-
 def write_tensors(tensors: Iterable[tuple[str, torch.Tensor]], out_dir: Path, max_shard_bytes: int = 5 * 2**30) -> None:
     """Write named tensors as safetensors, a shard of them in memory at a time.
 
@@ -223,12 +206,12 @@ def write_tensors(tensors: Iterable[tuple[str, torch.Tensor]], out_dir: Path, ma
         max_shard_bytes: a new shard is begun before this size is passed.
     """
     shard: dict[str, torch.Tensor] = {}
-    names: list[list[str]] = []
-    size, total, num_parameters = 0, 0, 0
+    written: list[dict[str, TensorSpec]] = []
+    size = 0
 
     def flush() -> None:
-        save_file(shard, out_dir / f"part-{len(names)}.safetensors", metadata={"format": "pt"})
-        names.append(list(shard))
+        save_file(shard, out_dir / f"part-{len(written)}.safetensors", metadata={"format": "pt"})
+        written.append({name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in shard.items()})
         shard.clear()
 
     for name, tensor in tensors:
@@ -236,36 +219,28 @@ def write_tensors(tensors: Iterable[tuple[str, torch.Tensor]], out_dir: Path, ma
             flush()
             size = 0
         shard[name] = tensor.contiguous()
-        size, total, num_parameters = size + tensor.nbytes, total + tensor.nbytes, num_parameters + tensor.numel()
+        size += tensor.nbytes
     flush()
-    if len(names) == 1:
+    if len(written) == 1:
         (out_dir / "part-0.safetensors").rename(out_dir / SINGLE)
         return
-    weight_map = {}
-    for number, part in enumerate(names):
-        file = f"model-{number + 1:05d}-of-{len(names):05d}.safetensors"
-        (out_dir / f"part-{number}.safetensors").rename(out_dir / file)
-        weight_map.update(dict.fromkeys(part, file))
-    index = {"metadata": {"total_parameters": num_parameters, "total_size": total}, "weight_map": weight_map}
-    (out_dir / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    files = []
+    for number, specs in enumerate(written):
+        files.append((f"model-{number + 1:05d}-of-{len(written):05d}.safetensors", specs))
+        (out_dir / f"part-{number}.safetensors").rename(out_dir / files[-1][0])
+    (out_dir / INDEX).write_text(index_text(files), encoding="utf-8")
 
 
-def _write_shards(shards: list[dict[str, torch.Tensor]], out_dir: Path) -> None:
-    if len(shards) == 1:
-        save_file(shards[0], out_dir / SINGLE, metadata={"format": "pt"})
-        return
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, out_dir / file, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(shard, file))
-    tensors = [tensor for shard in shards for tensor in shard.values()]
-    metadata = {
-        "total_parameters": sum(tensor.numel() for tensor in tensors),
-        "total_size": sum(tensor.nbytes for tensor in tensors),
-    }
-    text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2)
-    (out_dir / INDEX).write_text(text + "\n", encoding="utf-8")
+def index_text(files: Iterable[tuple[str, Mapping[str, TensorSpec]]]) -> str:
+    """model.safetensors.index.json of some files and their tensors."""
+    weight_map: dict[str, str] = {}
+    num_parameters = num_bytes = 0
+    for file, specs in files:
+        weight_map |= dict.fromkeys(specs, file)
+        num_parameters += sum(math.prod(spec.shape) for spec in specs.values())
+        num_bytes += sum(spec.num_bytes for spec in specs.values())
+    metadata = {"total_parameters": num_parameters, "total_size": num_bytes}
+    return json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n"
 
 
 def make_empty(out_dir: Path) -> None:

@@ -11,7 +11,7 @@ import os
 import queue
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import LocalNonpersistentObject, ShardedObject
-from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, merge
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.torch import (
     TorchDistLoadShardedStrategy,
     TorchDistSaveShardedStrategy,
@@ -63,8 +64,14 @@ def model_state(models: Iterable[Part], groups: Groups) -> dict[str, Any]:
         metadata = {"non_homogeneous_layers": True, "dp_cp_group": copies, "singleton_local_shards": False}
         name = "encoder" if is_encoder else f"language{number}"
         number += not is_encoder
-        state[name] = model.sharded_state_dict(prefix="", metadata=metadata)
+        whole = model.sharded_state_dict(prefix="", metadata=metadata)
+        # Megatron-Core's own linears have an extra state each, and it is empty
+        state[name] = {key: one for key, one in whole.items() if not _is_empty(one)}
     return state
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, ShardedObject) and value.data is None
 
 
 def optimizer_state(
@@ -206,6 +213,26 @@ def save_checkpoint(
     return final
 
 
+def write_weights(root: Path, common: Mapping[str, Any], write: Callable[[Path], None]) -> Path:
+    """A checkpoint of step 0 with weights alone, in one process and without a process group.
+
+    Args:
+        root: an existing, empty directory.
+        common: what is not sharded.
+        write: puts the sharded files into a folder.
+    """
+    final = step_folder(root, 0)
+    temporary = root / f".writing_{final.name}"
+    temporary.mkdir()
+    write(temporary)
+    torch.save({"common": dict(common)}, temporary / COMMON_STATE_FNAME)
+    save_config(CheckpointingConfig("torch_dist", 1), str(temporary))
+    files = sorted(path for path in temporary.rglob("*") if path.is_file())
+    manifest = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+    _publish(root, temporary, final, manifest)
+    return final
+
+
 def _finish(root: Path, temporary: Path, final: Path, keep_last: int) -> None:
     """Manifest, rename, pointer, clean-up; files are hashed by all ranks together."""
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
@@ -218,6 +245,14 @@ def _finish(root: Path, temporary: Path, final: Path, keep_last: int) -> None:
     if dist.get_rank() != 0:
         return
     manifest = {name: entry for part in everyones for name, entry in part.items()}
+    _publish(root, temporary, final, manifest)
+    if keep_last:
+        for old in complete_checkpoints(root)[:-keep_last]:
+            shutil.rmtree(old)
+
+
+def _publish(root: Path, temporary: Path, final: Path, manifest: Mapping[str, Any]) -> None:
+    """Manifest, rename, pointer."""
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
     replaced = root / f".replaced_{final.name}"
     if final.exists():  # an earlier save of the same step stays until the new one is in its place
@@ -227,9 +262,6 @@ def _finish(root: Path, temporary: Path, final: Path, keep_last: int) -> None:
     pointer = root / f".{LATEST}"
     pointer.write_text(final.name + "\n", encoding="utf-8")
     os.replace(pointer, root / LATEST)
-    if keep_last:
-        for old in complete_checkpoints(root)[:-keep_last]:
-            shutil.rmtree(old)
 
 
 def _last_line(error: BaseException) -> str:

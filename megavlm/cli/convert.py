@@ -13,7 +13,8 @@ examples:
 
 export takes the newest complete checkpoint of a folder, or the step folder that is named. Config, tokenizer, template
 and processor files are copied from --hf-dir, the directory that training started from. Training itself starts from a
-Hugging Face directory, so import is only needed for a native copy. The whole model is held in memory.
+Hugging Face directory, so import is only needed for a native copy. Both go tensor by tensor: a model needs little more
+memory than its largest tensor, no GPU and no process group, and a native checkpoint loads in any layout.
 """
 
 
@@ -40,22 +41,15 @@ def run(args: argparse.Namespace) -> int:
         raise use_error("convert import", "--checkpoint or --dtype", "neither", "they belong to export")
     start()
     from megavlm.checkpoint.convert import export_checkpoint, import_checkpoint
-    from megavlm.checkpoint.hf_io import HFDirectory, make_empty
+    from megavlm.checkpoint.hf_io import HFDirectory
     from megavlm.checkpoint.native import find_checkpoint
-    from megavlm.train.single import build_single
 
     logger = logging.getLogger("megavlm")
-    directory = HFDirectory(args.hf_dir)
-    directory.check()
-    out = Path(args.out)
-    make_empty(out)
+    directory, out = HFDirectory(args.hf_dir), Path(args.out)
     folder = find_checkpoint(Path(args.checkpoint), required=True) if args.checkpoint else None
-    # fp32 holds bf16 and fp16 exactly, so that a round trip changes no bit
-    model = build_single(directory, "fp32")
     if folder is not None:
-        step = export_checkpoint(folder, directory, model.parts, model.groups, out, args.dtype)
+        step = export_checkpoint(folder, directory, out, args.dtype)
         logger.info("exported step %d of %s to %s", step, folder, out)
     else:
-        written = import_checkpoint(directory, model.parts, model.groups, out)
-        logger.info("imported %s to %s", directory.path, written)
+        logger.info("imported %s to %s", directory.path, import_checkpoint(directory, out))
     return 0

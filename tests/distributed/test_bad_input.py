@@ -253,7 +253,7 @@ def test_a_disk_that_is_full(inputs: Inputs, workers: PoolKeeper, tmp_path: Path
     limit = ["bash", "-c", f'ulimit -f {largest_bytes // 1024 // 2}; exec "$@"', "limited"]
     with started([*inputs.train(tmp_path), "--nproc", "2"], tmp_path, prefix=limit) as run:
         assert run.end() == 1
-        the_error(run.text(), "step 3", "cannot save", "step_00000003", "File too large", only=False)
+        the_error(run.text(), "step 3", "cannot save", "step_00000003", "is the disk full?", only=False)
     assert checkpoints(tmp_path) == ["latest", "step_00000001"]
     check_intact(step_1)
     succeed(workers, 2, inputs.train(tmp_path))

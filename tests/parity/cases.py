@@ -229,7 +229,8 @@ def train_step_against(
 
 def round_trip(hf_dir: Path, out_dir: Path, max_shard_bytes: int) -> dict[str, Any]:
     """Load a directory, write it again, load that: names that are on one side only, and tensors that differ."""
-    from megavlm.checkpoint.hf_io import HFDirectory, export_weights
+    from megavlm.checkpoint.hf_io import HFDirectory, copy_companions, make_empty
+    from megavlm.checkpoint.stream import MemoryReader, export_stream
     from megavlm.models.names import named_parameters
     from megavlm.parallel.groups import initialize
     from megavlm.platform.seeds import seed_everything
@@ -242,7 +243,9 @@ def round_trip(hf_dir: Path, out_dir: Path, max_shard_bytes: int) -> dict[str, A
     seed_everything(0)
     parts = build_parts(recipe, source, groups, 0)
     native = {name: parameter.data for model in parts.all for name, parameter in named_parameters(model)}
-    export_weights(source.entries, native, source, out_dir, max_shard_bytes=max_shard_bytes)
+    make_empty(out_dir)
+    export_stream(MemoryReader(native), source, out_dir, source.dtype, max_shard_bytes)
+    copy_companions(source.path, out_dir)
     written = HFDirectory(out_dir)
     seed_everything(1)
     again = build_parts(recipe, written, groups, 0)

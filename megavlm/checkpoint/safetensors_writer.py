@@ -1,0 +1,92 @@
+"""Write a safetensors file tensor by tensor, in any order and from several threads, without holding it in memory.
+
+The format: 8 bytes of header length, a JSON header with every tensor's type, shape and byte range, then the bytes.
+Source: the safetensors format description (huggingface/safetensors README).
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DTYPE_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a tensor will be.
+
+    Attributes:
+        shape: its dimensions.
+        dtype: float32, bfloat16 or float16.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes on disk."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class SafetensorsWriter:
+    """One file; its header is written at once, the tensors as they come."""
+
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
+        """Create the file.
+
+        Args:
+            path: does not exist.
+            specs: of all tensors that will be written, by name, in the order in which they lie in the file.
+        """
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        self._starts: dict[str, int] = {}
+        end = 0
+        for name, spec in specs.items():
+            self._starts[name] = end
+            header[name] = {
+                "dtype": DTYPE_CODES[spec.dtype],
+                "shape": list(spec.shape),
+                "data_offsets": [end, end + spec.num_bytes],
+            }
+            end += spec.num_bytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % _ALIGNMENT)
+        self._specs, self._data_start = dict(specs), 8 + len(text)
+        self._missing = set(specs)
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        _write_all(self._file, memoryview(len(text).to_bytes(8, "little") + text), 0)
+        # the file has its size from the beginning: a full disk is found before hours of conversion
+        os.posix_fallocate(self._file, 0, self._data_start + end)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one tensor; may be called by several threads at once, for different tensors."""
+        spec = self._specs[name]
+        assert tuple(tensor.shape) == spec.shape and tensor.dtype == spec.dtype, (name, tensor.shape, spec)
+        if tensor.numel():
+            data: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+            _write_all(self._file, memoryview(data), self._data_start + self._starts[name])
+        self._missing.discard(name)
+
+    def close(self) -> None:
+        """Close the file; every tensor must have been written."""
+        os.close(self._file)
+        assert not self._missing, f"never written: {sorted(self._missing)[:3]}"
+
+    def abandon(self) -> None:
+        """Close the file as it is, after a failure."""
+        os.close(self._file)
+
+
+def _write_all(file: int, data: memoryview, offset: int) -> None:
+    """os.pwrite writes at most 2 GB at a time."""
+    position = 0
+    while position < len(data):
+        position += os.pwrite(file, data[position : position + 2**30], offset + position)

@@ -12,6 +12,7 @@ import queue
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -228,7 +229,11 @@ def write_weights(root: Path, common: Mapping[str, Any], write: Callable[[Path],
     torch.save({"common": dict(common)}, temporary / COMMON_STATE_FNAME)
     save_config(CheckpointingConfig("torch_dist", 1), str(temporary))
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
-    manifest = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+    with ThreadPoolExecutor(2) as pool:
+        hashes = list(pool.map(_sha256, files))
+    manifest = {
+        path.name: {"bytes": path.stat().st_size, "sha256": digest} for path, digest in zip(files, hashes, strict=True)
+    }
     _publish(root, temporary, final, manifest)
     return final
 

@@ -283,6 +283,7 @@ def _write_items(
     """
     results: list[WriteResult] = []
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_without_crc32())  # the manifest has a SHA-256 of every file
         idle: queue.SimpleQueue[tuple[str, IO[bytes]]] = queue.SimpleQueue()
         for number in range(num_threads):
             name = f"__0_{number}.distcp"
@@ -300,3 +301,13 @@ def _write_items(
         jobs = [(sizes[item.index.fqn], functools.partial(write, item)) for item in items]
         run_within_budget(jobs, num_threads)
     return results
+
+
+@contextlib.contextmanager
+def _without_crc32() -> Iterator[None]:
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)

@@ -32,6 +32,14 @@ TEXT_TEMPLATE = (
     "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
+_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 7,
+}
 CLIP_PROCESSOR = {
     "image_processor_type": "CLIPImageProcessor",
     "do_center_crop": True,
@@ -50,21 +58,13 @@ CLIP_PROCESSOR = {
 
 def write_tiny_clip(out_dir: Path, *, whole: bool = True, seed: int = 0) -> Path:
     """A CLIP model, with its text half or without."""
-    vision = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "image_size": 28,
-        "patch_size": 7,
-    }
     torch.manual_seed(seed)
     model: PreTrainedModel
     if whole:
         text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-        model = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=16))
+        model = CLIPModel(CLIPConfig(vision_config=_VISION, text_config=text, projection_dim=16))
     else:
-        model = CLIPVisionModel(CLIPVisionConfig(**vision))
+        model = CLIPVisionModel(CLIPVisionConfig(**_VISION))
     _write(out_dir, model)
     (out_dir / "preprocessor_config.json").write_text(json.dumps(CLIP_PROCESSOR))
     return out_dir
@@ -86,21 +86,13 @@ SIGLIP_PROCESSOR = {
 
 def write_tiny_siglip(out_dir: Path, *, whole: bool = True, seed: int = 0) -> Path:
     """A SigLIP model, with its text half or without; its pooling head is there."""
-    vision = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "image_size": 28,
-        "patch_size": 7,
-    }
     torch.manual_seed(seed)
     model: PreTrainedModel
     if whole:
         text = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-        model = SiglipModel(SiglipConfig(vision_config=vision, text_config=text))
+        model = SiglipModel(SiglipConfig(vision_config=_VISION, text_config=text))
     else:
-        model = SiglipVisionModel(SiglipVisionConfig(**vision))
+        model = SiglipVisionModel(SiglipVisionConfig(**_VISION))
     _write(out_dir, model)
     (out_dir / "preprocessor_config.json").write_text(json.dumps(SIGLIP_PROCESSOR))
     return out_dir

@@ -2,14 +2,17 @@
 
 import argparse
 import logging
+import sys
 from pathlib import Path
 
-SUMMARY = "convert between Hugging Face directories and native checkpoints"
+SUMMARY = "convert between Hugging Face directories and native checkpoints, or look into one"
 
 EPILOG = """\
 examples:
   megavlm convert export --checkpoint runs/demo/checkpoints --hf-dir models/qwen3-vl --out exported
   megavlm convert import --hf-dir models/qwen3-vl --out native
+  megavlm convert inspect --checkpoint runs/demo/checkpoints
+  megavlm convert inspect --hf-dir models/qwen3-vl
 
 export takes the newest complete checkpoint of a folder, or the step folder that is named. Config, tokenizer, template
 and processor files are copied from --hf-dir, the directory that training started from. Training itself starts from a
@@ -21,10 +24,10 @@ memory than its largest tensor, no GPU and no process group, and a native checkp
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the command takes."""
     parser.epilog = EPILOG
-    parser.add_argument("direction", choices=["import", "export"])
-    parser.add_argument("--hf-dir", required=True, help="Hugging Face directory: source, and description of the model")
+    parser.add_argument("direction", choices=["import", "export", "inspect"])
+    parser.add_argument("--hf-dir", help="Hugging Face directory: source, and description of the model")
     parser.add_argument("--checkpoint", help="native checkpoint to export: a step folder, or a folder of them")
-    parser.add_argument("--out", required=True, help="new or empty directory")
+    parser.add_argument("--out", help="new or empty directory")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="of the exported weights (default: as in --hf-dir)"
     )
@@ -35,6 +38,11 @@ def run(args: argparse.Namespace) -> int:
     from megavlm.errors import use_error
     from megavlm.platform.start import start
 
+    if args.direction == "inspect":
+        return _inspect(args)
+    for name, value in (("--hf-dir", args.hf_dir), ("--out", args.out)):
+        if not value:
+            raise use_error(name, "nothing", "a directory", f"add {name} DIR")
     if args.direction == "export" and not args.checkpoint:
         raise use_error("--checkpoint", "nothing", "a native checkpoint", "name the folder to export")
     if args.direction == "import" and (args.checkpoint or args.dtype):
@@ -52,4 +60,21 @@ def run(args: argparse.Namespace) -> int:
         logger.info("exported step %d of %s to %s", step, folder, out)
     else:
         logger.info("imported %s to %s", directory.path, import_checkpoint(directory, out))
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    """Print what a directory holds."""
+    from megavlm.errors import use_error
+    from megavlm.platform.start import start
+
+    if bool(args.hf_dir) == bool(args.checkpoint) or args.out or args.dtype:
+        raise use_error(
+            "convert inspect", "other options", "either --hf-dir or --checkpoint, nothing else", "name one directory"
+        )
+    start()
+    from megavlm.checkpoint.inspect import inspect_hf, inspect_native
+
+    lines = inspect_hf(Path(args.hf_dir)) if args.hf_dir else inspect_native(Path(args.checkpoint))
+    sys.stdout.write("\n".join(lines) + "\n")
     return 0

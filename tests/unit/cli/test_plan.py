@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from tests.distributed.running import call, the_error
+from tests.parity.composed import ComposedReference
 from tests.pool import PoolKeeper
 
 
@@ -61,3 +62,10 @@ def test_a_hardware_file(root: Path, workers: PoolKeeper, tmp_path: Path) -> Non
     file.write_text(json.dumps({"base": "h100", "name": "mine", "source": "me", "compute_efficiency": 0.4}))
     ((code, out, err),) = workers(1).run(call, words=words_of(root, "--hardware", str(file)))
     assert code == 0 and "mine" in out and "40%" in out, err
+
+
+def test_a_family_that_the_planner_does_not_know(root: Path, workers: PoolKeeper, tmp_path: Path) -> None:
+    hf_dir = ComposedReference("perceiver").write(tmp_path / "composed")
+    ((code, _, err),) = workers(1).run(call, words=words_of(root, f"model.hf_dir={hf_dir}"))
+    assert code == 2
+    the_error(err, "model.hf_dir: got megavlm", "qwen3_vl", "internvl")

@@ -13,6 +13,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -169,8 +170,31 @@ def random_state(groups: Groups) -> ShardedObject:
     return ShardedObject("random_state", [state], shape, (dist.get_rank(),), replica_id=0)
 
 
+@dataclass(frozen=True)
+class Keep:
+    """Which complete checkpoints stay.
+
+    Attributes:
+        last: so many of the newest; 0: all.
+        every_steps: those of steps that are a multiple of this, too; 0: no such ones.
+    """
+
+    last: int
+    every_steps: int = 0
+
+    def superfluous(self, folders: Sequence[Path]) -> list[Path]:
+        """Step folders to remove, of all there are, oldest first."""
+        if not self.last:
+            return []
+        return [
+            folder
+            for folder in folders[: -self.last]
+            if not self.every_steps or int(folder.name.removeprefix("step_")) % self.every_steps
+        ]
+
+
 def save_checkpoint(
-    root: Path, step: int, state: dict[str, Any], texts: Mapping[str, str], timeout_s: int, keep_last: int
+    root: Path, step: int, state: dict[str, Any], texts: Mapping[str, str], timeout_s: int, keep: Keep
 ) -> Path:
     """Write a checkpoint atomically: complete under its name, or not there.
 
@@ -180,7 +204,7 @@ def save_checkpoint(
         state: sharded state of this rank.
         texts: further files by name (the recipe), written by rank 0.
         timeout_s: the process ends with a message when the save takes longer.
-        keep_last: older complete checkpoints are removed; 0 keeps all.
+        keep: which older ones stay.
 
     Raises:
         RunError: the disk is full, or writing failed otherwise; what was written is removed.
@@ -202,7 +226,7 @@ def save_checkpoint(
                 for name, text in texts.items():
                     (temporary / name).write_text(text, encoding="utf-8")
             dist.barrier()
-            _finish(root, temporary, final, keep_last)
+            _finish(root, temporary, final, keep)
             dist.barrier()
     except (OSError, RuntimeError, CheckpointingException, CheckpointException) as error:
         if dist.get_rank() == 0:
@@ -238,7 +262,7 @@ def write_weights(root: Path, common: Mapping[str, Any], write: Callable[[Path],
     return final
 
 
-def _finish(root: Path, temporary: Path, final: Path, keep_last: int) -> None:
+def _finish(root: Path, temporary: Path, final: Path, keep: Keep) -> None:
     """Manifest, rename, pointer, clean-up; files are hashed by all ranks together."""
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
     mine = {
@@ -251,9 +275,8 @@ def _finish(root: Path, temporary: Path, final: Path, keep_last: int) -> None:
         return
     manifest = {name: entry for part in everyones for name, entry in part.items()}
     _publish(root, temporary, final, manifest)
-    if keep_last:
-        for old in complete_checkpoints(root)[:-keep_last]:
-            shutil.rmtree(old)
+    for old in keep.superfluous(complete_checkpoints(root)):
+        shutil.rmtree(old)
 
 
 def _publish(root: Path, temporary: Path, final: Path, manifest: Mapping[str, Any]) -> None:

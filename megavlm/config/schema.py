@@ -153,6 +153,8 @@ class CheckpointConfig:
     """Start from this checkpoint (a step folder, or a folder of them) instead."""
     keep_last: int = 2
     """Older checkpoints are removed; 0 keeps all."""
+    keep_every_steps: int = 0
+    """Checkpoints of steps that are a multiple of this are never removed; 0: no such ones."""
     save_timeout_s: int = 600
 
 

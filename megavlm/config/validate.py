@@ -63,6 +63,7 @@ LEAST: dict[str, float] = {
     "train.distributed_timeout_s": 1,
     "checkpoint.save_steps": 0,
     "checkpoint.keep_last": 0,
+    "checkpoint.keep_every_steps": 0,
     "checkpoint.save_timeout_s": 1,
     "observe.log_steps": 1,
     "observe.num_report_samples": 0,

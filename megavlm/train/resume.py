@@ -57,7 +57,7 @@ def save(state: TrainState) -> Path:
         sharded,
         {"recipe.yaml": dump_recipe(state.recipe)},
         knobs.save_timeout_s,
-        knobs.keep_last,
+        native.Keep(knobs.keep_last, knobs.keep_every_steps),
     )
 
 

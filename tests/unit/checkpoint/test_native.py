@@ -68,6 +68,12 @@ def test_keep_last_zero_keeps_all(workers: PoolKeeper, inputs: Path, tmp_path: P
     assert names_in(keep_all) == ["latest", "step_00000001", "step_00000002", "step_00000003"]
 
 
+def test_multiples_stay(workers: PoolKeeper, inputs: Path, tmp_path: Path) -> None:
+    recipe = with_changes(inputs, tmp_path, checkpoint={"keep_last": 1, "keep_every_steps": 4})
+    workers(1).run(f"{CASES}:save_steps", recipe=recipe, steps=[2, 4, 6, 8, 9])
+    assert names_in(recipe) == ["latest", "step_00000004", "step_00000008", "step_00000009"]
+
+
 def test_the_same_step_can_be_saved_again(workers: PoolKeeper, recipe: Recipe) -> None:
     workers(1).run(f"{CASES}:save_steps", recipe=recipe, steps=[5])
     workers(1).run(f"{CASES}:save_steps", recipe=recipe, steps=[5])

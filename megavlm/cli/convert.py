@@ -13,6 +13,9 @@ examples:
   megavlm convert import --hf-dir models/qwen3-vl --out native
   megavlm convert inspect --checkpoint runs/demo/checkpoints
   megavlm convert inspect --hf-dir models/qwen3-vl
+  megavlm convert diff models/qwen3-vl runs/demo/checkpoints
+
+diff says at which tensor two models part, in running order; its exit code is 1 when they do.
 
 export takes the newest complete checkpoint of a folder, or the step folder that is named. Config, tokenizer, template
 and processor files are copied from --hf-dir, the directory that training started from. Training itself starts from a
@@ -24,7 +27,8 @@ memory than its largest tensor, no GPU and no process group, and a native checkp
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the command takes."""
     parser.epilog = EPILOG
-    parser.add_argument("direction", choices=["import", "export", "inspect"])
+    parser.add_argument("direction", choices=["import", "export", "inspect", "diff"])
+    parser.add_argument("paths", metavar="DIR", nargs="*", help="of diff: two directories or native checkpoints")
     parser.add_argument("--hf-dir", help="Hugging Face directory: source, and description of the model")
     parser.add_argument("--checkpoint", help="native checkpoint to export: a step folder, or a folder of them")
     parser.add_argument("--out", help="new or empty directory")
@@ -38,6 +42,10 @@ def run(args: argparse.Namespace) -> int:
     from megavlm.errors import use_error
     from megavlm.platform.start import start
 
+    if args.direction == "diff":
+        return _diff(args)
+    if args.paths:
+        raise use_error(f"convert {args.direction}", args.paths[0], "options alone", "put --hf-dir before it")
     if args.direction == "inspect":
         return _inspect(args)
     for name, value in (("--hf-dir", args.hf_dir), ("--out", args.out)):
@@ -78,3 +86,18 @@ def _inspect(args: argparse.Namespace) -> int:
     lines = inspect_hf(Path(args.hf_dir)) if args.hf_dir else inspect_native(Path(args.checkpoint))
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
+
+
+def _diff(args: argparse.Namespace) -> int:
+    """Print where two models part; 1 if they do."""
+    from megavlm.errors import use_error
+    from megavlm.platform.start import start
+
+    if len(args.paths) != 2 or args.hf_dir or args.checkpoint or args.out or args.dtype:
+        raise use_error("convert diff", f"{len(args.paths)} directories", "two, and no options", "name two directories")
+    start()
+    from megavlm.checkpoint.diff import report, source_of
+
+    lines, differ = report(*(source_of(Path(path)) for path in args.paths))
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 1 if differ else 0

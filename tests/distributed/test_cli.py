@@ -96,14 +96,23 @@ def native_logits(hf_dir: str, checkpoint: str, rows: str) -> tuple[list[int], t
         return row.tokens_S.tolist(), model.logits(batch, torch.device("cpu"))
 
 
+SHARDED = [
+    "parallel.tensor_model_parallel_size=2",
+    "parallel.sequence_parallel=true",
+    "parallel.pipeline_model_parallel_size=2",
+]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "num_processes", "layout"), [*((family, 1, []) for family in FAMILIES), ("qwen3_vl", 4, SHARDED)]
+)
 def test_what_was_trained_is_exported_and_loads_in_transformers(
-    inputs: Inputs, workers: PoolKeeper, tmp_path: Path, family: str
+    inputs: Inputs, workers: PoolKeeper, tmp_path: Path, family: str, num_processes: int, layout: list[str]
 ) -> None:
     hf_dir, rows = str(inputs.model(family)), str(inputs.rows)
-    words = inputs.train(tmp_path, "train.train_iters=2", f"model.hf_dir={hf_dir}", "optimizer.lr=1e-2")
-    succeed(workers, 1, words)
+    words = inputs.train(tmp_path, "train.train_iters=2", f"model.hf_dir={hf_dir}", "optimizer.lr=1e-2", *layout)
+    succeed(workers, num_processes, words)
     native, exported = str(tmp_path / "run" / "checkpoints"), str(tmp_path / "exported")
     words = ["convert", "export", "--checkpoint", native, "--hf-dir", hf_dir, "--out", exported]
     succeed(workers, 1, words)

@@ -51,12 +51,7 @@ class HFDirectory:
         self.path = Path(path)
         self.config = read_json(self.path / "config.json")
         self.family: ModelFamily = family_of(self.config.get("model_type", ""))
-        try:
-            self.architecture: Architecture = self.family.read_config(self.config)
-        except KeyError as error:
-            raise use_error(
-                str(self.path / "config.json"), f"no key {error}", f"a {self.family.model_type} config", "complete it"
-            ) from error
+        self.architecture: Architecture = read_architecture(self.path)
         self.entries: list[Entry] = self.family.weight_map(self.architecture)
         self._handles: dict[Path, SafetensorsFile] = {}
         self._files = self._locate()
@@ -109,6 +104,33 @@ class HFDirectory:
     def read_native(self, entry: Entry) -> torch.Tensor:
         """One whole native parameter."""
         return entry.to_native([self.read(name) for name in entry.names])
+
+
+def read_architecture(folder: Path) -> Architecture:
+    """What a model is, from its config.json alone: weights need not be there.
+
+    Raises:
+        UseError: an unknown model type, a key that is missing, or a value that makes no model.
+    """
+    path = folder / "config.json"
+    config = read_json(path)
+    family = family_of(config.get("model_type", ""))
+    expected = f"a {family.model_type} config"
+    try:
+        architecture = family.read_config(config)
+    except KeyError as error:
+        raise use_error(str(path), f"no key {error}", expected, "complete it") from error
+    except UseError:
+        raise
+    except (TypeError, AttributeError, ArithmeticError, ValueError) as error:
+        raise use_error(str(path), f"a value that makes no model ({error})", expected, "restore the file") from error
+    for part in (architecture.vision, architecture.language):
+        for name, value in vars(part).items():
+            is_size = name.endswith("_size") or (name.startswith("num_") and name != "num_positions")
+            if is_size and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                where = f"{type(part).__name__}.{name}"
+                raise use_error(f"{path} ({where})", repr(value), "a whole number of at least 1", "restore the file")
+    return architecture
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     if args.write and Path(args.write).is_dir():
         raise use_error("--write", f"`{args.write}`, a directory", "a file", "name a file in it")
     start()
+    from megavlm.checkpoint.hf_io import read_architecture
     from megavlm.planner.families import tower_traits
     from megavlm.planner.layouts import space_of
     from megavlm.planner.page import block, page
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     from megavlm.planner.stepcosts import Problem
     from megavlm.planner.workload import typical_batch
 
-    architecture = _architecture(recipe.model.hf_dir)
+    architecture = read_architecture(Path(recipe.model.hf_dir))
     tower_traits(architecture)  # a family that the planner does not know is said first
     samples = _samples(recipe, architecture, args.lengths)
     workload = typical_batch(architecture, samples, recipe.train.global_batch_size, recipe.data.max_length)
@@ -69,15 +70,6 @@ def run(args: argparse.Namespace) -> int:
     if args.write:
         Path(args.write).write_text(text, encoding="utf-8")
     return 0
-
-
-def _architecture(hf_dir: str) -> "Architecture":
-    """From config.json alone: weights need not be there."""
-    from megavlm.checkpoint.hf_io import read_json
-    from megavlm.models.registry import family_of
-
-    config = read_json(Path(hf_dir) / "config.json")
-    return family_of(config.get("model_type", "")).read_config(config)
 
 
 def _samples(recipe: "Recipe", architecture: "Architecture", lengths: str) -> "list[Sample]":

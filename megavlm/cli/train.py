@@ -2,6 +2,11 @@
 
 import argparse
 import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megavlm.config.schema import Recipe
 
 SUMMARY = "train a model by a recipe"
 
@@ -39,9 +44,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from megavlm.config.facts import read_model_facts
     from megavlm.config.load import load_recipe
-    from megavlm.config.validate import validate_layout, validate_model, validate_recipe
+    from megavlm.config.validate import validate_layout, validate_recipe
     from megavlm.errors import use_error
     from megavlm.platform.capabilities import BACKEND_NEEDS, require
 
@@ -54,15 +58,27 @@ def _run(args: argparse.Namespace) -> int:
     validate_recipe(recipe)
     world_size = int(os.environ["WORLD_SIZE"]) if under_torchrun else max(1, args.nproc)
     validate_layout(recipe, world_size)
-    validate_model(recipe, read_model_facts(recipe.model.hf_dir))
     for name in BACKEND_NEEDS[recipe.model.backend]:
         require(name)
-    if args.dry_run:
-        return 0
-    if world_size > 1 and not under_torchrun:
+    if world_size > 1 and not under_torchrun and not args.dry_run:
         from megavlm.cli.launch import launch
 
         return launch(world_size, ["train", args.recipe, *args.overrides] + (["--debug"] if args.debug else []))
+    # Not before a launch: reading a model's config imports torch and Megatron-Core, which takes the ranks' time again.
+    _check_model(recipe)
+    if args.dry_run:
+        return 0
     from megavlm.train.run import run_training
 
     return run_training(recipe)
+
+
+def _check_model(recipe: "Recipe") -> None:
+    from megavlm.platform.start import start
+
+    start()
+    from megavlm.checkpoint.hf_io import read_architecture
+    from megavlm.config.validate import validate_model
+    from megavlm.models.facts import facts_of
+
+    validate_model(recipe, facts_of(read_architecture(Path(recipe.model.hf_dir))))

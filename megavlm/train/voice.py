@@ -5,6 +5,7 @@ their connection to it. The user is to read the cause, once.
 """
 
 import datetime
+import os
 import time
 from collections.abc import Callable
 
@@ -17,7 +18,7 @@ GRACE_S = 5.0
 
 JOIN_TIMEOUT_S = 30
 
-_CLAIMED, _SAID = "megavlm/failure/claimed", "megavlm/failure/said"
+_CLAIMED, _SAID, _HEARD = "megavlm/failure/claimed", "megavlm/failure/said", "megavlm/failure/heard"
 
 
 def lost_peer(error: BaseException) -> bool:
@@ -49,10 +50,15 @@ def speak_once(error: Exception, say: Callable[[Exception], int]) -> int:
             text = str(error).strip().splitlines()[-1]
             error = RunError(f"lost the connection to another rank; it has died, or the network failed ({text})")
     elif rank == 0:
-        return _say(error, say, store)
+        code = _say(error, say, store)
+        if not dist.is_initialized():
+            _wait_for_listeners(store)
+        return code
     try:
-        code = _said(store)
-        return _say(error, say, store) if code is None else code
+        said = _said(store)
+        code = _say(error, say, store) if said is None else said
+        store.add(_HEARD, 1)
+        return code
     except dist.DistNetworkError:  # whoever keeps the store has ended, and so has spoken
         return 2 if isinstance(error, UseError) else 1
 
@@ -71,6 +77,17 @@ def _say(error: Exception, say: Callable[[Exception], int], store: dist.Store) -
     code = say(error)
     store.set(_SAID, str(code))
     return code
+
+
+def _wait_for_listeners(store: dist.Store) -> None:
+    """Before the job is joined this process may keep the store, and its end would be what the others see.
+
+    They have come upon the same mistake, and listen; should one not have, it is not waited for longer than usual.
+    """
+    num_others = int(os.environ["WORLD_SIZE"]) - 1
+    deadline = time.monotonic() + GRACE_S
+    while store.add(_HEARD, 0) < num_others and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def _said(store: dist.Store) -> int | None:

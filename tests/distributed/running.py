@@ -32,7 +32,7 @@ _AROUND = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"
 
 @dataclass(frozen=True)
 class Inputs:
-    """A folder with both tiny models, images, `rows.jsonl` and `recipe.yaml`; nobody changes anything in it."""
+    """A folder with tiny models, images, `rows.jsonl` and `recipe.yaml`; nobody changes anything in it."""
 
     root: Path
 
@@ -47,7 +47,7 @@ class Inputs:
         return self.root / "rows.jsonl"
 
     def model(self, family: str) -> Path:
-        """The Hugging Face directory of `qwen3_vl` or `llava`."""
+        """The Hugging Face directory of a family, or of a composed model by its connector."""
         return self.root / family
 
     def train(self, out_dir: Path, *overrides: str) -> list[str]:
@@ -67,10 +67,17 @@ class Inputs:
 
 def write_inputs(root: Path) -> Inputs:
     """Make the folder."""
+    from tests.parity.composed import ComposedReference
     from tests.tiny import write_tiny_llava, write_tiny_qwen3vl
+    from tests.tiny_internvl import write_tiny_internvl
+    from tests.tiny_qwen2_5_vl import write_tiny_qwen2_5_vl
 
     _sharpen(write_tiny_qwen3vl(root / "qwen3_vl"))
     _sharpen(write_tiny_llava(root / "llava"))
+    write_tiny_qwen2_5_vl(root / "qwen2_5_vl")
+    write_tiny_internvl(root / "internvl")
+    for kind in ("perceiver", "qformer"):
+        ComposedReference(kind).write(root / kind)
     (root / "images").mkdir()
     random = np.random.RandomState(5)
     words = "a red square and the blue circle over lazy dog largest number digits".split()

@@ -13,7 +13,7 @@ import torch
 from megavlm.cli import main as frame
 from megavlm.data.readers import read_samples
 from megavlm.evaluate.transformers_generate import _inputs, generate_answers, load_checked
-from tests.distributed.running import REPO_DIR, Inputs, call, succeed, the_error
+from tests.distributed.running import REPO_DIR, Inputs, call, losses, succeed, the_error
 from tests.pool import PoolKeeper
 
 FAMILIES = ["qwen3_vl", "llava"]
@@ -101,6 +101,15 @@ SHARDED = [
     "parallel.sequence_parallel=true",
     "parallel.pipeline_model_parallel_size=2",
 ]
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl", "perceiver", "qformer"])
+def test_every_family_trains(inputs: Inputs, workers: PoolKeeper, tmp_path: Path, family: str) -> None:
+    words = inputs.train(tmp_path, "train.train_iters=1", f"model.hf_dir={inputs.model(family)}", "data.max_pixels=0")
+    succeed(workers, 1, [*words, "--dry-run"])
+    assert not (tmp_path / "run").exists()
+    succeed(workers, 1, words)
+    assert len(losses(tmp_path)) == 1
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPVisionConfig,
@@ -20,6 +21,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
 )
 
 VOCAB_SIZE = 512
@@ -98,14 +101,19 @@ def write_tiny_qwen3vl(
     dtype: torch.dtype = torch.float32,
     text_changes: dict[str, Any] | None = None,
     vision_changes: dict[str, Any] | None = None,
+    mixture: bool = False,
 ) -> Path:
     """Write a tiny Qwen3-VL (DeepStack, interleaved MRoPE) as a Hugging Face directory; returns `out_dir`.
 
-    The changes replace keys of `text_config` and `vision_config`.
+    The changes replace keys of `text_config` and `vision_config`; a `mixture` has 4 experts in every layer.
     """
+    config_class, model_class = Qwen3VLConfig, Qwen3VLForConditionalGeneration
+    if mixture:
+        config_class, model_class = Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+        text_changes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24} | (text_changes or {})
     tokenizer = make_tokenizer(QWEN_SPECIALS, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     token_id = tokenizer.convert_tokens_to_ids
-    config = Qwen3VLConfig(
+    config = config_class(
         text_config={
             "vocab_size": VOCAB_SIZE,
             "hidden_size": 64,
@@ -157,8 +165,27 @@ def write_tiny_qwen3vl(
         eos_token_id=[token_id("<|im_end|>"), token_id("<|endoftext|>")], pad_token_id=token_id("<|endoftext|>")
     )
     torch.manual_seed(seed)
-    model = Qwen3VLForConditionalGeneration(config)
+    model = model_class(config)
     return write_model(out_dir, model.to(dtype), generation, tokenizer, QWEN_TEMPLATE, image_processor)
+
+
+def write_tiny_qwen3vl_moe(out_dir: Path, **options: Any) -> Path:
+    """The same with a mixture of experts, of which a token has two of four; as on the hub, experts are [E, in, out]."""
+    write_tiny_qwen3vl(out_dir, mixture=True, tie=options.pop("tie", False), **options)
+    transpose_experts(out_dir)
+    config = json.loads((out_dir / "config.json").read_text())
+    config["text_config"]["num_experts"] = config["text_config"].pop("num_local_experts")
+    (out_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return out_dir
+
+
+def transpose_experts(hf_dir: Path) -> None:
+    """From one layout of expert matrices to the other."""
+    tensors = load_file(hf_dir / "model.safetensors")
+    for name, tensor in tensors.items():
+        if ".mlp.experts." in name:
+            tensors[name] = tensor.transpose(1, 2).contiguous()
+    save_file(tensors, hf_dir / "model.safetensors", metadata={"format": "pt"})
 
 
 def write_tiny_llava(

@@ -19,7 +19,7 @@ from megavlm.errors import UseError, use_error
 from megavlm.models.architecture import Architecture
 from megavlm.models.encoder import VisionEncoder
 from megavlm.models.family import ModelFamily
-from megavlm.models.names import Part, named_parameters
+from megavlm.models.names import Part, named_parameters, stacked_name
 from megavlm.models.registry import family_of
 from megavlm.models.weight_map import Entry, check_names
 
@@ -91,19 +91,21 @@ class HFDirectory:
         """Raise `UseError` unless every tensor that the map wants is there and none is left over."""
         check_names(self.entries, self.names, self.ignored, str(self.path))
 
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor by its canonical name."""
+    def read(self, name: str, row: int | None = None) -> torch.Tensor:
+        """One tensor by its canonical name, or one row of its first dimension."""
         file, stored = self._files[name]
-        return self._handles[file].read(stored)
+        return self._handles[file].read(stored, row)
 
     def spec(self, name: str) -> TensorSpec:
         """Shape and type of a tensor, without reading it."""
         file, stored = self._files[name]
         return self._handles[file].spec(stored)
 
-    def read_native(self, entry: Entry) -> torch.Tensor:
-        """One whole native parameter."""
-        return entry.to_native([self.read(name) for name in entry.names])
+    def read_native(self, entry: Entry, expert: int | None = None) -> torch.Tensor:
+        """One whole native tensor, or one expert's part of it."""
+        if expert is None:
+            return entry.to_native([self.read(name) for name in entry.names])
+        return entry.to_native([self.read(name, expert) for name in entry.names])[0]
 
 
 def read_architecture(folder: Path) -> Architecture:
@@ -187,9 +189,9 @@ def load_weights(directory: HFDirectory, models: Iterable[Part]) -> None:
     with torch.no_grad():
         for model in models:
             for name, parameter in named_parameters(model):
-                entry = by_native[_tied_name(name, model)]
-                whole = directory.read_native(entry)
-                part = _shard(whole, parameter, entry, model)
+                native, expert = stacked_name(_tied_name(name, model))
+                entry = by_native[native]
+                part = _shard(directory.read_native(entry, expert), parameter, entry, model)
                 if part.shape != parameter.shape:
                     raise use_error(
                         f"{directory.path} {entry.names[0]}",
@@ -213,6 +215,8 @@ def _shard(whole: torch.Tensor, parameter: torch.nn.Parameter, entry: Entry, mod
     if not marks.get("tensor_model_parallel", False):
         return whole
     group = model.groups.vision.tp if isinstance(model, VisionEncoder) else model.groups.tensor
+    if entry.stacked:
+        group = model.groups.language.expt_tp
     dimension, size, rank = marks["partition_dim"], group.size(), group.rank()
     if entry.halves:
         return torch.cat([half.chunk(size, dimension)[rank] for half in whole.chunk(2, dimension)], dimension)

@@ -31,7 +31,6 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
-from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megavlm.checkpoint.watchdog import time_limit
@@ -52,8 +51,11 @@ def step_folder(root: Path, step: int) -> Path:
     return root / f"step_{step:08d}"
 
 
-OPTIMIZERS = ("language", "encoder")
-"""Names of the chained optimizers, in their order."""
+def named_optimizers(optimizer: ChainedOptimizer) -> dict[str, MegatronOptimizer]:
+    """The chained optimizers by name; one for experts only on ranks that have experts."""
+    inner = optimizer.chained_optimizers
+    names = ("language", "encoder") if len(inner) == 2 else ("language", "experts", "encoder")
+    return dict(zip(names, inner, strict=True))
 
 
 def model_state(models: Iterable[Part], groups: Groups) -> dict[str, Any]:
@@ -77,7 +79,7 @@ def _is_empty(value: Any) -> bool:
 
 
 def optimizer_state(
-    optimizer: ChainedOptimizer, model: Mapping[str, Any], groups: Groups, learns: Sequence[bool], is_loading: bool
+    optimizer: ChainedOptimizer, model: Mapping[str, Any], groups: Groups, learns: Mapping[str, bool], is_loading: bool
 ) -> dict[str, Any]:
     """Sharded optimizer state; with the distributed optimizer in the form that any layout can load.
 
@@ -85,32 +87,36 @@ def optimizer_state(
     may hold the encoder alone; both follow from the recipe and the number of the step (`restore_optimizer`).
 
     Args:
-        optimizer: chained, those of `OPTIMIZERS`.
+        optimizer: chained, see `named_optimizers`.
         model: sharded weights (`model_state`).
         groups: process groups.
-        learns: for each optimizer, whether this rank holds weights of its that learn.
+        learns: by the optimizer's name, whether this rank holds weights of its that learn.
         is_loading: whether the state is to be filled.
     """
     state: dict[str, Any] = {}
-    collections = (groups.language, groups.vision)
-    optimizers = zip(OPTIMIZERS, optimizer.chained_optimizers, collections, learns, strict=True)
-    for name, inner, collection, is_used in optimizers:
-        if not is_used:
+    for name, inner in named_optimizers(optimizer).items():
+        if not learns[name]:
             continue
-        whole = _inner_state(inner, model, collection, is_loading)
+        whole = _inner_state(inner, model, _copies(name, groups), is_loading)
         state[name], _local = extract_sharded_base(whole)
     return state
 
 
+def _copies(name: str, groups: Groups) -> dist.ProcessGroup:
+    """Ranks that hold the same weights."""
+    collection = groups.vision if name == "encoder" else groups.language
+    return collection.expt_dp if name == "experts" else collection.dp_cp
+
+
 def _inner_state(
-    inner: MegatronOptimizer, model: Mapping[str, Any], collection: ProcessGroupCollection, is_loading: bool
+    inner: MegatronOptimizer, model: Mapping[str, Any], copies: dist.ProcessGroup, is_loading: bool
 ) -> dict[str, Any]:
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
         "distrib_optim_fully_reshardable_mem_efficient": False,
         "chained_optim_avoid_prefix": True,
         "singleton_local_shards": False,
-        "dp_cp_group": collection.dp_cp,
+        "dp_cp_group": copies,
     }
     whole: dict[str, Any] = inner.sharded_state_dict(dict(model), is_loading=is_loading, metadata=metadata)
     return whole
@@ -133,11 +139,10 @@ def restore_optimizer(
         loaded: what `load_sharded` made of `optimizer_state`.
         step: updates that the optimizer had done.
     """
-    collections = (groups.language, groups.vision)
-    for name, inner, collection in zip(OPTIMIZERS, optimizer.chained_optimizers, collections, strict=True):
+    for name, inner in named_optimizers(optimizer).items():
         if name not in loaded:
             continue
-        _sharded, local = extract_sharded_base(_inner_state(inner, model, collection, is_loading=True))
+        _sharded, local = extract_sharded_base(_inner_state(inner, model, _copies(name, groups), is_loading=True))
         local = dict_list_map_inplace(_unwrapped, local)
         state = merge(local, loaded[name])
         _set_steps(state, step)

@@ -61,15 +61,17 @@ class SafetensorsFile:
             raise use_error(f"{self.path} {name}", f"type {code}", f"one of {', '.join(_DTYPES)}", "convert it first")
         return TensorSpec(tuple(self._header[name]["shape"]), _DTYPES[code])
 
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor."""
+    def read(self, name: str, row: int | None = None) -> torch.Tensor:
+        """One tensor, or one row of its first dimension (which stays)."""
         spec = self.spec(name)
-        tensor = torch.empty(math.prod(spec.shape), dtype=spec.dtype)
+        shape = spec.shape if row is None else (1, *spec.shape[1:])
+        tensor = torch.empty(math.prod(shape), dtype=spec.dtype)
         position, offset = 0, self._data_start + self._header[name]["data_offsets"][0]
+        offset += (row or 0) * tensor.nbytes
         buffer: Any = tensor.view(torch.uint8).numpy()
         data = memoryview(buffer)
         while position < len(data):
             count = os.preadv(self._file, [data[position : position + 2**30]], offset + position)
             assert count, "the header was checked against the file's size"
             position += count
-        return tensor.reshape(spec.shape)
+        return tensor.reshape(shape)

@@ -18,6 +18,8 @@ class ModelFacts:
         vision_ffn_hidden_size: inner width of the vision tower's feed-forward.
         vocab_size: rows of the embedding table.
         max_positions: longest sequence, in tokens, that the language model was made for.
+        num_experts: of a layer; 0: its feed-forward is dense.
+        expert_ffn_hidden_size: inner width of an expert.
     """
 
     num_layers: int
@@ -30,3 +32,5 @@ class ModelFacts:
     vision_ffn_hidden_size: int
     vocab_size: int
     max_positions: int
+    num_experts: int = 0
+    expert_ffn_hidden_size: int = 0

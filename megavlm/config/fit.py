@@ -3,7 +3,7 @@
 import math
 
 from megavlm.config.facts import ModelFacts
-from megavlm.config.layout import layers_per_stage
+from megavlm.config.layout import divisors, layers_per_stage
 from megavlm.config.schema import ParallelConfig, Recipe
 from megavlm.errors import use_error
 
@@ -36,6 +36,7 @@ def validate_layout(recipe: Recipe, world_size: int) -> int:
             f"start {_multiples(world_size, model_ranks, own_ranks)} processes, or change the parallel sizes",
         )
     data_parallel_size = world_size // model_ranks
+    _check_expert_ranks(parallel, data_parallel_size)
     if recipe.data.packing:  # rows are filled by length and cost, as many as it takes
         if train.global_batch_size < data_parallel_size:
             raise use_error(
@@ -67,6 +68,7 @@ def validate_model(recipe: Recipe, facts: ModelFacts) -> None:
     parallel = recipe.parallel
     _check_tensor_sizes(parallel, facts)
     _check_vision_stages(parallel, facts)
+    _check_experts(recipe, facts)
     layers_per_stage(parallel, facts.num_layers)
     if recipe.data.max_length > facts.max_positions:
         raise use_error(
@@ -75,6 +77,63 @@ def validate_model(recipe: Recipe, facts: ModelFacts) -> None:
             f"at most the model's max_position_embeddings {facts.max_positions}",
             f"set data.max_length={facts.max_positions}",
         )
+
+
+def _check_expert_ranks(parallel: ParallelConfig, data_parallel_size: int) -> None:
+    tensor = parallel.tensor_model_parallel_size
+    stage_ranks = tensor * parallel.context_parallel_size * data_parallel_size
+    expert_tensor = parallel.expert_tensor_parallel_size or tensor
+    needed = parallel.expert_model_parallel_size * expert_tensor
+    if stage_ranks % needed != 0:
+        raise use_error(
+            "parallel.expert_model_parallel_size",
+            f"{parallel.expert_model_parallel_size} x expert tensor {expert_tensor} of {stage_ranks} ranks of a "
+            "pipeline stage",
+            f"a divisor of tensor x context x data parallel ranks ({stage_ranks})",
+            "lower it, or set parallel.expert_tensor_parallel_size=1",
+        )
+
+
+def _check_experts(recipe: Recipe, facts: ModelFacts) -> None:
+    parallel, modules = recipe.parallel, recipe.parallel.recompute_modules
+    expert, selective = parallel.expert_model_parallel_size, parallel.recompute_granularity == "selective"
+    if not facts.num_experts:
+        for key, value, unused in (
+            ("parallel.expert_model_parallel_size", expert, 1),
+            ("parallel.expert_tensor_parallel_size", parallel.expert_tensor_parallel_size, 0),
+            ("model.moe_aux_loss_coeff", recipe.model.moe_aux_loss_coeff, 0),
+        ):
+            if value != unused:
+                raise use_error(
+                    key, value, f"{unused}: this model has no mixture-of-experts layers", f"set {key}={unused}"
+                )
+        if selective and "moe" in modules:
+            raise use_error("parallel.recompute_modules", "moe", "mlp: this model has no experts", "write mlp")
+        return
+    if facts.num_experts % expert != 0:
+        raise use_error(
+            "parallel.expert_model_parallel_size",
+            expert,
+            f"a divisor of the model's {facts.num_experts} experts",
+            f"use one of {divisors(facts.num_experts)}",
+        )
+    expert_tensor = parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
+    if facts.expert_ffn_hidden_size % expert_tensor != 0:
+        raise use_error(
+            "parallel.expert_tensor_parallel_size",
+            expert_tensor,
+            f"a divisor of an expert's {facts.expert_ffn_hidden_size} feed-forward channels",
+            "set parallel.expert_tensor_parallel_size=1",
+        )
+    if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
+        raise use_error(
+            "parallel.sequence_parallel",
+            f"false with tensor parallel {parallel.tensor_model_parallel_size} and experts",
+            "true: each rank routes tokens of its own",
+            "set parallel.sequence_parallel=true",
+        )
+    if selective and "mlp" in modules:
+        raise use_error("parallel.recompute_modules", "mlp", "moe: this model's feed-forwards are experts", "write moe")
 
 
 def _check_vision_stages(parallel: ParallelConfig, facts: ModelFacts) -> None:

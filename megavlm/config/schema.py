@@ -18,6 +18,9 @@ class ModelConfig:
     """Layer specs: plain torch SDPA (runs anywhere), flash-attn, or Transformer Engine."""
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
+    moe_aux_loss_coeff: float = 0.0
+    """Of mixtures of experts: weight of the load-balancing loss (Switch Transformer's, of each row and layer), a mean
+    over the real tokens of the global batch and a sum over layers, beside the mean loss."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,11 @@ class ParallelConfig:
     cp_comm_type: Literal["all_gather", "p2p"] = "all_gather"
     """How context-parallel attention moves keys and values: `p2p` is the ring."""
     expert_model_parallel_size: int = 1
+    """Ranks that share the experts of a layer; they are out of the tensor, context and data ranks of a stage."""
+    expert_tensor_parallel_size: int = 0
+    """Ranks that share the matrices of an expert; 0: tensor_model_parallel_size."""
+    moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
+    """How tokens reach their experts: sent to the ranks that have them, or gathered on all."""
     vision_placement: Literal["first_stage", "stage", "spread", "bubble", "own_ranks"] = "first_stage"
     """Where the vision encoder is. `first_stage`: on the first pipeline rank, beside the language model's first layers.
     `stage`: its layers have pipeline ranks of their own in front of the language model's. `spread`: all ranks encode
@@ -62,7 +70,7 @@ class ParallelConfig:
     recompute_method: Literal["uniform", "block"] = "uniform"
     recompute_num_layers: int = 1
     recompute_modules: tuple[str, ...] = ("core_attn",)
-    """With `selective`: any of core_attn, mlp, layernorm."""
+    """With `selective`: any of core_attn, mlp (moe in a model with experts), layernorm."""
 
 
 @dataclass(frozen=True)

@@ -19,17 +19,19 @@ from megavlm.errors import UseError, use_error
 __all__ = ["LEAST", "RECOMPUTE_MODULES", "validate_layout", "validate_model", "validate_recipe"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-RECOMPUTE_MODULES = ("core_attn", "mlp", "layernorm")
+RECOMPUTE_MODULES = ("core_attn", "mlp", "moe", "layernorm")
 
 # Least value of every number; those of vit_lr and aligner_lr are free, as a negative one means `lr`.
 LEAST: dict[str, float] = {
     "model.attention_dropout": 0,
     "model.hidden_dropout": 0,
+    "model.moe_aux_loss_coeff": 0,
     "parallel.tensor_model_parallel_size": 1,
     "parallel.pipeline_model_parallel_size": 1,
     "parallel.virtual_pipeline_model_parallel_size": 1,
     "parallel.context_parallel_size": 1,
     "parallel.expert_model_parallel_size": 1,
+    "parallel.expert_tensor_parallel_size": 0,
     "parallel.vision_tensor_model_parallel_size": 0,
     "parallel.vision_pipeline_model_parallel_size": 1,
     "parallel.vision_data_parallel_size": 1,
@@ -183,13 +185,6 @@ def _check_tensor_parallel(parallel: ParallelConfig) -> None:
             vision,
             f"0, 1 or tensor_model_parallel_size ({tensor})",
             "set it to 0 for the same as the language model's",
-        )
-    if parallel.expert_model_parallel_size > 1:
-        raise use_error(
-            "parallel.expert_model_parallel_size",
-            parallel.expert_model_parallel_size,
-            "1: no mixture-of-experts family is supported yet",
-            "set parallel.expert_model_parallel_size=1",
         )
 
 

@@ -43,6 +43,7 @@ class _MicrobatchBuilder(torch.utils.data.Dataset):
         )
         if order.filler:
             batch.loss_weights_T.zero_()
+            batch.real_T.zero_()
         patches = [load_image_patches(self.dataset.encoded(index), number, encoder) for index, number in order.images]
         empty = torch.zeros(0, encoder.inputs.patch_channels)
         return Microbatch(batch, torch.cat(patches) if patches else empty)

@@ -43,10 +43,12 @@ def pack(
     labels_T = torch.zeros(total, dtype=torch.int64)
     loss_weights_T = torch.zeros(total, dtype=torch.float32)
     position_ids_3T = torch.zeros(3, total, dtype=torch.int64)
+    real_T = torch.zeros(total, dtype=torch.bool)
     for sample, start in zip(samples, borders, strict=False):
         length = len(sample.tokens_S)
         sample_tokens = torch.from_numpy(sample.tokens_S)
         tokens_T[start : start + length] = sample_tokens
+        real_T[start : start + length] = True
         labels_T[start : start + length - 1] = sample_tokens[1:]
         loss_weights_T[start : start + length - 1] = torch.from_numpy(sample.loss_weights_S)[1:]
         position_ids_3T[:, start : start + length] = torch.from_numpy(sample.position_ids_3S)
@@ -62,6 +64,7 @@ def pack(
         loss_weights_T=loss_weights_T,
         position_ids_3T=position_ids_3T,
         cu_seqlens=torch.tensor(borders, dtype=torch.int32),
+        real_T=real_T,
         patches_PC=patches_PC,
         grid_thw_N3=torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
         sample_ids=tuple(sample.sample_id for sample in samples),
@@ -86,6 +89,7 @@ def pad_to(batch: Batch, total: int) -> Batch:
         labels_T=pad(batch.labels_T, (0, missing)),
         loss_weights_T=pad(batch.loss_weights_T, (0, missing)),
         position_ids_3T=pad(batch.position_ids_3T, (0, missing)),
+        real_T=pad(batch.real_T, (0, missing)),
         cu_seqlens=torch.cat((batch.cu_seqlens, batch.cu_seqlens.new_tensor([total]))),
     )
 

@@ -60,6 +60,7 @@ class Batch:
     `labels_T[i]` is the token after i in the same sample, `loss_weights_T[i]` the weight of predicting it
     (0 at a sample's end and on padding). `cu_seqlens` (int32) holds the sample borders after padding, from 0 to T;
     padding at the very end is a segment of its own. `position_ids_3T` were computed per sample.
+    `real_T` (bool) is False on padding, and everywhere in a row that only fills up a round.
     `patches_PC` may have 0 rows. Nothing here is cut by context parallelism yet.
     """
 
@@ -68,6 +69,7 @@ class Batch:
     loss_weights_T: torch.Tensor
     position_ids_3T: torch.Tensor
     cu_seqlens: torch.Tensor
+    real_T: torch.Tensor
     patches_PC: torch.Tensor
     grid_thw_N3: torch.Tensor
     sample_ids: tuple[str, ...]

@@ -27,6 +27,21 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class ExpertsArchitecture:
+    """A mixture of experts in place of every layer's MLP; softmax over the chosen ones.
+
+    Attributes:
+        num_experts: of a layer.
+        top_k: experts that a token goes to.
+        ffn_hidden_size: inner width of an expert.
+    """
+
+    num_experts: int
+    top_k: int
+    ffn_hidden_size: int
+
+
+@dataclass(frozen=True)
 class LanguageArchitecture:
     """A decoder-only language model (RMSNorm, SwiGLU, RoPE, GQA)."""
 
@@ -48,6 +63,7 @@ class LanguageArchitecture:
     mrope_interleaved: bool = False
     """True: axes alternate (Qwen3-VL); False: one block of frequencies after the other (Qwen2.5-VL)."""
     rope_scaling: RopeScaling | None = None
+    experts: ExpertsArchitecture | None = None
 
 
 @dataclass(frozen=True)

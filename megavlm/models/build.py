@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megavlm.config.layout import language_pipeline_size
 from megavlm.config.schema import ModelConfig, ParallelConfig
 from megavlm.errors import use_error
-from megavlm.models.architecture import Architecture
+from megavlm.models.architecture import Architecture, LanguageArchitecture
 from megavlm.models.chunk import LanguageChunk
 from megavlm.models.encoder import VisionEncoder
 from megavlm.models.family import ModelFamily
@@ -60,7 +60,6 @@ def transformer_config(
         pipeline_model_parallel_layout=parallel.pipeline_model_parallel_layout or None,
         context_parallel_size=parallel.context_parallel_size,
         cp_comm_type=parallel.cp_comm_type,
-        expert_model_parallel_size=parallel.expert_model_parallel_size,
         calculate_per_token_loss=True,
         deallocate_pipeline_outputs=False,
         bias_dropout_fusion=False,
@@ -72,9 +71,25 @@ def transformer_config(
         use_cpu_initialization=False,
         # also marks which parameters are sharded, and how; the values are overwritten
         perform_initialization=True,
-        moe_token_dispatcher_type="alltoall",
+        **_experts(language, parallel),
         **_recompute(parallel),
     )
+
+
+def _experts(language: LanguageArchitecture, parallel: ParallelConfig) -> dict[str, Any]:
+    if language.experts is None:
+        return {}
+    return {
+        "num_moe_experts": language.experts.num_experts,
+        "moe_router_topk": language.experts.top_k,
+        # the softmax of the chosen logits is that over all, made to add up to 1 again
+        "moe_router_pre_softmax": False,
+        "moe_ffn_hidden_size": language.experts.ffn_hidden_size,
+        "moe_router_load_balancing_type": "none",  # models/experts.py has its own
+        "moe_token_dispatcher_type": parallel.moe_token_dispatcher_type,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size,
+    }
 
 
 def _recompute(parallel: ParallelConfig) -> dict[str, Any]:
@@ -90,7 +105,7 @@ def _recompute(parallel: ParallelConfig) -> dict[str, Any]:
 
 
 def build_language_chunks(
-    architecture: Architecture, config: TransformerConfig, backend: str, groups: Groups
+    architecture: Architecture, config: TransformerConfig, model: ModelConfig, groups: Groups
 ) -> list[MegatronModule]:
     """This rank's chunks of the language model, weights uninitialised; one unless the schedule is interleaved.
 
@@ -98,7 +113,7 @@ def build_language_chunks(
     """
     if groups.place is None:
         return []
-    provider = provider_of(backend)
+    provider = provider_of(model.backend)
     num_virtual = config.virtual_pipeline_model_parallel_size or 1
     stage, num_stages = groups.place.stage, groups.topology.pipeline
     chunks: list[MegatronModule] = []
@@ -113,6 +128,7 @@ def build_language_chunks(
             pre_process=stage == 0 and number == 0,
             post_process=stage == num_stages - 1 and number == num_virtual - 1,
             vp_stage=vp_stage,
+            moe_aux_loss_coeff=model.moe_aux_loss_coeff,
         )
         chunk = LanguageChunk(config, architecture, groups, language, vp_stage)
         chunks.append(Float16Module(config, chunk) if config.bf16 else chunk)

@@ -64,6 +64,7 @@ class LanguageChunk(MegatronModule):
         tokens_T: torch.Tensor,
         position_ids_3T: torch.Tensor,
         cu_seqlens: torch.Tensor,
+        real_T: torch.Tensor,
     ) -> torch.Tensor:
         """Run this chunk on one packed row.
 
@@ -72,6 +73,7 @@ class LanguageChunk(MegatronModule):
             tokens_T: int64 token ids, the whole row.
             position_ids_3T: int64 rotary positions, the whole row.
             cu_seqlens: int32 sample borders, padding included, the last one T.
+            real_T: bool, tokens that count in a load-balancing loss of experts.
 
         Returns:
             Logits [L, W] on the last chunk, hidden states [S, K, H] elsewhere.
@@ -92,8 +94,17 @@ class LanguageChunk(MegatronModule):
             attention_mask=None,
             decoder_input=hidden,
             packed_seq_params=packing,
+            padding_mask=self._padding(real_T, borders) if self.architecture.language.experts else None,
         )
         return output.reshape(-1, output.shape[-1]) if self.post_process else output  # GPTModel gives [1, L, W]
+
+    def _padding(self, real_T: torch.Tensor, borders: torch.Tensor) -> torch.Tensor:
+        """Bool [1, S]: of the tokens that the layers of this rank see, those that do not count."""
+        context, tensor = self.groups.context, self.groups.tensor
+        padding_S = ~local_part(real_T, borders, context.size(), context.rank())
+        if self.config.sequence_parallel:
+            padding_S = padding_S.chunk(tensor.size())[tensor.rank()]
+        return padding_S[None]
 
     def _embed(self, features_VKH: torch.Tensor | None, tokens_T: torch.Tensor, borders: torch.Tensor) -> torch.Tensor:
         context = self.groups.context

@@ -7,6 +7,7 @@ from megavlm.models.architecture import Architecture
 def facts_of(architecture: Architecture) -> ModelFacts:
     """The sizes that a layout has to divide."""
     language, vision = architecture.language, architecture.vision
+    experts = language.experts
     return ModelFacts(
         num_layers=language.num_layers,
         num_attention_heads=language.num_attention_heads,
@@ -18,4 +19,6 @@ def facts_of(architecture: Architecture) -> ModelFacts:
         vision_ffn_hidden_size=vision.ffn_hidden_size,
         vocab_size=language.vocab_size,
         max_positions=language.max_positions,
+        num_experts=0 if experts is None else experts.num_experts,
+        expert_ffn_hidden_size=0 if experts is None else experts.ffn_hidden_size,
     )

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megavlm.models.architecture import LanguageArchitecture
+from megavlm.models.experts import experts_spec, finish_experts
 from megavlm.models.rope import RotaryAngles
 from megavlm.models.specs import layer_spec
 
@@ -42,6 +43,7 @@ def build_language_model(
     pre_process: bool,
     post_process: bool,
     vp_stage: int | None,
+    moe_aux_loss_coeff: float = 0.0,
 ) -> GPTModel:
     """One chunk of the language model.
 
@@ -54,9 +56,11 @@ def build_language_model(
         pre_process: whether this chunk holds the embedding.
         post_process: whether it holds the final norm and the output layer.
         vp_stage: which virtual chunk of this pipeline rank it is; None without interleaving.
+        moe_aux_loss_coeff: weight of the experts' load-balancing loss.
     """
     layer_class = DeepStackLayer if num_deepstack else TransformerLayer
-    spec = layer_spec(provider, AttnMaskType.causal, architecture.qk_norm, layer_class)
+    mlp = None if architecture.experts is None else experts_spec(provider, moe_aux_loss_coeff)
+    spec = layer_spec(provider, AttnMaskType.causal, architecture.qk_norm, layer_class, mlp=mlp)
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=groups.pp.rank())
     model = GPTModel(
         config=config,
@@ -81,4 +85,5 @@ def build_language_model(
         torch.device(torch.cuda.current_device()),
         architecture.rope_scaling,
     )
+    finish_experts(model, groups)
     return model

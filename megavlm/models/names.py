@@ -1,4 +1,4 @@
-"""Parameter names that do not depend on the layout: layers carry their global number."""
+"""Parameter names that do not depend on the layout: layers and experts carry their global number."""
 
 import re
 from collections.abc import Iterator
@@ -14,6 +14,8 @@ Part = VisionEncoder | LanguageChunk
 """A part of the model that a rank holds."""
 
 _LAYER = re.compile(r"^(language\.decoder|vision\.block)\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"^mlp\.experts\.local_experts\.(\d+)\.")
+_STACKED = re.compile(r"\.experts\.local_experts\.(\d+)\.")
 
 
 def global_name(part: Part, name: str) -> str:
@@ -22,8 +24,24 @@ def global_name(part: Part, name: str) -> str:
     if not match:
         return name
     block = part.vision.block if isinstance(part, VisionEncoder) else part.language.decoder
-    number = block.layers[int(match.group(2))].layer_number - 1
-    return f"{match.group(1)}.layers.{number}.{name[match.end() :]}"
+    layer, rest = block.layers[int(match.group(2))], name[match.end() :]
+    expert = _EXPERT.match(rest)
+    if expert:
+        number = layer.mlp.local_expert_indices[int(expert.group(1))]
+        rest = f"mlp.experts.local_experts.{number}.{rest[expert.end() :]}"
+    return f"{match.group(1)}.layers.{layer.layer_number - 1}.{rest}"
+
+
+def stacked_name(name: str) -> tuple[str, int | None]:
+    """Where a parameter lies in checkpoints and weight maps: those of a layer's experts are one tensor there.
+
+    Returns:
+        Name of the tensor, and the expert's place in it; None for a parameter that is a tensor of its own.
+    """
+    match = _STACKED.search(name)
+    if not match:
+        return name, None
+    return f"{name[: match.start()]}.experts.experts.{name[match.end() :]}", int(match.group(1))
 
 
 def named_parameters(model: Part) -> Iterator[tuple[str, torch.nn.Parameter]]:

@@ -1,7 +1,7 @@
 """The model families by the `model_type` of their Hugging Face config."""
 
 from megavlm.errors import use_error
-from megavlm.models.families import composed, internvl, llava, qwen2_5_vl, qwen3_vl
+from megavlm.models.families import composed, internvl, llava, qwen2_5_vl, qwen3_vl, qwen3_vl_moe
 from megavlm.models.family import ModelFamily
 
 FAMILIES: dict[str, ModelFamily] = {
@@ -10,6 +10,7 @@ FAMILIES: dict[str, ModelFamily] = {
     "llava": llava.FAMILY,
     "qwen2_5_vl": qwen2_5_vl.FAMILY,
     "qwen3_vl": qwen3_vl.FAMILY,
+    qwen3_vl_moe.MODEL_TYPE: qwen3_vl_moe.FAMILY,
 }
 
 

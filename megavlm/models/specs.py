@@ -70,8 +70,9 @@ def layer_spec(
     qk_norm: bool = False,
     layer_class: type[TransformerLayer] = TransformerLayer,
     params: dict[str, Any] | None = None,
+    mlp: ModuleSpec | None = None,
 ) -> ModuleSpec:
-    """One dense pre-norm transformer layer.
+    """One pre-norm transformer layer.
 
     Args:
         provider: where the modules come from.
@@ -79,8 +80,10 @@ def layer_spec(
         qk_norm: normalise each head's query and key before RoPE (Qwen3).
         layer_class: the layer module.
         params: further constructor arguments of the layer module.
+        mlp: what stands in place of a dense MLP.
     """
     norm = provider.layer_norm()
+    dense = MLPSubmodules(linear_fc1=provider.column_parallel_linear(), linear_fc2=provider.row_parallel_linear())
     return ModuleSpec(
         module=layer_class,
         params=params or {},
@@ -99,12 +102,7 @@ def layer_spec(
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(
-                    linear_fc1=provider.column_parallel_linear(), linear_fc2=provider.row_parallel_linear()
-                ),
-            ),
+            mlp=mlp or ModuleSpec(module=MLP, submodules=dense),
             mlp_bda=get_bias_dropout_add,
         ),
     )

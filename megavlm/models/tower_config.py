@@ -46,6 +46,11 @@ def tower_config(
         context_parallel_size=1,
         cp_comm_type=None,
         sequence_parallel=False,
+        num_moe_experts=None,
+        moe_ffn_hidden_size=None,
+        expert_model_parallel_size=1,
+        expert_tensor_parallel_size=groups.tp.size(),
+        recompute_modules=["mlp" if module == "moe" else module for module in language.recompute_modules or ()],
     )
 
 

@@ -27,6 +27,8 @@ class Entry:
         to_native: those tensors to the whole native parameter.
         to_hf: back.
         halves: whether tensor parallelism cuts two halves of dimension 0 separately (gate and up).
+        stacked: whether dimension 0 of all tensors, here and there, counts experts; the functions take any part of it,
+            and `halves` means the next dimension.
     """
 
     native: str
@@ -34,6 +36,7 @@ class Entry:
     to_native: Callable[[Tensors], torch.Tensor]
     to_hf: Callable[[torch.Tensor], list[torch.Tensor]]
     halves: bool = False
+    stacked: bool = False
 
 
 def direct(native: str, name: str) -> Entry:
@@ -95,8 +98,39 @@ def gated(native: str, gate: str, up: str) -> Entry:
     )
 
 
+def transposed_experts(native: str, name: str, num_inputs: int, halves: bool) -> Entry:
+    """Matrices of a layer's experts: [E, in, out] as on the hub, or [E, out, in] as in transformers, to [E, out, in].
+
+    Args:
+        native: our name.
+        name: theirs.
+        num_inputs: columns of a matrix, by which the layouts are told apart; it is not the number of its rows.
+        halves: whether a matrix is gate and up.
+    """
+
+    def to_native(tensors: Tensors) -> torch.Tensor:
+        (tensor,) = tensors
+        return tensor if tensor.shape[2] == num_inputs else tensor.transpose(1, 2).contiguous()
+
+    return Entry(native, (name,), to_native, lambda tensor: [tensor.transpose(1, 2).contiguous()], halves, stacked=True)
+
+
+def gated_mlp_entries(ours: str, theirs: str) -> list[Entry]:
+    """A layer's dense MLP."""
+    return [
+        gated(f"{ours}mlp.linear_fc1.weight", f"{theirs}mlp.gate_proj.weight", f"{theirs}mlp.up_proj.weight"),
+        direct(f"{ours}mlp.linear_fc2.weight", f"{theirs}mlp.down_proj.weight"),
+    ]
+
+
 def language_entries(
-    num_layers: int, num_groups: int, head_dim: int, prefix: str, qk_norm: bool, qkv_bias: bool
+    num_layers: int,
+    num_groups: int,
+    head_dim: int,
+    prefix: str,
+    qk_norm: bool,
+    qkv_bias: bool,
+    mlp_entries: Callable[[str, str], list[Entry]] = gated_mlp_entries,
 ) -> list[Entry]:
     """Entries of a Llama/Qwen decoder: embedding, layers, final norm (the output layer is the family's to add).
 
@@ -107,6 +141,7 @@ def language_entries(
         prefix: what the Hugging Face names of the decoder begin with, e.g. `model.language_model.`.
         qk_norm: whether queries and keys are normalised.
         qkv_bias: whether their projections have biases.
+        mlp_entries: entries of a layer's MLP, from our prefix of the layer and theirs.
     """
     entries = [
         direct("language.embedding.word_embeddings.weight", f"{prefix}embed_tokens.weight"),
@@ -124,8 +159,7 @@ def language_entries(
             direct(f"{attention}linear_proj.weight", f"{theirs}self_attn.o_proj.weight"),
             direct(f"{ours}input_layernorm.weight", f"{theirs}input_layernorm.weight"),
             direct(f"{ours}pre_mlp_layernorm.weight", f"{theirs}post_attention_layernorm.weight"),
-            gated(f"{ours}mlp.linear_fc1.weight", f"{theirs}mlp.gate_proj.weight", f"{theirs}mlp.up_proj.weight"),
-            direct(f"{ours}mlp.linear_fc2.weight", f"{theirs}mlp.down_proj.weight"),
+            *mlp_entries(ours, theirs),
         ]
     return entries
 

@@ -127,6 +127,7 @@ class _Maker:
 
 def _language_groups(topology: Topology, maker: _Maker, self_only: dist.ProcessGroup) -> ProcessGroupCollection:
     data_context = maker.own(topology.language_groups("data", "context"))
+    expert_copies = maker.own(topology.expert_groups("copy"))
     model = maker.own(topology.language_groups("tensor", "stage"))
     everybody = maker.own([list(range(topology.num_own_ranks, topology.world_size))])
     return ProcessGroupCollection(
@@ -141,13 +142,12 @@ def _language_groups(topology: Topology, maker: _Maker, self_only: dist.ProcessG
         mp=model,
         embd=maker.own(topology.embedding_groups()),
         pos_embd=self_only,
-        # No expert parallelism yet: experts would be replicated like everything else.
-        ep=self_only,
-        expt_tp=self_only,
-        tp_ep=self_only,
-        tp_ep_pp=model,
-        expt_dp=data_context,
-        intra_expt_dp=data_context,
+        ep=maker.own(topology.expert_groups("expert")),
+        expt_tp=maker.own(topology.expert_groups("tensor")),
+        tp_ep=maker.own(topology.expert_groups("tensor", "expert")),
+        tp_ep_pp=maker.own(topology.expert_groups("tensor", "expert", "stage")),
+        expt_dp=expert_copies,
+        intra_expt_dp=expert_copies,
         intra_dist_opt=everybody,
     )
 

@@ -1,7 +1,8 @@
 """Rank arithmetic: which rank holds which part of the model, and which ranks belong together.
 
 The language model is a grid of tensor x context x data x pipeline ranks, numbered in Megatron-Core's order: tensor
-fastest, then context, data, pipeline. The vision encoder is a list of `Replica`s: complete encoders, each on its
+fastest, then context, data, pipeline. Experts have a grid of their own over the ranks of a stage: tensor fastest, then
+expert, then copies. The vision encoder is a list of `Replica`s: complete encoders, each on its
 tensor-parallel ranks and, where its layers are split, on several stages. Where a replica lies, and whose images it
 encodes, depends on the placement.
 
@@ -63,6 +64,8 @@ class Topology:
         vision_tensor: tensor-parallel ranks of a replica.
         vision_stages: V; 1 unless the placement is `stage`.
         vision_data: replicas of the placement `own_ranks`; 0 otherwise.
+        expert: ranks that share the experts of a layer.
+        expert_tensor: ranks that share the matrices of an expert; 0: as `tensor`.
     """
 
     tensor: int
@@ -73,6 +76,8 @@ class Topology:
     vision_tensor: int = 1
     vision_stages: int = 1
     vision_data: int = 0
+    expert: int = 1
+    expert_tensor: int = 0
 
     @property
     def num_own_ranks(self) -> int:
@@ -189,6 +194,22 @@ class Topology:
             groups.setdefault(key, []).append(rank)
         return list(groups.values())
 
+    def expert_groups(self, *axes: str) -> list[list[int]]:
+        """Ranks that differ along the named axes only, in the experts' own grid over the ranks of every stage.
+
+        Axes, fastest first: `tensor` parts of an expert, `expert` parts of the set of experts, `copy` ranks that hold
+        the same, `stage`.
+        """
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(self.num_own_ranks, self.world_size):
+            stage, number = divmod(rank - self.num_own_ranks, self.layer_size)
+            number, tensor = divmod(number, self.expert_tensor or self.tensor)
+            copy, expert = divmod(number, self.expert)
+            place = {"tensor": tensor, "expert": expert, "copy": copy, "stage": stage}
+            key = tuple(value for name, value in place.items() if name not in axes)
+            groups.setdefault(key, []).append(rank)
+        return list(groups.values())
+
     def embedding_groups(self) -> list[list[int]]:
         """First and last stage of every pipeline (one rank where they are the same)."""
         return [sorted({ranks[0], ranks[-1]}) for ranks in self.language_groups("stage")]
@@ -227,8 +248,11 @@ def topology_of(parallel: ParallelConfig, world_size: int) -> Topology:
         vision_tensor=vision_tensor,
         vision_stages=parallel.vision_pipeline_model_parallel_size if placement == "stage" else 1,
         vision_data=parallel.vision_data_parallel_size if own_ranks else 0,
+        expert=parallel.expert_model_parallel_size,
+        expert_tensor=parallel.expert_tensor_parallel_size,
     )
     assert topology.world_size == world_size
+    assert topology.layer_size % (topology.expert * (topology.expert_tensor or tensor)) == 0
     return topology
 
 

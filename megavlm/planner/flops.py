@@ -96,7 +96,11 @@ def decoder_layer_flops(language: LanguageArchitecture, lengths: Sequence[int], 
     width = language.num_attention_heads * language.head_dim
     key_value = 2 * language.num_query_groups * language.head_dim
     size = language.hidden_size
-    linear = 2 * tokens * (size * (width + key_value) + width * size + 3 * size * language.ffn_hidden_size)
+    mlp = 3 * size * language.ffn_hidden_size
+    if language.experts is not None:
+        experts = language.experts
+        mlp = size * experts.num_experts + experts.top_k * 3 * size * experts.ffn_hidden_size
+    linear = 2 * tokens * (size * (width + key_value) + width * size + mlp)
     attention = 2 * 2 * width * sum(length * length for length in lengths)
     return linear + (attention // 2 if causal_half else attention)
 

@@ -89,6 +89,7 @@ class _Observer:
         if state.step % state.recipe.observe.log_steps and state.step != state.total_steps:
             return
         elapsed = time.perf_counter() - self._since
+        balance = result.load_balancing_loss
         metrics = StepMetrics(
             step=state.step,
             loss=result.loss,
@@ -100,6 +101,7 @@ class _Observer:
             images_per_second=self._images / elapsed,
             step_s=elapsed / self._steps,
             consumed_samples=state.plan.num_consumed(state.step),
+            extra={} if balance is None else {"load_balancing_loss": balance},
         )
         if self.log is not None:
             self.log.log_train(metrics)
@@ -139,6 +141,7 @@ def layout_name(state: TrainState) -> str:
         if parallel.virtual_pipeline_model_parallel_size > 1
         else "",
         f"CP{parallel.context_parallel_size}" if parallel.context_parallel_size > 1 else "",
+        f"EP{parallel.expert_model_parallel_size}" if parallel.expert_model_parallel_size > 1 else "",
         f"DP{state.groups.topology.data}" if state.groups.topology.data > 1 else "",
     ]
     name = " x ".join(part for part in parts if part) or "one process"

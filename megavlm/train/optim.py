@@ -18,6 +18,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePred
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import param_is_not_shared
 
+from megavlm.checkpoint.native import named_optimizers
 from megavlm.config.schema import OptimizerConfig as OptimizerRecipe
 from megavlm.config.schema import Recipe
 from megavlm.models.build import DTYPES
@@ -74,13 +75,12 @@ def build_optimizer(recipe: Recipe, parts: Parts, total_steps: int) -> tuple[Cha
         }
     flat = ParamWithNamePredicate("one_dimensional", lambda parameter, _name: parameter.dim() <= 1)
     overrides[ParamKey(with_name_predicate=flat)] = {"wd_mult": 0.0}
-    inner: list[MegatronOptimizer] = []
+    inner: list[MegatronOptimizer] = []  # in the order of `native.OPTIMIZERS`
     for chunks, collection in ((parts.chunks, parts.groups.language), ((parts.encoder_chunk,), parts.groups.vision)):
         made = get_megatron_optimizer(
             config, list(chunks), overrides, use_gloo_process_groups=False, pg_collection=collection
         )
-        (one,) = made.chained_optimizers
-        inner.append(one)
+        inner += made.chained_optimizers  # that of the experts, where this rank has any, behind the language model's
     optimizer = ChainedOptimizer(inner)
     warmup = knobs.lr_warmup_iters or math.ceil(knobs.lr_warmup_fraction * total_steps)
     scheduler = OptimizerParamScheduler(
@@ -131,9 +131,11 @@ def gradient_norms(optimizer: ChainedOptimizer, parts: Parts, components: Sequen
     """Norms after `prepare_grads`; each gradient counts once, however many ranks hold it."""
     by_tag = {tag: number for number, (name, tag) in enumerate(TAGS.items())}
     squares = torch.zeros(len(TAGS), dtype=torch.float64, device=torch.cuda.current_device())
-    for inner, groups in zip(optimizer.chained_optimizers, (parts.groups.language, parts.groups.vision), strict=True):
+    for name, inner in named_optimizers(optimizer).items():
+        groups = parts.groups.vision if name == "encoder" else parts.groups.language
+        copies = groups.expt_dp if name == "experts" else groups.dp_cp
         # A distributed optimizer leaves each copy with its own part of the gradients, any other with all of them.
-        if inner.optimizer is None or (not inner.config.use_distributed_optimizer and groups.dp_cp.rank() > 0):
+        if inner.optimizer is None or (not inner.config.use_distributed_optimizer and copies.rank() > 0):
             continue
         for group in inner.optimizer.param_groups:
             for parameter in group["params"]:

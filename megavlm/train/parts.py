@@ -62,9 +62,13 @@ class Parts:
         return self.models if self.encoder is None else (*self.models, self.encoder)
 
     @property
-    def learns(self) -> tuple[bool, bool]:
-        """Whether this rank holds weights that learn: of the language model, of the encoder."""
-        return any(chunk.buffers for chunk in self.chunks), bool(self.encoder_chunk.buffers)
+    def learns(self) -> dict[str, bool]:
+        """Whether this rank holds weights that learn, by the name of their optimizer."""
+        return {
+            "language": any(chunk.buffers for chunk in self.chunks),
+            "experts": any(chunk.expert_parallel_buffers for chunk in self.chunks),
+            "encoder": bool(self.encoder_chunk.buffers),
+        }
 
     def reduce_gradients(self) -> None:
         """Sum gradients over all ranks that hold copies; behind the last backward pass of a step."""
@@ -83,7 +87,7 @@ def build_parts(recipe: Recipe, directory: HFDirectory, groups: Groups, bucket_s
     """This rank's parts with the directory's weights, frozen and wrapped as the recipe says."""
     architecture, parallel = directory.architecture, recipe.parallel
     config = transformer_config(architecture, recipe.model, parallel, recipe.train.precision)
-    bare = build_language_chunks(architecture, config, recipe.model.backend, groups)
+    bare = build_language_chunks(architecture, config, recipe.model, groups)
     models = [unwrap(chunk) for chunk in bare]
     encoder = build_encoder(directory.family, architecture, config, recipe.model.backend, groups)
     held: list[Part] = [*models, encoder] if encoder is not None else [*models]

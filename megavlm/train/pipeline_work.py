@@ -187,5 +187,6 @@ def run_chunk(
         batch.tokens_T.to(device, non_blocking=True),
         batch.position_ids_3T.to(device, non_blocking=True),
         batch.cu_seqlens.to(device, non_blocking=True),
+        batch.real_T.to(device, non_blocking=True),
     )
     return output

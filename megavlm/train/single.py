@@ -52,7 +52,7 @@ def build_single(directory: HFDirectory, precision: str, timeout_s: int = 600) -
     seed_everything(0)
     config = transformer_config(directory.architecture, ModelConfig(), parallel, precision)
     with torch.no_grad():
-        (chunk,) = build_language_chunks(directory.architecture, config, "torch", groups)
+        (chunk,) = build_language_chunks(directory.architecture, config, ModelConfig(), groups)
         encoder = build_encoder(directory.family, directory.architecture, config, "torch", groups)
     language = unwrap(chunk)
     assert encoder is not None and isinstance(language, LanguageChunk)

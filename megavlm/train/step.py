@@ -19,6 +19,7 @@ from megavlm.models.names import named_parameters
 from megavlm.pipeline.actions import Schedule
 from megavlm.pipeline.exchange import Exchange
 from megavlm.pipeline.runtime import Event, execute, perf_clock
+from megavlm.train import balance
 from megavlm.train.inputs import StepInputs, step_inputs
 from megavlm.train.optim import GradientNorms, clip_and_update, gradient_norms
 from megavlm.train.pipeline_work import OnOutput, PartsWork, Rows
@@ -47,6 +48,8 @@ class StepResult:
     num_tokens: int
     num_images: int
     norms: GradientNorms
+    load_balancing_loss: float | None = None
+    """Of models with experts, when it is learned: mean over tokens and layers; 1 where all are chosen alike."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,9 @@ def train_step(state: TrainState, step: int, recordings: list[Recording] | None 
         tally.sample_ids.append(batch.sample_ids)
         return loss_sum, count.to(torch.int), None
 
+    balances = state.recipe.model.moe_aux_loss_coeff > 0
+    if balances:
+        balance.prepare(state, rows.batches)
     inputs = state.inputs(step)
     schedule = training_schedule(state.layout, inputs, state.costs)
     _, events = run_schedule(state, schedule, rows, on_output, record=recordings is not None)
@@ -151,7 +157,14 @@ def train_step(state: TrainState, step: int, recordings: list[Recording] | None 
     clip_and_update(state.optimizer, norms, state.recipe.optimizer.clip_grad)
     state.scheduler.step(increment=1)
     context = state.groups.topology.context
-    return StepResult(loss_sum / count, count, round(num_tokens / context), round(num_images / context), norms)
+    return StepResult(
+        loss=loss_sum / count,
+        count=count,
+        num_tokens=round(num_tokens / context),
+        num_images=round(num_images / context),
+        norms=norms,
+        load_balancing_loss=balance.measure(state, rows.batches) if balances else None,
+    )
 
 
 def _reduce(state: TrainState, tally: Tally, step: int) -> torch.Tensor:

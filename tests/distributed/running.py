@@ -68,12 +68,13 @@ class Inputs:
 def write_inputs(root: Path) -> Inputs:
     """Make the folder."""
     from tests.parity.composed import ComposedReference
-    from tests.tiny import write_tiny_llava, write_tiny_qwen3vl
+    from tests.tiny import write_tiny_llava, write_tiny_qwen3vl, write_tiny_qwen3vl_moe
     from tests.tiny_internvl import write_tiny_internvl
     from tests.tiny_qwen2_5_vl import write_tiny_qwen2_5_vl
 
     _sharpen(write_tiny_qwen3vl(root / "qwen3_vl"))
     _sharpen(write_tiny_llava(root / "llava"))
+    _sharpen(write_tiny_qwen3vl_moe(root / "qwen3_vl_moe"))
     write_tiny_qwen2_5_vl(root / "qwen2_5_vl")
     write_tiny_internvl(root / "internvl")
     for kind in ("perceiver", "qformer"):

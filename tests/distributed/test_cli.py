@@ -16,7 +16,7 @@ from megavlm.evaluate.transformers_generate import _inputs, generate_answers, lo
 from tests.distributed.running import REPO_DIR, Inputs, call, losses, succeed, the_error
 from tests.pool import PoolKeeper
 
-FAMILIES = ["qwen3_vl", "llava"]
+FAMILIES = ["qwen3_vl", "llava", "qwen3_vl_moe"]
 NUM_NEW_TOKENS = 8
 
 
@@ -114,7 +114,16 @@ def test_every_family_trains(inputs: Inputs, workers: PoolKeeper, tmp_path: Path
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("family", "num_processes", "layout"), [*((family, 1, []) for family in FAMILIES), ("qwen3_vl", 4, SHARDED)]
+    ("family", "num_processes", "layout"),
+    [
+        *((family, 1, []) for family in FAMILIES),
+        ("qwen3_vl", 4, SHARDED),
+        (
+            "qwen3_vl_moe",
+            4,
+            [*SHARDED, "parallel.expert_model_parallel_size=2", "parallel.expert_tensor_parallel_size=1"],
+        ),
+    ],
 )
 def test_what_was_trained_is_exported_and_loads_in_transformers(
     inputs: Inputs, workers: PoolKeeper, tmp_path: Path, family: str, num_processes: int, layout: list[str]

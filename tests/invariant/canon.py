@@ -33,6 +33,7 @@ FULL_MATRIX = os.environ.get("MEGAVLM_FULL_MATRIX") == "1"
 # Factors on the matrices of a model: by what a tensor's name contains, the first match counts.
 SENSITIVITY: dict[str, dict[str, float]] = {
     "qwen3_vl": {"merger": 5.0, "visual": 2.0, "embed_tokens": 4.0, "layers": 4.0},
+    "qwen3_vl_moe": {"merger": 5.0, "visual": 2.0, "lm_head": 4.0, "layers": 4.0},
     "llava": {"multi_modal_projector": 5.0, "vision": 2.0, "lm_head": 4.0, "layers": 4.0},
     "qwen2_5_vl": {"merger": 5.0, "visual": 1.5, "embed_tokens": 4.0, "layers": 5.0},
     "internvl": {"multi_modal_projector": 5.0, "lm_head": 4.0, "language_model": 6.0},
@@ -46,12 +47,13 @@ _WORDS = "a red square and the blue circle over brown fox dog largest number dig
 def write_inputs(root: Path) -> None:
     """Write the models `root`/<family>, the images, and the rows `root`/rows.jsonl."""
     from tests.parity.composed import ComposedReference
-    from tests.tiny import write_tiny_llava, write_tiny_qwen3vl
+    from tests.tiny import write_tiny_llava, write_tiny_qwen3vl, write_tiny_qwen3vl_moe
     from tests.tiny_internvl import write_tiny_internvl
     from tests.tiny_qwen2_5_vl import write_tiny_qwen2_5_vl
 
     writers = {
         "qwen3_vl": write_tiny_qwen3vl,
+        "qwen3_vl_moe": write_tiny_qwen3vl_moe,
         "llava": write_tiny_llava,
         "qwen2_5_vl": write_tiny_qwen2_5_vl,
         "internvl": write_tiny_internvl,

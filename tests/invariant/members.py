@@ -27,6 +27,9 @@ _SHORT = {
     "recompute_method": "recompute_method",
     "recompute_num_layers": "recompute_num_layers",
     "recompute_modules": "recompute_modules",
+    "ep": "expert_model_parallel_size",
+    "etp": "expert_tensor_parallel_size",
+    "dispatcher": "moe_token_dispatcher_type",
 }
 
 
@@ -55,14 +58,17 @@ class Member:
 
 @dataclass(frozen=True)
 class Reference:
-    """A single-process run: a family, and what is frozen."""
+    """A single-process run: a family, what is frozen, and knobs of the model."""
 
     family: str
     optimizer: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
 
 
 REFERENCES: dict[str, Reference] = {
     "qwen3_vl": Reference("qwen3_vl"),
+    "experts": Reference("qwen3_vl_moe"),
+    "experts balanced": Reference("qwen3_vl_moe", model={"moe_aux_loss_coeff": 0.1}),
     "llava": Reference("llava"),
     "qwen2_5_vl": Reference("qwen2_5_vl"),
     "internvl": Reference("internvl"),
@@ -87,6 +93,19 @@ _PLAIN = layout(sharded_optimizer=False)
 # Rows of at most 160 tokens, split by cost (the longest sample has fewer).
 _PACKED = {"packing": True, "max_length": 160}
 
+_EP2 = layout(ep=2)
+_EP2_TP2 = layout(ep=2, etp=1, tp=2, sp=True)
+_MOE = layout(recompute="selective", recompute_modules=("core_attn", "moe", "layernorm"))
+
+
+def _experts(
+    name: str, world_size: int, parallel: dict[str, Any], quick: bool = False, balanced: bool = True, **rest: Any
+) -> Member:
+    """A member with experts, whose load-balancing loss is learned, or not."""
+    against = "experts balanced" if balanced else "experts"
+    return Member(f"{against}: {name}", world_size, parallel, quick, against, **rest)
+
+
 # In order of world size: a pool of processes is started once for each.
 MEMBERS: tuple[Member, ...] = (
     # microbatches and packing
@@ -101,6 +120,22 @@ MEMBERS: tuple[Member, ...] = (
     Member("recompute selective, core_attn", 1, _CORE),
     Member("recompute selective, core_attn + mlp + layernorm", 1, _THREE, quick=True),
     Member("optimizer not distributed", 1, _PLAIN),
+    _experts("recompute full", 1, _FULL),
+    _experts("recompute selective, core_attn + moe + layernorm", 1, _MOE, True),
+    _experts("micro batch 4", 1, {}, balanced=False, micro_batch_size=4),
+    _experts("EP2", 2, _EP2, True),
+    _experts("EP2", 2, _EP2 | _PLAIN, balanced=False),
+    _experts("EP2, allgather", 2, _EP2 | layout(dispatcher="allgather"), True),
+    _experts("EP2, overlap", 2, _EP2 | _OVERLAP_BOTH, bucket_size=SMALL_BUCKET),
+    _experts("TP2+SP", 2, layout(tp=2, sp=True)),
+    _experts("EP2 of TP2+SP", 2, _EP2_TP2, True),
+    _experts("copied over TP2+SP", 2, layout(etp=1, tp=2, sp=True)),
+    _experts("TP2+SP, allgather", 2, layout(tp=2, sp=True, dispatcher="allgather")),
+    _experts("CP2", 2, layout(cp=2), True),
+    _experts("EP2 of CP2", 2, layout(cp=2, ep=2), balanced=False, micro_batch_size=2),
+    _experts("DP2", 2, {}),
+    _experts("PP2", 2, layout(pp=2)),
+    _experts("PP2 x VPP2", 2, layout(pp=2, vpp=2)),
     # tensor parallel
     Member("TP2", 2, layout(tp=2)),
     Member("TP2+SP", 2, layout(tp=2, sp=True)),
@@ -263,7 +298,16 @@ MEMBERS: tuple[Member, ...] = (
     Member("CP2 p2p x PP2 x VPP2", 4, layout(cp=2, cp_comm="p2p", pp=2, vpp=2)),
     Member("TP2+SP x DP2, distributed optimizer", 4, layout(tp=2, sp=True), True, micro_batch_size=4),
     Member("LLaVA TP2 x PP2", 4, layout(tp=2, pp=2), True, "llava", micro_batch_size=2),
+    _experts("EP4", 4, layout(ep=4)),
+    _experts("EP2 x DP2, optimizer not distributed", 4, _EP2 | _PLAIN),
+    _experts("EP2 of DP2 x PP2, encoder in bubbles", 4, _EP2 | layout(pp=2, placement="bubble"), True),
+    _experts("EP4 of TP2+SP x DP2", 4, layout(ep=4, etp=1, tp=2, sp=True), micro_batch_size=1),
+    _experts("EP2 x TP2+SP", 4, layout(ep=2, tp=2, sp=True)),
+    _experts("EP2 of CP2 x DP2, allgather", 4, layout(ep=2, cp=2, dispatcher="allgather")),
+    _experts("EP2 of TP2+SP x PP2, encoder spread", 4, _EP2_TP2 | layout(pp=2, placement="spread"), balanced=False),
+    _experts("EP2 of DP2, encoder on own ranks DP2", 4, _EP2 | layout(placement="own_ranks", vision_dp=2)),
     # eight ranks
+    _experts("EP2 of TP2+SP x PP2 x DP2, overlap", 8, _EP2_TP2 | layout(pp=2) | _OVERLAP_BOTH),
     Member("2 encoder stages + PP2, TP2+SP", 8, layout(placement="stage", pp=4, vision_pp=2, tp=2, sp=True)),
     Member("encoder spread, TP2+SP x PP2 x DP2", 8, layout(placement="spread", tp=2, sp=True, pp=2)),
     Member(
@@ -303,7 +347,13 @@ _SPREAD = Member("encoder spread, PP2", 2, layout(placement="spread", pp=2))
 _OWN = Member("encoder on own rank + DP2", 3, layout(placement="own_ranks"))
 _OWN_PLAIN = Member("encoder on own rank + one", 2, layout(placement="own_ranks") | _PLAIN)
 
+_EXPERTS_ONE, _EXPERTS_EP2 = _experts("one process", 1, {}), _experts("EP2", 2, _EP2)
+_EXPERTS_FOUR = _experts("EP2 of TP2+SP x PP2", 4, _EP2_TP2 | layout(pp=2))
+
 SWITCHES: tuple[Switch, ...] = (
+    Switch("experts: one process to EP2 of TP2+SP x PP2", _EXPERTS_ONE, _EXPERTS_FOUR, quick=True),
+    Switch("experts: EP2 to one process", _EXPERTS_EP2, _EXPERTS_ONE, quick=True),
+    Switch("experts: EP2 of TP2+SP x PP2 to EP2", _EXPERTS_FOUR, _EXPERTS_EP2),
     Switch("one process to one process", _ONE, _ONE),
     Switch("one process to TP2 x PP2", _ONE, _TP2_PP2, quick=True),
     Switch("TP2 x PP2 to one process", _TP2_PP2, _ONE),

@@ -1,5 +1,8 @@
 """What the pool runs: training, its first gradients, and saving and resuming, under the layout of a recipe."""
 
+from typing import Any
+from unittest.mock import patch
+
 import torch
 import torch.distributed as dist
 
@@ -17,6 +20,22 @@ from tests.invariant.measure import StepRow
 def train(recipe: Recipe, num_steps: int, bucket_size: int | None = None) -> list[StepRow]:
     """Train from the start."""
     return _steps(_build(recipe, bucket_size), num_steps)
+
+
+def train_broken(recipe: Recipe, num_steps: int, mistake: str) -> list[StepRow]:
+    """Train with one thing made wrong."""
+    from megavlm.models import experts
+
+    real = experts.load_balancing_sum
+
+    def broken(logits_TE: torch.Tensor, chosen_TE: torch.Tensor, real_T: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if mistake == "balance counts padding":
+            return real(logits_TE, chosen_TE, torch.ones_like(real_T), *rest)
+        share = {"balance times local tokens": 1 / rest[1].size(), "balance not there": 0.0}[mistake]
+        return share * real(logits_TE, chosen_TE, real_T, *rest)
+
+    with patch.object(experts, "load_balancing_sum", broken):
+        return _steps(_build(recipe), num_steps)
 
 
 def train_and_save(recipe: Recipe, num_steps: int) -> list[StepRow]:

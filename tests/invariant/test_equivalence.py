@@ -9,7 +9,7 @@ import pytest
 
 from megavlm.config.schema import Recipe
 from tests.invariant import canon
-from tests.invariant.measure import StepRow, broken, distances, record
+from tests.invariant.measure import LIMITS, StepRow, broken, distances, record
 from tests.invariant.members import MEMBERS, REFERENCES, SMALL_BUCKET, SWITCHES, Member, Switch
 from tests.pool import PoolKeeper
 
@@ -23,6 +23,7 @@ def _recipe(inputs: Path, member: Member, **changes: dict[str, Any]) -> Recipe:
     sections: dict[str, dict[str, Any]] = {
         "parallel": member.parallel,
         "optimizer": reference.optimizer,
+        "model": reference.model,
         "train": {"micro_batch_size": member.micro_batch_size},
         "data": member.data,
     }
@@ -81,9 +82,22 @@ def test_resuming_in_another_layout_continues_the_run(
         recipe=after,
         num_steps=canon.NUM_STEPS - SWITCH_AT,
     )
-    measured = distances(_of_all_ranks(first) + _of_all_ranks(second), canonical("qwen3_vl"))
-    record(f"resume at step {SWITCH_AT}, {switch.name}", measured, "one process (qwen3_vl), not interrupted")
+    measured = distances(_of_all_ranks(first) + _of_all_ranks(second), canonical(switch.before.against))
+    against = f"one process ({switch.before.against}), not interrupted"
+    record(f"resume at step {SWITCH_AT}, {switch.name}", measured, against)
     assert not broken(measured)
+
+
+@pytest.mark.parametrize("mistake", ["balance times local tokens", "balance counts padding", "balance not there"])
+def test_a_mistake_in_the_load_balancing_loss_would_show(
+    workers: PoolKeeper, inputs: Path, canonical: Canonical, mistake: str
+) -> None:
+    member = next(one for one in MEMBERS if one.name == "experts balanced: CP2")
+    results = workers(2).run(
+        "tests.invariant.runs:train_broken", recipe=_recipe(inputs, member), num_steps=3, mistake=mistake
+    )
+    measured = distances(_of_all_ranks(results), canonical(member.against)[:3])
+    assert measured["gradient norm"] > 10 * LIMITS["gradient norm"]
 
 
 def test_small_buckets_are_several(workers: PoolKeeper, inputs: Path) -> None:

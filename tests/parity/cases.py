@@ -102,7 +102,7 @@ def _forward(parts: Any, batch: Any) -> torch.Tensor:
     if len(batch.grid_thw_N3):
         features_VKH = parts.encoder_chunk(batch.patches_PC, batch.grid_thw_N3)
     (chunk,) = parts.chunks
-    return chunk(features_VKH, batch.tokens_T, batch.position_ids_3T, batch.cu_seqlens)
+    return chunk(features_VKH, batch.tokens_T, batch.position_ids_3T, batch.cu_seqlens, batch.real_T)
 
 
 def _compare_all(parts: Any, stage: Any, batch: Any, expected: Reference, judge: Any) -> Measured:
@@ -150,15 +150,17 @@ def compare_gradients(models: Sequence[Any], expected: Mapping[str, torch.Tensor
     A parameter without gradient there (a frozen or unused one) must have none here, or one that is exactly 0.
     """
     from megavlm.checkpoint.hf_io import _shard, _tied_name
-    from megavlm.models.names import named_parameters
+    from megavlm.models.names import named_parameters, stacked_name
 
     by_native = {entry.native: entry for entry in judge.entries}
     theirs = {judge.family.public_name(name): gradient for name, gradient in expected.items()}
-    unused_here, unused_there, zero, worst, worst_name, count = [], [], [], 0.0, "", 0
+    unused_here, unused_there, zero, worst, worst_name = [], [], [], 0.0, ""
+    compared = set()
     for model in models:
         held = dict(named_parameters(model))
         for name, parameter in held.items():
-            entry = by_native[_tied_name(name, model)]
+            native, expert = stacked_name(_tied_name(name, model))
+            entry = by_native[native]
             parts = [theirs[part] for part in entry.names]
             unused_here += [name] if not parameter.requires_grad else []
             if any(part is None for part in parts):
@@ -168,10 +170,11 @@ def compare_gradients(models: Sequence[Any], expected: Mapping[str, torch.Tensor
                 continue
             if not parameter.requires_grad:
                 continue
-            part = _shard(entry.to_native(parts), parameter, entry, model)
+            whole = entry.to_native(parts)
+            part = _shard(whole if expert is None else whole[expert], parameter, entry, model)
             if not part.any():  # an image behind the last word
                 assert not parameter.main_grad.any(), f"{name} has a gradient"
-                zero.append(name)
+                zero += [name] if expert is None else []  # an expert that no token went to has others beside it
                 continue
             if name.endswith(".key.bias"):
                 # adds the same to all scores of a query: without effect, and what is left here is rounding
@@ -180,14 +183,14 @@ def compare_gradients(models: Sequence[Any], expected: Mapping[str, torch.Tensor
                 zero.append(name)
                 continue
             difference = ((parameter.main_grad - part).norm() / part.norm()).item()
-            count += 1
+            compared.add(native)
             assert math.isfinite(difference), name
             if difference >= worst:
                 worst, worst_name = difference, name
     return {
         "gradients": worst,
         "worst parameter": worst_name,
-        "compared": count,
+        "compared": len(compared),
         "entries": len(judge.entries),
         "zero": zero,
         "unused here": unused_here,
@@ -231,7 +234,6 @@ def round_trip(hf_dir: Path, out_dir: Path, max_shard_bytes: int) -> dict[str, A
     """Load a directory, write it again, load that: names that are on one side only, and tensors that differ."""
     from megavlm.checkpoint.hf_io import HFDirectory, copy_companions, make_empty
     from megavlm.checkpoint.stream import MemoryReader, export_stream
-    from megavlm.models.names import named_parameters
     from megavlm.parallel.groups import initialize
     from megavlm.platform.seeds import seed_everything
     from megavlm.train.parts import build_parts
@@ -242,7 +244,7 @@ def round_trip(hf_dir: Path, out_dir: Path, max_shard_bytes: int) -> dict[str, A
     groups = initialize(recipe.parallel)
     seed_everything(0)
     parts = build_parts(recipe, source, groups, 0)
-    native = {name: parameter.data for model in parts.all for name, parameter in named_parameters(model)}
+    native = _whole_tensors(parts)
     make_empty(out_dir)
     export_stream(MemoryReader(native), source, out_dir, source.dtype, max_shard_bytes)
     copy_companions(source.path, out_dir)
@@ -255,9 +257,21 @@ def round_trip(hf_dir: Path, out_dir: Path, max_shard_bytes: int) -> dict[str, A
         "one side only": sorted(set(source.names) ^ set(written.names)),
         "different": [name for name in source.names if not torch.equal(source.read(name), written.read(name))],
         "different native": [
-            name
-            for model in again.all
-            for name, value in named_parameters(model)
-            if not torch.equal(value, native[name])
+            name for name, value in _whole_tensors(again).items() if not torch.equal(value, native[name])
         ],
     }
+
+
+def _whole_tensors(parts: Any) -> dict[str, torch.Tensor]:
+    """Parameters of a model in one process, under the names and in the form of a checkpoint."""
+    from megavlm.models.names import named_parameters, stacked_name
+
+    found: dict[str, list[torch.Tensor]] = {}
+    stacks = set()
+    for model in parts.all:
+        for name, parameter in named_parameters(model):  # a layer's experts come in their order
+            native, expert = stacked_name(name)
+            assert expert in (None, len(found.setdefault(native, [])))
+            stacks |= set() if expert is None else {native}
+            found[native].append(parameter.data)
+    return {name: torch.stack(each) if name in stacks else each[0] for name, each in found.items()}

@@ -6,12 +6,13 @@ import pytest
 from PIL import Image
 
 from tests.parity.reference import amplify_vision
-from tests.tiny import write_tiny_llava, write_tiny_qwen3vl
+from tests.tiny import write_tiny_llava, write_tiny_qwen3vl, write_tiny_qwen3vl_moe
 from tests.tiny_internvl import write_tiny_internvl
 from tests.tiny_qwen2_5_vl import write_tiny_qwen2_5_vl
 
 WRITERS = {
     "qwen3_vl": write_tiny_qwen3vl,
+    "qwen3_vl_moe": write_tiny_qwen3vl_moe,
     "llava": write_tiny_llava,
     "qwen2_5_vl": write_tiny_qwen2_5_vl,
     "internvl": write_tiny_internvl,

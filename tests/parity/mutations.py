@@ -54,6 +54,28 @@ def _mrope_interleaved(value: bool) -> Patches:
     return [patch.object(language, "RotaryAngles", changed)]
 
 
+def _softmax_over_all_experts() -> Patches:
+    from megavlm.models import build
+
+    experts = build._experts
+    return [patch.object(build, "_experts", lambda *args: experts(*args) | {"moe_router_pre_softmax": True})]
+
+
+def _expert_halves_swapped() -> Patches:
+    from megavlm.models.families import qwen3_vl_moe
+
+    def swapped(native: str, name: str, num_inputs: int, halves: bool) -> Any:
+        entry = real(native, name, num_inputs, halves)
+        if not halves:
+            return entry
+        return dataclasses.replace(
+            entry, to_native=lambda tensors: torch.cat(entry.to_native(tensors).chunk(2, dim=1)[::-1], dim=1)
+        )
+
+    real = qwen3_vl_moe.transposed_experts
+    return [patch.object(qwen3_vl_moe, "transposed_experts", swapped)]
+
+
 def _no_windows() -> Patches:
     from megavlm.models.families import qwen2_5_vl
 
@@ -227,6 +249,8 @@ MUTATIONS: dict[str, Callable[[], Patches]] = {
     "interleaved MRoPE": lambda: _mrope_interleaved(True),
     "full attention in every layer of the tower": _no_windows,
     "windows in every layer of the tower": _windows_everywhere,
+    "experts' weights do not add up to 1": _softmax_over_all_experts,
+    "experts' gate and up swapped": _expert_halves_swapped,
     "no LayerScale": _no_layer_scale,
     "pixel shuffle column by column": _columns_first,
     "windows' order not undone": _window_order_kept,

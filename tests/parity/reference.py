@@ -25,7 +25,7 @@ from transformers.vision_utils import get_vision_window_index
 
 from tests.parity.rows import Item
 
-QWEN = ("qwen3_vl", "qwen2_5_vl")
+QWEN = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl")
 
 
 @dataclass
@@ -160,7 +160,7 @@ def _add_features(result: Reference, model: PreTrainedModel, inputs: Sequence[di
         slots = [torch.cat(list(out.pooler_output))]
         if model.config.model_type == "qwen2_5_vl":
             towers.append(_row_by_row(model, arguments["image_grid_thw"], out.last_hidden_state))
-        elif model.config.model_type == "qwen3_vl":
+        elif model.config.model_type in ("qwen3_vl", "qwen3_vl_moe"):
             towers.append(out.last_hidden_state)
             slots += [torch.cat(list(feature)) for feature in out.deepstack_features]
         else:

@@ -27,6 +27,13 @@ LAYOUTS = {
     "encoder on own rank": {"vision_placement": "own_ranks"},
 }
 WORLDS = {"TP2+SP, encoder in bubbles of PP2": 4, "encoder stages 2 + PP1": 3}
+_TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+EXPERT_LAYOUTS = {
+    "EP2": {"expert_model_parallel_size": 2},
+    "EP2, allgather": {"expert_model_parallel_size": 2, "moe_token_dispatcher_type": "allgather"},
+    "EP2 of TP2+SP": _TP2 | {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1},
+    "experts copied over TP2+SP": _TP2 | {"expert_tensor_parallel_size": 1},
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +46,13 @@ def expected(model_dirs, rows_file, workers):
     return result
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("family", WRITERS)
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        *((family, layout) for family in WRITERS for layout in LAYOUTS),
+        *(("qwen3_vl_moe", layout) for layout in EXPERT_LAYOUTS),
+    ],
+)
 def test_a_step_equals_transformers(family, layout, model_dirs, rows_file, expected, workers):
     ranks = workers(WORLDS.get(layout, 2)).run(
         cases.train_step_against,
@@ -48,7 +60,7 @@ def test_a_step_equals_transformers(family, layout, model_dirs, rows_file, expec
         rows_file=rows_file,
         expected=expected[family],
         micro_batch_size=1,
-        parallel=LAYOUTS[layout],
+        parallel=(LAYOUTS | EXPERT_LAYOUTS)[layout],
     )
     figures = {figure: max(rank[figure] for rank in ranks) for figure in ("loss", "gradients")}
     names = {figure: f"{family} {layout}: {figure}, training step on real images" for figure in figures}

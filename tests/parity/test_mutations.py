@@ -22,6 +22,8 @@ MODEL_MUTATIONS = [
     ("qwen2_5_vl", "full attention in every layer of the tower"),
     ("qwen2_5_vl", "windows in every layer of the tower"),
     ("qwen2_5_vl", "windows' order not undone"),
+    ("qwen3_vl_moe", "experts' weights do not add up to 1"),
+    ("qwen3_vl_moe", "experts' gate and up swapped"),
     ("internvl", "no LayerScale"),
     ("internvl", "pixel shuffle column by column"),
     ("llava", "erf for quick GELU"),

@@ -4,12 +4,14 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from tests.evidence import record, row
 from tests.parity import cases
 from tests.parity.conftest import WRITERS
 from tests.parity.test_families import COMMAND
+from tests.tiny import transpose_experts, write_tiny_qwen3vl_moe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ONE_FILE, MANY_FILES = 5 * 2**30, 100_000
@@ -64,3 +66,16 @@ def test_several_files_with_an_index(family, tmp_path, workers):
     again = tmp_path / "again"
     check(workers(1).run(cases.round_trip, hf_dir=out, out_dir=again, max_shard_bytes=ONE_FILE)[0], torch.float32)
     assert (again / "model.safetensors").is_file()
+
+
+def test_experts_in_the_layout_of_transformers(tmp_path, workers):
+    hub, other = write_tiny_qwen3vl_moe(tmp_path / "hub"), write_tiny_qwen3vl_moe(tmp_path / "other")
+    transpose_experts(other)
+    report = workers(1).run(cases.round_trip, hf_dir=other, out_dir=tmp_path / "out", max_shard_bytes=ONE_FILE)[0]
+    num_stacks = 2 * 4  # of each layer
+    assert len(report["different"]) == num_stacks and all(".mlp.experts." in name for name in report["different"])
+    assert not report["one side only"] and not report["different native"]
+    before, after = load(other, torch.float32), load(tmp_path / "out", torch.float32)
+    assert set(before) == set(after) and all(torch.equal(before[name], after[name]) for name in before)
+    written, public = load_file(tmp_path / "out" / "model.safetensors"), load_file(hub / "model.safetensors")
+    assert written.keys() == public.keys() and all(torch.equal(written[name], public[name]) for name in public)

@@ -1,10 +1,11 @@
-"""Qwen3-VL, dense: ViT with resampled positions and 2-D RoPE, DeepStack, interleaved multimodal RoPE.
+"""Qwen3-VL: ViT with resampled positions and 2-D RoPE, DeepStack, interleaved multimodal RoPE.
 
 Source: Qwen3-VL technical report (arXiv 2511.21631); layouts checked against transformers' qwen3_vl.
 
 Shape suffixes: P patches, C patch values, D tower hidden size, N images, 3 (frames, rows, columns).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from megavlm.models.vision import (
     run_layers,
     tower_block,
 )
-from megavlm.models.weight_map import Entry, direct, flattened, fused_qkv, language_entries
+from megavlm.models.weight_map import Entry, direct, flattened, fused_qkv, gated_mlp_entries, language_entries
 
 # What transformers assumes when a config.json leaves a key out.
 TEXT_DEFAULTS: dict[str, Any] = {
@@ -152,6 +153,11 @@ def build_projector(
 
 def weight_map(architecture: Architecture) -> list[Entry]:
     """Native names to the names in a Qwen3-VL checkpoint."""
+    return map_with(architecture, gated_mlp_entries)
+
+
+def map_with(architecture: Architecture, mlp_entries: Callable[[str, str], list[Entry]]) -> list[Entry]:
+    """The same with another MLP in the language model's layers."""
     language, vision = architecture.language, architecture.vision
     entries = language_entries(
         language.num_layers,
@@ -160,6 +166,7 @@ def weight_map(architecture: Architecture) -> list[Entry]:
         "model.language_model.",
         language.qk_norm,
         language.qkv_bias,
+        mlp_entries,
     )
     if not language.tied_embeddings:
         entries.append(direct("language.output_layer.weight", "lm_head.weight"))

@@ -29,6 +29,7 @@ FACTS = ModelFacts(
     vocab_size=512,
     max_positions=4096,
 )
+EXPERTS = {"num_experts": 6, "expert_ffn_hidden_size": 30}
 
 
 @pytest.fixture
@@ -92,7 +93,6 @@ def test_good_recipes_pass(folder: Path, overrides: list[str]) -> None:
             ["parallel.tensor_model_parallel_size=4", "parallel.vision_tensor_model_parallel_size=2"],
             ["vision_tensor_model_parallel_size", "0, 1 or tensor_model_parallel_size (4)"],
         ),
-        (["parallel.expert_model_parallel_size=2"], ["expert_model_parallel_size", "mixture-of-experts"]),
         (["parallel.overlap_param_gather=true"], ["overlap_param_gather", "overlap_grad_reduce false"]),
         (
             [
@@ -102,7 +102,10 @@ def test_good_recipes_pass(folder: Path, overrides: list[str]) -> None:
             ],
             ["overlap_param_gather", "use_distributed_optimizer false"],
         ),
-        (["parallel.recompute_modules=attention"], ["recompute_modules", "`attention`", "core_attn, mlp, layernorm"]),
+        (
+            ["parallel.recompute_modules=attention"],
+            ["recompute_modules", "`attention`", "core_attn, mlp, moe, layernorm"],
+        ),
         (["parallel.recompute_granularity=selective", "parallel.recompute_modules=[]"], ["an empty list"]),
         (["parallel.recompute_num_layers=2"], ["recompute_num_layers", "recompute_granularity=full"]),
         (["train.train_iters=0"], ["train.train_iters", "exactly one"]),
@@ -206,6 +209,35 @@ def test_layouts_that_do_not_divide(folder: Path, overrides: list[str], world_si
     check(str(caught.value), parts)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "legal"),
+    [
+        (["parallel.expert_model_parallel_size=2"], 2, True),
+        (["parallel.expert_model_parallel_size=2"], 1, False),
+        (["parallel.expert_model_parallel_size=2", "parallel.context_parallel_size=2"], 2, True),
+        (["parallel.expert_model_parallel_size=2", "parallel.tensor_model_parallel_size=2"], 2, False),
+        (
+            [
+                "parallel.expert_model_parallel_size=2",
+                "parallel.expert_tensor_parallel_size=1",
+                "parallel.tensor_model_parallel_size=2",
+            ],
+            2,
+            True,
+        ),
+        (["parallel.expert_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"], 2, False),
+    ],
+)
+def test_ranks_for_experts(folder: Path, overrides: list[str], world_size: int, legal: bool) -> None:
+    recipe = recipe_of(folder, *overrides)
+    if legal:
+        assert validate_layout(recipe, world_size) >= 1
+        return
+    with pytest.raises(UseError) as caught:
+        validate_layout(recipe, world_size)
+    check(str(caught.value), ["expert_model_parallel_size", "ranks of a pipeline stage", "fix:"])
+
+
 @pytest.mark.parametrize("tensor", [1, 2, 4])
 def test_models_that_fit(folder: Path, tensor: int) -> None:
     recipe = recipe_of(
@@ -244,6 +276,26 @@ def test_models_that_fit(folder: Path, tensor: int) -> None:
             ["the model's 4"],
         ),
         ([], {"max_positions": 2048}, ["data.max_length", "got 4096", "2048"]),
+        (
+            ["parallel.expert_model_parallel_size=2"],
+            {},
+            ["expert_model_parallel_size", "got 2", "no mixture-of-experts"],
+        ),
+        (["parallel.expert_tensor_parallel_size=1"], {}, ["expert_tensor_parallel_size", "no mixture-of-experts"]),
+        (["model.moe_aux_loss_coeff=0.1"], {}, ["moe_aux_loss_coeff", "no mixture-of-experts"]),
+        (["parallel.recompute_granularity=selective", "parallel.recompute_modules=moe"], {}, ["write mlp"]),
+        (["parallel.expert_model_parallel_size=4"], EXPERTS, ["a divisor of the model's 6 experts", "1, 2, 3, 6"]),
+        (
+            ["parallel.tensor_model_parallel_size=4", "parallel.sequence_parallel=true"],
+            EXPERTS,
+            ["expert_tensor_parallel_size", "got 4", "an expert's 30 feed-forward channels"],
+        ),
+        (
+            ["parallel.tensor_model_parallel_size=2"],
+            EXPERTS,
+            ["sequence_parallel", "set parallel.sequence_parallel=true"],
+        ),
+        (["parallel.recompute_granularity=selective", "parallel.recompute_modules=mlp"], EXPERTS, ["write moe"]),
     ],
 )
 def test_models_that_do_not_fit(folder: Path, overrides: list[str], changes: dict, parts: list[str]) -> None:

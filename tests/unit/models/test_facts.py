@@ -8,12 +8,13 @@ import pytest
 from transformers import AutoConfig
 
 from tests.pool import PoolKeeper
-from tests.tiny import write_tiny_llava, write_tiny_qwen3vl
+from tests.tiny import write_tiny_llava, write_tiny_qwen3vl, write_tiny_qwen3vl_moe
 from tests.tiny_internvl import write_tiny_internvl
 from tests.tiny_qwen2_5_vl import write_tiny_qwen2_5_vl
 
 WRITERS = {
     "qwen3_vl": write_tiny_qwen3vl,
+    "qwen3_vl_moe": write_tiny_qwen3vl_moe,
     "llava": write_tiny_llava,
     "qwen2_5_vl": write_tiny_qwen2_5_vl,
     "internvl": write_tiny_internvl,
@@ -50,6 +51,8 @@ def by_transformers(hf_dir: Path) -> dict[str, Any]:
         "vision_ffn_hidden_size": vision["intermediate_size"],
         "vocab_size": text.vocab_size,
         "max_positions": text.max_position_embeddings,
+        "num_experts": text.num_experts if config.model_type == "qwen3_vl_moe" else 0,
+        "expert_ffn_hidden_size": text.moe_intermediate_size if config.model_type == "qwen3_vl_moe" else 0,
     }
 
 

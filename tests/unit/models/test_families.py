@@ -15,9 +15,13 @@ def read_changed(family: str, changes: dict[str, Any]) -> str:
 
     from megavlm.errors import UseError
     from megavlm.models.registry import FAMILIES
-    from tests.tiny import write_tiny_llava, write_tiny_qwen3vl
+    from tests.tiny import write_tiny_llava, write_tiny_qwen3vl, write_tiny_qwen3vl_moe
 
-    write = {"qwen3_vl": write_tiny_qwen3vl, "llava": write_tiny_llava}[family]
+    write = {
+        "qwen3_vl": write_tiny_qwen3vl,
+        "qwen3_vl_moe": write_tiny_qwen3vl_moe,
+        "llava": write_tiny_llava,
+    }[family]
     with tempfile.TemporaryDirectory() as folder:
         config = json.loads((write(Path(folder) / "model") / "config.json").read_text())
     for dotted, value in changes.items():
@@ -53,6 +57,12 @@ def read_changed(family: str, changes: dict[str, Any]) -> str:
         ("llava", {"vision_feature_layer": -1}, ""),
         ("llava", {}, ""),
         ("qwen3_vl", {}, ""),
+        ("qwen3_vl_moe", {}, ""),
+        ("qwen3_vl_moe", {"text_config.mlp_only_layers": [1]}, "expected experts in every layer"),
+        ("qwen3_vl_moe", {"text_config.decoder_sparse_step": 2}, "expected experts in every layer"),
+        ("qwen3_vl_moe", {"text_config.num_experts_per_tok": 1}, "num_experts_per_tok: got 1; expected 2 to"),
+        ("qwen3_vl_moe", {"text_config.num_experts_per_tok": 5}, "num_experts_per_tok: got 5; expected 2 to"),
+        ("qwen3_vl_moe", {"text_config.moe_intermediate_size": 32}, "moe_intermediate_size: got 32; expected other"),
     ],
 )
 def test_configs(workers: PoolKeeper, family: str, changes: dict[str, Any], message: str) -> None:

@@ -1,6 +1,7 @@
 """Rank arithmetic of every placement, without any process."""
 
 import itertools
+import math
 
 import pytest
 
@@ -99,3 +100,26 @@ def test_from_a_recipe() -> None:
 
 def test_everyone_once() -> None:
     assert everyone_once([[1, 2]], 4) == [[1, 2], [0], [3]]
+
+
+@pytest.mark.parametrize(("expert", "expert_tensor"), [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (6, 2)])
+def test_experts_have_a_grid_of_their_own(expert: int, expert_tensor: int) -> None:
+    topology = Topology(2, 2, 3, 2, "own_ranks", 1, 1, 2, expert, expert_tensor)
+    language = list(range(2, topology.world_size))
+    num_copies = topology.layer_size // (expert * expert_tensor)
+    sizes = {"tensor": expert_tensor, "expert": expert, "copy": num_copies, "stage": 2}
+    for number in (1, 2, 3):
+        for axes in itertools.combinations(sizes, number):
+            groups = topology.expert_groups(*axes)
+            assert sorted(rank for ranks in groups for rank in ranks) == language
+            assert {len(ranks) for ranks in groups} == {math.prod(sizes[axis] for axis in axes)}
+    for ranks in topology.expert_groups("tensor", "expert", "copy"):  # those of a stage
+        assert len({topology.position(rank) for rank in ranks}) == 1
+    for ranks in topology.expert_groups("tensor"):  # parts of an expert are neighbours, as tensor ranks are
+        assert ranks == list(range(ranks[0], ranks[0] + expert_tensor))
+
+
+def test_experts_without_parallelism_of_their_own_are_copied_like_the_rest() -> None:
+    topology = Topology(2, 2, 3, 2)
+    assert sorted(topology.expert_groups("copy")) == sorted(topology.language_groups("data", "context"))
+    assert sorted(topology.expert_groups("tensor")) == sorted(topology.language_groups("tensor"))

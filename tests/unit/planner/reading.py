@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from megavlm.config.inputs import InputSpec
-from megavlm.models.architecture import Architecture, LanguageArchitecture, VisionArchitecture
+from megavlm.models.architecture import Architecture, ExpertsArchitecture, LanguageArchitecture, VisionArchitecture
 
 
 def read_architecture(hf_dir: Path) -> Architecture:
@@ -12,6 +12,9 @@ def read_architecture(hf_dir: Path) -> Architecture:
     config = json.loads((hf_dir / "config.json").read_text())
     text, vision = config["text_config"], config["vision_config"]
     heads = text["num_attention_heads"]
+    experts = None
+    if "num_experts" in text:
+        experts = ExpertsArchitecture(text["num_experts"], text["num_experts_per_tok"], text["moe_intermediate_size"])
     language = LanguageArchitecture(
         num_layers=text["num_hidden_layers"],
         hidden_size=text["hidden_size"],
@@ -24,6 +27,7 @@ def read_architecture(hf_dir: Path) -> Architecture:
         max_positions=2048,
         rotary_base=1e4,
         tied_embeddings=False,
+        experts=experts,
     )
     clip = config["model_type"] == "llava"
     merge = 1 if clip else vision["spatial_merge_size"]

@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText
 from megavlm.models.architecture import Architecture, ConnectorArchitecture
 from megavlm.planner.flops import connector_flops, image_flops, language_flops
 from tests.parity.composed import COMPOSED, CONNECTORS, ComposedReference
-from tests.tiny import write_tiny_llava, write_tiny_qwen3vl
+from tests.tiny import write_tiny_llava, write_tiny_qwen3vl, write_tiny_qwen3vl_moe
 from tests.tiny_qwen2_5_vl import write_tiny_qwen2_5_vl
 from tests.unit.planner.reading import read_architecture
 
@@ -50,6 +50,19 @@ def test_llava_image(tmp_path):
 def test_language(tmp_path, length):
     hf_dir = write_tiny_qwen3vl(tmp_path / "model")
     model = AutoModelForImageTextToText.from_pretrained(hf_dir, attn_implementation="eager")
+    architecture = read_architecture(hf_dir)
+    tokens = torch.arange(20, 20 + length)[None]
+    kinds = torch.zeros(1, length, dtype=torch.int)
+    counted = _counted(lambda: model(input_ids=tokens, mm_token_type_ids=kinds))
+    assert counted == language_flops(architecture.language, [length])
+
+
+@pytest.mark.parametrize("length", [1, 7, 64])
+def test_language_with_experts(tmp_path, length):
+    hf_dir = write_tiny_qwen3vl_moe(tmp_path / "model")
+    model = AutoModelForImageTextToText.from_pretrained(
+        hf_dir, attn_implementation="eager", experts_implementation="eager"
+    )
     architecture = read_architecture(hf_dir)
     tokens = torch.arange(20, 20 + length)[None]
     kinds = torch.zeros(1, length, dtype=torch.int)

@@ -3,8 +3,14 @@
 A family's config mapper fills an `InputSpec` from an HF directory's config; `data` prepares samples by it.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
+
+Grid = tuple[int, ...]
+"""Patches of an image: frames (or tiles), and rows and columns of each. An `anyres` image has three numbers more: tiles
+side by side, and rows and columns of patches that are left when the tiles are joined and padding is cut off (0, 0, 0
+for an image without tiles)."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +23,8 @@ class InputSpec:
         image_kind: `dynamic` keeps the aspect ratio, sides multiples of patch_px * merge_size (Qwen-VL);
             `square` resizes the shorter side to image_px and crops the centre (CLIP in LLaVA-1.5);
             `resized` makes it image_px high and wide, whatever it was (SigLIP);
-            `tiles` cuts the image into squares of image_px, each a frame of its grid (InternVL).
+            `tiles` cuts the image into squares of image_px, each a frame of its grid (InternVL);
+            `anyres` pads it to one of tile_sizes and cuts that, behind the whole image as a square (LLaVA-NeXT).
         patch_px: side of a patch in pixels.
         temporal_patch_size: frames per patch; a still image is repeated that often. 1 where there is no such axis.
         merge_size: patches per visual token along each side; 1 means one token a patch.
@@ -26,11 +33,14 @@ class InputSpec:
             tokenizer says.
         num_queries: visual tokens of a frame behind a connector with learned queries; 0: follows from the patches.
         position_kind: `linear` positions count tokens; `mrope` gives (temporal, height, width) positions.
+        tile_sizes: of `anyres`, (height, width) in pixels, multiples of image_px.
+        max_tile_area: joined tiles of `anyres` are shrunk when they are clearly larger than so many tiles; 0: never.
+        tiles_alone: whether only an image that is alone in its row has tiles; others are padded to squares.
     """
 
     image_token_id: int
     vocab_size: int
-    image_kind: Literal["dynamic", "square", "resized", "tiles"]
+    image_kind: Literal["dynamic", "square", "resized", "tiles", "anyres"]
     patch_px: int
     temporal_patch_size: int
     merge_size: int
@@ -38,13 +48,31 @@ class InputSpec:
     position_kind: Literal["linear", "mrope"]
     num_queries: int = 0
     has_borders: bool = False
+    tile_sizes: tuple[tuple[int, int], ...] = ()
+    max_tile_area: int = 0
+    tiles_alone: bool = False
 
-    def num_image_tokens(self, grid_thw: tuple[int, int, int]) -> int:
-        """Visual tokens of one image whose patch grid is (frames, rows, columns)."""
-        frames, rows, columns = grid_thw
+    def num_image_tokens(self, grid: Grid) -> int:
+        """Visual tokens of one image."""
+        frames, rows, columns = grid[:3]
+        if self.image_kind == "anyres":
+            height, width = self.joined_size(grid)
+            return rows * columns + height * (width + 1) if frames > 1 else rows * columns + 1
         if self.num_queries:
             return frames * self.num_queries
         return frames * (rows // self.merge_size) * (columns // self.merge_size)
+
+    def joined_size(self, grid: Grid) -> tuple[int, int]:
+        """Rows and columns of visual tokens of an `anyres` image's joined tiles.
+
+        Source: LLaVA-OneVision, arXiv 2408.03326, section 3.1 (shrinking); transformers' llava_onevision.
+        """
+        side, (height, width) = grid[1], grid[4:]
+        if self.max_tile_area:
+            ratio = math.sqrt(height * width / (self.max_tile_area * side**2))
+            if ratio > 1.1:
+                return int(height // ratio), int(width // ratio)
+        return height, width
 
     @property
     def patch_channels(self) -> int:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megavlm.data.encode import Grid, SampleEncoder, TooLong
+from megavlm.config.inputs import Grid
+from megavlm.data.encode import SampleEncoder, TooLong
 from megavlm.data.images import load_patches
 from megavlm.data.sample import EncodedSample, Sample
 from megavlm.errors import UseError, use_error
@@ -138,7 +139,7 @@ def load_image_patches(sample: EncodedSample, number: int, encoder: SampleEncode
     """
     path, grid = sample.images[number], sample.grids_thw[number]
     try:
-        patches_PC = load_patches(path, encoder.image_spec)
+        patches_PC = load_patches(path, encoder.image_spec, len(sample.images))
         expected = grid[0] * grid[1] * grid[2]
         if len(patches_PC) != expected:
             raise use_error(

@@ -7,15 +7,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megavlm.config.inputs import InputSpec
+from megavlm.config.inputs import Grid, InputSpec
 from megavlm.data.images import ImageSpec, read_image_size, target_grid
 from megavlm.data.positions import linear_positions, mrope_positions
 from megavlm.data.readers import IMAGE_PLACEHOLDER
 from megavlm.data.sample import EncodedSample, Sample, Turn
 from megavlm.data.tokens import Tokenizer
 from megavlm.errors import UseError, use_error
-
-Grid = tuple[int, int, int]
 
 
 class TooLong(Exception):  # noqa: N818 - not an error: the row is dropped and counted
@@ -93,7 +91,7 @@ class SampleEncoder:
                 )
 
     def _finish(self, sample: Sample, tokens_S: np.ndarray, weights_S: np.ndarray) -> EncodedSample:
-        grids = tuple(self._grid(path) for path in sample.images)
+        grids = tuple(self._grid(path, len(sample.images)) for path in sample.images)
         is_image = tokens_S == self.inputs.image_token_id
         assert not weights_S[is_image].any(), "images are never learned"
         if int(is_image.sum()) != len(grids):
@@ -131,10 +129,10 @@ class SampleEncoder:
             grids_thw=grids,
         )
 
-    def _grid(self, path: str) -> Grid:
+    def _grid(self, path: str, num_images: int) -> Grid:
         width_px, height_px = read_image_size(path)
         try:
-            return target_grid(self.image_spec, width_px, height_px)
+            return target_grid(self.image_spec, width_px, height_px, num_images)
         except UseError as error:
             raise UseError(f"{path}: {error}") from error
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megavlm.config.inputs import InputSpec
+from megavlm.config.inputs import Grid, InputSpec
+from megavlm.data.anyres import anyres_grid
 from megavlm.data.image_tiles import num_tiles
 from megavlm.errors import use_error
 
@@ -24,7 +25,8 @@ class ImageSpec:
 
     Attributes:
         kind: `dynamic` (Qwen-VL: aspect ratio kept), `square` (CLIP: shorter side resized, centre cropped), `resized`
-            (SigLIP: to a square, nothing cropped) or `tiles` (InternVL: squares of one size, and a thumbnail).
+            (SigLIP: to a square, nothing cropped), `tiles` (InternVL: squares of one size, and a thumbnail) or
+            `anyres` (LLaVA-NeXT: the whole as a square, and tiles of the padded image).
         patch_px: side of a patch in pixels.
         temporal_patch_size: how often a still image is repeated in a patch.
         merge_size: patches per visual token along each side; `dynamic` patches are ordered in such blocks.
@@ -38,9 +40,11 @@ class ImageSpec:
         resample: PIL's number of the resampling filter (3: bicubic).
         min_tiles: fewest `tiles` of an image, without the thumbnail.
         max_tiles: most `tiles` of an image, without the thumbnail.
+        tile_sizes: of `anyres`, (height, width) in pixels.
+        tiles_alone: of `anyres`, whether only an image that is alone in its row has tiles.
     """
 
-    kind: Literal["dynamic", "square", "resized", "tiles"]
+    kind: Literal["dynamic", "square", "resized", "tiles", "anyres"]
     patch_px: int
     temporal_patch_size: int
     merge_size: int
@@ -54,6 +58,12 @@ class ImageSpec:
     resample: int
     min_tiles: int = 1
     max_tiles: int = 1
+    tile_sizes: tuple[tuple[int, int], ...] = ()
+    tiles_alone: bool = False
+
+    def has_tiles(self, num_images: int) -> bool:
+        """Whether an `anyres` image of a row with so many images has tiles."""
+        return not self.tiles_alone or num_images == 1
 
 
 def read_image_spec(hf_dir: str | Path, inputs: InputSpec, min_pixels: int = 0, max_pixels: int = 0) -> ImageSpec:
@@ -86,8 +96,10 @@ def read_image_spec(hf_dir: str | Path, inputs: InputSpec, min_pixels: int = 0, 
         image_px = resize_px = 0
     else:
         least = most = 0
-        sizes = _square_sizes if inputs.image_kind == "square" else _tile_sizes
+        sizes = {"square": _square_sizes, "anyres": _anyres_sizes}.get(inputs.image_kind, _tile_sizes)
         image_px, resize_px = sizes(config, where, inputs.image_px)
+    if inputs.image_kind == "anyres":
+        _check_tile_sizes(config, where, inputs)
     return ImageSpec(
         kind=inputs.image_kind,
         patch_px=inputs.patch_px,
@@ -103,6 +115,8 @@ def read_image_spec(hf_dir: str | Path, inputs: InputSpec, min_pixels: int = 0, 
         resample=int(config.get("resample", _BICUBIC)),
         min_tiles=int(config.get("min_patches", 1)),
         max_tiles=int(config.get("max_patches", 12)),
+        tile_sizes=inputs.tile_sizes,
+        tiles_alone=inputs.tiles_alone,
     )
 
 
@@ -177,6 +191,32 @@ def _tile_sizes(config: dict[str, Any], where: str, image_px: int) -> tuple[int,
     return image_px, 0
 
 
+def _anyres_sizes(config: dict[str, Any], where: str, image_px: int) -> tuple[int, int]:
+    """LLaVA-NeXT's processor crops what is a square already, OneVision's does not."""
+    if "crop_size" in config and config["crop_size"] is not None:
+        _, shortest = _square_sizes(config, where, image_px)
+        if shortest != image_px:
+            raise use_error(
+                f"{where} size",
+                shortest,
+                f"shortest_edge {image_px}, a tile's side",
+                "use the model's own image processor",
+            )
+        return image_px, 0
+    return _tile_sizes(config, where, image_px)
+
+
+def _check_tile_sizes(config: dict[str, Any], where: str, inputs: InputSpec) -> None:
+    found = config.get("image_grid_pinpoints")
+    if found is not None and tuple(map(tuple, found)) != inputs.tile_sizes:
+        raise use_error(
+            f"{where} image_grid_pinpoints",
+            f"{len(found)} sizes",
+            f"the {len(inputs.tile_sizes)} of config.json",
+            "make the two files agree",
+        )
+
+
 def _three_floats(
     config: dict[str, Any], where: str, key: str, default: tuple[float, float, float]
 ) -> tuple[float, float, float]:
@@ -186,14 +226,24 @@ def _three_floats(
     return float(values[0]), float(values[1]), float(values[2])
 
 
-def target_grid(spec: ImageSpec, width_px: int, height_px: int) -> tuple[int, int, int]:
-    """The patch grid (frames, rows, columns) that an image of this size will have; needs no pixels.
+def target_grid(spec: ImageSpec, width_px: int, height_px: int, num_images: int = 1) -> Grid:
+    """The patch grid that an image of this size will have; needs no pixels.
+
+    Args:
+        spec: of the family.
+        width_px: of the image.
+        height_px: of the image.
+        num_images: of its row.
 
     Raises:
         UseError: a `dynamic` image whose sides differ by more than a factor of 200.
     """
     if spec.kind != "dynamic":
         side = spec.image_px // spec.patch_px
+        if spec.kind == "anyres":
+            if not spec.has_tiles(num_images):
+                return 1, side, side, 0, 0, 0
+            return anyres_grid(width_px, height_px, spec.tile_sizes, spec.image_px, side)
         limits = spec.min_tiles, spec.max_tiles
         return (num_tiles(width_px, height_px, spec.image_px, *limits) if spec.kind == "tiles" else 1), side, side
     if max(width_px, height_px) / min(width_px, height_px) > MAX_ASPECT_RATIO:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageFile, ImageOps, PngImagePlugin
 
+from megavlm.data.anyres import cut_anyres, padded_square
 from megavlm.data.image_spec import ImageSpec, read_image_spec, target_grid
 from megavlm.data.image_tiles import cut_tiles
 from megavlm.errors import UseError, use_error
@@ -67,8 +68,13 @@ def _png_has_late_metadata(path: str | Path) -> bool:
     return False
 
 
-def load_patches(path: str | Path, spec: ImageSpec) -> torch.Tensor:
+def load_patches(path: str | Path, spec: ImageSpec, num_images: int = 1) -> torch.Tensor:
     """Decode one image into patches.
+
+    Args:
+        path: of the image.
+        spec: of the family.
+        num_images: of its row.
 
     Returns:
         float32 [P, C]. `dynamic`: patches in merge-block order, C = (colour, frame, row, column) flattened.
@@ -83,7 +89,7 @@ def load_patches(path: str | Path, spec: ImageSpec) -> torch.Tensor:
     except _BROKEN_IMAGE_ERRORS as error:
         raise _broken_image(path, error) from error
     try:
-        _, rows, columns = target_grid(spec, *image.size)
+        _, rows, columns = target_grid(spec, *image.size, num_images)[:3]
     except UseError as error:
         raise UseError(f"{path}: {error}") from error
     if spec.kind == "dynamic":
@@ -93,6 +99,11 @@ def load_patches(path: str | Path, spec: ImageSpec) -> torch.Tensor:
         frames = [np.asarray(image.resize((spec.image_px, spec.image_px), resample=spec.resample))]
     elif spec.kind == "tiles":
         frames = cut_tiles(image, spec.image_px, spec.min_tiles, spec.max_tiles, spec.resample)
+    elif spec.kind == "anyres" and spec.has_tiles(num_images):
+        frames = cut_anyres(image, spec.tile_sizes, spec.image_px, spec.resample)
+    elif spec.kind == "anyres":
+        red, green, blue = (int(value * 255) for value in spec.mean)
+        frames = [padded_square(image, (red, green, blue), spec.image_px, spec.resample)]
     else:
         frames = [_resize_and_crop(image, spec)]
     return torch.cat([_to_patches(pixels_HWC, spec, rows, columns) for pixels_HWC in frames])

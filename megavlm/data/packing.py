@@ -57,7 +57,7 @@ def pack(
     grids = [grid for sample in samples for grid in sample.grids_thw]
     patches_PC = torch.cat(list(patches)) if patches else torch.zeros(0, patch_channels)
     if patches is not None:
-        assert patches_PC.shape == (sum(t * rows * columns for t, rows, columns in grids), patch_channels)
+        assert patches_PC.shape == (sum(t * rows * columns for t, rows, columns, *_ in grids), patch_channels)
     return Batch(
         tokens_T=tokens_T,
         labels_T=labels_T,
@@ -66,7 +66,7 @@ def pack(
         cu_seqlens=torch.tensor(borders, dtype=torch.int32),
         real_T=real_T,
         patches_PC=patches_PC,
-        grid_thw_N3=torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
+        grid_thw_N3=torch.tensor(grids, dtype=torch.int64).reshape(-1, len(grids[0]) if grids else 3),
         sample_ids=tuple(sample.sample_id for sample in samples),
         num_real_tokens=sum(len(sample.tokens_S) for sample in samples),
         pad_token_id=pad_token_id,

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from megavlm.config.inputs import Grid
+
 
 def linear_positions(num_tokens: int) -> np.ndarray:
     """Positions that count tokens: int64 [3, S], three equal rows."""
@@ -14,7 +16,7 @@ def linear_positions(num_tokens: int) -> np.ndarray:
 
 
 def mrope_positions(
-    tokens_S: np.ndarray, image_token_id: int, grids_thw: Sequence[tuple[int, int, int]], merge_size: int
+    tokens_S: np.ndarray, image_token_id: int, grids_thw: Sequence[Grid], merge_size: int
 ) -> np.ndarray:
     """Multimodal rotary positions (Qwen2-VL, arXiv 2409.12191), equal to transformers' Qwen3-VL `get_rope_index`.
 

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from megavlm.config.inputs import Grid
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -48,7 +50,7 @@ class EncodedSample:
     loss_weights_S: np.ndarray
     position_ids_3S: np.ndarray
     images: tuple[str, ...]
-    grids_thw: tuple[tuple[int, int, int], ...]
+    grids_thw: tuple[Grid, ...]
 
 
 @dataclass

@@ -52,5 +52,5 @@ class VisionEncoder(MegatronModule):
         hiddens = self.vision(hiddens, grid_thw_N3)
         if not self.is_last_stage:
             return torch.stack(hiddens, dim=1)
-        features_VKH: torch.Tensor = self.projector(hiddens)
+        features_VKH: torch.Tensor = self.projector(hiddens, grid_thw_N3)
         return features_VKH

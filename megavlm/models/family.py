@@ -24,7 +24,8 @@ class ModelFamily:
             takes a list of the patches [P, C], and grids [N, 3], and returns hidden states [P or V, D]: the last, then
             one per DeepStack layer. Where `groups.pp` has several ranks it is one of as many stages: the first takes
             the patches, every other one what the one before returned.
-        build_projector: the same arguments to a module that takes those hidden states and returns features [V, K, H].
+        build_projector: the same arguments to a module that takes those hidden states, and grids, and returns features
+            [V, K, H].
         weight_map: architecture to one entry per native parameter.
         public_name: spelling variants of a checkpoint's tensor names to the one that the map uses and an export writes.
     """

@@ -119,8 +119,8 @@ class Connectors(MegatronModule):
         self.main = main
         self.deepstack = nn.ModuleList(deepstack)
 
-    def forward(self, hiddens_PD: list[torch.Tensor]) -> torch.Tensor:
-        """Hidden states of the tower (last, then taps) to features [V, K, H]."""
+    def forward(self, hiddens_PD: list[torch.Tensor], _grid_thw_N3: torch.Tensor) -> torch.Tensor:
+        """Hidden states of the tower (last, then taps) to features [V, K, H]; patch by patch, whatever the grids."""
         modules = [self.main, *self.deepstack]
         return torch.stack([module(hidden) for module, hidden in zip(modules, hiddens_PD, strict=True)], dim=1)
 

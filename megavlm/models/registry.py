@@ -1,13 +1,24 @@
 """The model families by the `model_type` of their Hugging Face config."""
 
 from megavlm.errors import use_error
-from megavlm.models.families import composed, internvl, llava, qwen2_5_vl, qwen3_vl, qwen3_vl_moe
+from megavlm.models.families import (
+    composed,
+    internvl,
+    llava,
+    llava_next,
+    llava_onevision,
+    qwen2_5_vl,
+    qwen3_vl,
+    qwen3_vl_moe,
+)
 from megavlm.models.family import ModelFamily
 
 FAMILIES: dict[str, ModelFamily] = {
     composed.MODEL_TYPE: composed.FAMILY,
     "internvl": internvl.FAMILY,
     "llava": llava.FAMILY,
+    llava_next.MODEL_TYPE: llava_next.FAMILY,
+    llava_onevision.MODEL_TYPE: llava_onevision.FAMILY,
     "qwen2_5_vl": qwen2_5_vl.FAMILY,
     "qwen3_vl": qwen3_vl.FAMILY,
     qwen3_vl_moe.MODEL_TYPE: qwen3_vl_moe.FAMILY,

@@ -37,7 +37,7 @@ class PatchGeometry:
 def patch_geometry(grid_thw_N3: torch.Tensor, merge_size: int) -> PatchGeometry:
     """Row and column of each patch, in merge-block order, frame after frame."""
     rows, columns, heights, widths = [], [], [], []
-    for frames, height, width in grid_thw_N3.tolist():
+    for frames, height, width, *_ in grid_thw_N3.tolist():
         blocks = (height // merge_size, merge_size, width // merge_size, merge_size)
         row = torch.arange(height)[:, None].expand(height, width).reshape(blocks).transpose(1, 2).flatten()
         column = torch.arange(width)[None, :].expand(height, width).reshape(blocks).transpose(1, 2).flatten()
@@ -61,7 +61,7 @@ def pack_params(lengths: Sequence[int], device: torch.device) -> PackedSeqParams
 
 def frame_lengths(grid_thw_N3: torch.Tensor) -> list[int]:
     """Patches of each frame: the segments of per-image attention."""
-    return [rows * columns for frames, rows, columns in grid_thw_N3.tolist() for _ in range(frames)]
+    return [rows * columns for frames, rows, columns, *_ in grid_thw_N3.tolist() for _ in range(frames)]
 
 
 def interpolate_positions(table_RD: torch.Tensor, side: int, geometry: PatchGeometry) -> torch.Tensor:

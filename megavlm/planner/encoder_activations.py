@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megavlm.config.inputs import Grid
 from megavlm.models.architecture import Architecture, ConnectorArchitecture
 from megavlm.planner.activations import (
     FP32_BYTES,
@@ -22,8 +23,6 @@ from megavlm.planner.activations import (
 )
 from megavlm.planner.families import tower_traits
 from megavlm.planner.flops import window_lengths
-
-Grid = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -47,20 +46,20 @@ class Images:
     @property
     def patches(self) -> int:
         """P."""
-        return sum(math.prod(grid) for grid in self.grids)
+        return sum(math.prod(grid[:3]) for grid in self.grids)
 
 
 def _segments(architecture: Architecture, grids: Sequence[Grid]) -> tuple[int, ...]:
     """Tokens of each frame: a segment of the tower's attention."""
     extra = int(architecture.vision.class_token)
-    return tuple(rows * columns + extra for frames, rows, columns in grids for _ in range(frames))
+    return tuple(rows * columns + extra for frames, rows, columns, *_ in grids for _ in range(frames))
 
 
 def _windows(architecture: Architecture, grids: Sequence[Grid]) -> tuple[int, ...]:
     """Tokens of each window."""
     return tuple(
         length
-        for frames, rows, columns in grids
+        for frames, rows, columns, *_ in grids
         for _ in range(frames)
         for length in window_lengths(architecture.vision, rows, columns)
     )

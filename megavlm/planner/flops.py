@@ -9,6 +9,7 @@ by what is computed: the whole square (as unfused and most fused kernels are cre
 import math
 from collections.abc import Sequence
 
+from megavlm.config.inputs import Grid
 from megavlm.models.architecture import (
     Architecture,
     ConnectorArchitecture,
@@ -16,15 +17,13 @@ from megavlm.models.architecture import (
     VisionArchitecture,
 )
 
-Grid = tuple[int, int, int]
-
 
 def tower_flops(vision: VisionArchitecture, grid: Grid) -> int:
     """Forward FLOPs of the vision tower on one image of `grid` (frames, rows, columns) patches.
 
     Attention stays inside each frame, or inside its windows.
     """
-    frames, rows, columns = grid
+    frames, rows, columns = grid[:3]
     segment = rows * columns + vision.class_token
     tokens = frames * segment
     size, layers = vision.hidden_size, vision.num_computed_layers
@@ -53,11 +52,11 @@ def connector_flops(architecture: Architecture, grid: Grid) -> int:
     if connector is not None and connector.num_queries:
         return grid[0] * _resampler_flops(architecture, connector, grid[1] * grid[2])
     if connector is not None:
-        return _chosen_mlp_flops(architecture, connector, math.prod(grid))
+        return _chosen_mlp_flops(architecture, connector, math.prod(grid[:3]))
     vision, hidden = architecture.vision, architecture.language.hidden_size
     merged = vision.hidden_size * vision.merge_size**2
     middle = merged if vision.merge_size > 1 else hidden
-    tokens = math.prod(grid) // vision.merge_size**2
+    tokens = math.prod(grid[:3]) // vision.merge_size**2
     one = 2 * tokens * (merged * middle + middle * hidden)
     return one * (1 + architecture.num_deepstack)
 

@@ -11,6 +11,7 @@ backend. Their figures here are those of the `torch` backend, an upper bound tha
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megavlm.config.inputs import Grid
 from megavlm.config.layout import layers_per_stage, split_evenly
 from megavlm.config.schema import Recipe
 from megavlm.models.architecture import Architecture
@@ -18,7 +19,7 @@ from megavlm.parallel.topology import Topology
 from megavlm.pipeline.actions import Compute, Schedule
 from megavlm.planner import activations, encoder_activations
 from megavlm.planner.activations import Kept, Row
-from megavlm.planner.encoder_activations import Grid, Images
+from megavlm.planner.encoder_activations import Images
 from megavlm.planner.parameters import StateBytes, encoder_held, language_held, state_bytes
 
 

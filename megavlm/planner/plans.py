@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from megavlm.config.inputs import Grid
 from megavlm.config.schema import Recipe
 from megavlm.pipeline.actions import Schedule
 from megavlm.pipeline.simulate import Simulation, simulate
@@ -183,9 +184,9 @@ def _loads(problem: Problem, candidate: Candidate) -> list[list[Load]]:
     ]
 
 
-def _images_for(flops: float, pack: Pack, everything: list[Pack]) -> tuple[tuple[int, int, int], ...]:
+def _images_for(flops: float, pack: Pack, everything: list[Pack]) -> tuple[Grid, ...]:
     """Images that cost about so much: the row's own, then others'."""
-    chosen: list[tuple[int, int, int]] = []
+    chosen: list[Grid] = []
     left = flops
     for source in (pack, *everything):
         for grid, cost in zip(source.grids, source.image_flops, strict=True):

@@ -16,11 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megavlm.config.inputs import InputSpec
+from megavlm.config.inputs import Grid, InputSpec
 from megavlm.data.balance import SampleCosts, split
 from megavlm.errors import use_error
 from megavlm.models.architecture import Architecture
-from megavlm.planner.encoder_activations import Grid
 from megavlm.planner.flops import decoder_layer_flops, head_flops, image_flops
 
 TILE_PX = 448
@@ -149,7 +148,7 @@ class Workload:
     def image_totals(self) -> tuple[float, float]:
         """(forward FLOPs, patches) of all images."""
         flops = sum(sum(self.sample_image_flops(sample)) for sample in self.samples)
-        patches = sum(math.prod(grid) for sample in self.samples for grid in sample.grids)
+        patches = sum(math.prod(grid[:3]) for sample in self.samples for grid in sample.grids)
         return flops, float(patches)
 
     def sample_image_flops(self, sample: Sample) -> tuple[float, ...]:
@@ -293,5 +292,5 @@ def _pack(workload: Workload, indices: Sequence[int], padding: int) -> Pack:
         square_flops=float(2 * width * sum(length * length for length in lengths)),
         head_flops=float(head_flops(language, sum(lengths))),
         num_visual_tokens=sum(workload.architecture.inputs.num_image_tokens(grid) for grid in grids),
-        num_patches=sum(math.prod(grid) for grid in grids),
+        num_patches=sum(math.prod(grid[:3]) for grid in grids),
     )

@@ -32,7 +32,7 @@ def answer(state: TrainState, samples: list[Sample]) -> list[str]:
             return logits.sum(), torch.ones((), dtype=torch.int), choose(logits, batch)
 
         # Every pipeline answers the same prompts.
-        grids = [(grid[0], grid[1], grid[2]) for grid in batch.grid_thw_N3.tolist()]
+        grids = [tuple(grid) for grid in batch.grid_thw_N3.tolist()]
         shares = share_step(topology, [{data: grids for data in range(topology.data)}], state.costs.encode)
         rows = Rows([batch], [_own_patches(state, batch, shares)], shares)
         results, _ = run_schedule(state, evaluation_schedule(state.layout, 1), rows, on_output)

@@ -7,12 +7,13 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megavlm.config.inputs import Grid
 from megavlm.data.dataset import Dataset
 from megavlm.data.sample import MicrobatchOrder
 from megavlm.models.architecture import Architecture
 from megavlm.parallel.topology import Replica, Topology
 from megavlm.planner.flops import decoder_layer_flops, head_flops, image_flops
-from megavlm.train.shares import Grid, StepShares, share_step
+from megavlm.train.shares import StepShares, share_step
 
 Row = tuple[tuple[int, ...], bool]
 """A microbatch of one data rank: sample indices, and whether it only fills up a round."""

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
+from megavlm.config.inputs import Grid
 from megavlm.data.sample import Batch
 from megavlm.pipeline.actions import Compute, Message
 from megavlm.pipeline.runtime import Needs
 from megavlm.train.parts import Parts
 from megavlm.train.routes import feature_order
-from megavlm.train.shares import Grid, StepShares
+from megavlm.train.shares import StepShares
 
 OnOutput = Callable[[torch.Tensor, Batch], tuple[torch.Tensor, torch.Tensor, Any]]
 

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from megavlm.config.inputs import Grid
 from megavlm.parallel.topology import Coordinates, Replica, Topology
 from megavlm.pipeline.actions import Message
 from megavlm.pipeline.exchange import Route
-from megavlm.train.shares import Grid, ImageKey, MicrobatchShares, StepShares
+from megavlm.train.shares import ImageKey, MicrobatchShares, StepShares
 
 
 class LayoutRoutes:

@@ -8,10 +8,9 @@ Index letters: M microbatches, D data ranks.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from megavlm.config.inputs import Grid
 from megavlm.parallel.topology import Replica, Topology
 from megavlm.pipeline.shares import share_images
-
-Grid = tuple[int, int, int]
 
 
 @dataclass(frozen=True, order=True)

@@ -69,6 +69,7 @@ def write_inputs(root: Path) -> Inputs:
     """Make the folder."""
     from tests.parity.composed import ComposedReference
     from tests.tiny import write_tiny_llava, write_tiny_qwen3vl, write_tiny_qwen3vl_moe
+    from tests.tiny_anyres import write_tiny_llava_next, write_tiny_llava_onevision
     from tests.tiny_internvl import write_tiny_internvl
     from tests.tiny_qwen2_5_vl import write_tiny_qwen2_5_vl
 
@@ -77,6 +78,8 @@ def write_inputs(root: Path) -> Inputs:
     _sharpen(write_tiny_qwen3vl_moe(root / "qwen3_vl_moe"))
     write_tiny_qwen2_5_vl(root / "qwen2_5_vl")
     write_tiny_internvl(root / "internvl")
+    write_tiny_llava_next(root / "llava_next")
+    write_tiny_llava_onevision(root / "llava_onevision")
     for kind in ("perceiver", "qformer"):
         ComposedReference(kind).write(root / kind)
     (root / "images").mkdir()

@@ -103,7 +103,7 @@ SHARDED = [
 ]
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl", "perceiver", "qformer"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl", "llava_next", "llava_onevision", "perceiver", "qformer"])
 def test_every_family_trains(inputs: Inputs, workers: PoolKeeper, tmp_path: Path, family: str) -> None:
     words = inputs.train(tmp_path, "train.train_iters=1", f"model.hf_dir={inputs.model(family)}", "data.max_pixels=0")
     succeed(workers, 1, [*words, "--dry-run"])

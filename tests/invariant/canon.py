@@ -35,6 +35,8 @@ SENSITIVITY: dict[str, dict[str, float]] = {
     "qwen3_vl": {"merger": 5.0, "visual": 2.0, "embed_tokens": 4.0, "layers": 4.0},
     "qwen3_vl_moe": {"merger": 5.0, "visual": 2.0, "lm_head": 4.0, "layers": 4.0},
     "llava": {"multi_modal_projector": 5.0, "vision": 2.0, "lm_head": 4.0, "layers": 4.0},
+    "llava_next": {"multi_modal_projector": 5.0, "vision": 2.0, "lm_head": 4.0, "layers": 4.0},
+    "llava_onevision": {"multi_modal_projector": 5.0, "vision": 2.0, "embed_tokens": 4.0, "layers": 4.0},
     "qwen2_5_vl": {"merger": 5.0, "visual": 1.5, "embed_tokens": 4.0, "layers": 5.0},
     "internvl": {"multi_modal_projector": 5.0, "lm_head": 4.0, "language_model": 6.0},
     "perceiver": {"language_model": 4.0},
@@ -48,6 +50,7 @@ def write_inputs(root: Path) -> None:
     """Write the models `root`/<family>, the images, and the rows `root`/rows.jsonl."""
     from tests.parity.composed import ComposedReference
     from tests.tiny import write_tiny_llava, write_tiny_qwen3vl, write_tiny_qwen3vl_moe
+    from tests.tiny_anyres import write_tiny_llava_next, write_tiny_llava_onevision
     from tests.tiny_internvl import write_tiny_internvl
     from tests.tiny_qwen2_5_vl import write_tiny_qwen2_5_vl
 
@@ -55,6 +58,8 @@ def write_inputs(root: Path) -> None:
         "qwen3_vl": write_tiny_qwen3vl,
         "qwen3_vl_moe": write_tiny_qwen3vl_moe,
         "llava": write_tiny_llava,
+        "llava_next": write_tiny_llava_next,
+        "llava_onevision": write_tiny_llava_onevision,
         "qwen2_5_vl": write_tiny_qwen2_5_vl,
         "internvl": write_tiny_internvl,
     }

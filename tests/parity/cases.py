@@ -35,6 +35,7 @@ def encode_rows(hf_dir: Path, rows_file: Path) -> list[Item]:
     """A file's rows as our data room prepares them."""
     from megavlm.checkpoint.hf_io import HFDirectory
     from megavlm.data.dataset import load_sample_patches
+    from megavlm.data.images import read_image_size
     from megavlm.data.readers import read_samples
     from megavlm.train.state import build_encoder
 
@@ -43,7 +44,8 @@ def encode_rows(hf_dir: Path, rows_file: Path) -> list[Item]:
     for sample in read_samples((str(rows_file),), ""):
         encoded = encoder.encode(sample)
         patches = [torch.zeros(0, encoder.inputs.patch_channels), *load_sample_patches(encoded, encoder)]
-        items.append(Item(encoded, torch.cat(patches)))
+        sizes = [read_image_size(path)[::-1] for path in encoded.images]
+        items.append(Item(encoded, torch.cat(patches), tuple(sizes)))
     return items
 
 

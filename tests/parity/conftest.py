@@ -7,6 +7,7 @@ from PIL import Image
 
 from tests.parity.reference import amplify_vision
 from tests.tiny import write_tiny_llava, write_tiny_qwen3vl, write_tiny_qwen3vl_moe
+from tests.tiny_anyres import write_tiny_llava_next, write_tiny_llava_onevision
 from tests.tiny_internvl import write_tiny_internvl
 from tests.tiny_qwen2_5_vl import write_tiny_qwen2_5_vl
 
@@ -14,6 +15,8 @@ WRITERS = {
     "qwen3_vl": write_tiny_qwen3vl,
     "qwen3_vl_moe": write_tiny_qwen3vl_moe,
     "llava": write_tiny_llava,
+    "llava_next": write_tiny_llava_next,
+    "llava_onevision": write_tiny_llava_onevision,
     "qwen2_5_vl": write_tiny_qwen2_5_vl,
     "internvl": write_tiny_internvl,
 }

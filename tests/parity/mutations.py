@@ -54,6 +54,55 @@ def _mrope_interleaved(value: bool) -> Patches:
     return [patch.object(language, "RotaryAngles", changed)]
 
 
+def _joined_from(change: Callable[[torch.Tensor, Any], torch.Tensor]) -> Patches:
+    """Joined tiles [rows, columns, H] are replaced by something else before they are cut."""
+    from megavlm.models.anyres import AnyresConnector
+
+    def joined(self: Any, image_PH: torch.Tensor, grid: Any) -> torch.Tensor:
+        frames, side, columns = grid[0], grid[1], grid[3]
+        if frames == 1:
+            return real(self, image_PH, grid)
+        tiles = image_PH[side**2 :].unflatten(0, (-1, columns, side, side)).transpose(1, 2)
+        changed_RCH = change(tiles.flatten(2, 3).flatten(0, 1), grid)
+        back = changed_RCH.unflatten(0, (-1, side)).unflatten(2, (-1, side)).transpose(1, 2).flatten(0, 3)
+        return real(self, torch.cat((image_PH[: side**2], back)), grid)
+
+    real = AnyresConnector._joined
+    return [patch.object(AnyresConnector, "_joined", joined)]
+
+
+def _tiles_one_after_another() -> Patches:
+    """The first line holds the first tile's patches, and so on."""
+
+    def unordered(joined_RCH: torch.Tensor, grid: Any) -> torch.Tensor:
+        side, columns = grid[1], grid[3]
+        tiles = joined_RCH.unflatten(0, (-1, side)).unflatten(2, (columns, side)).transpose(1, 2)
+        return tiles.reshape(joined_RCH.shape)
+
+    return _joined_from(unordered)
+
+
+def _padding_at_one_side() -> Patches:
+    """The image is taken from the upper left corner, not from the middle."""
+
+    def moved(joined_RCH: torch.Tensor, grid: Any) -> torch.Tensor:
+        top, left = (joined_RCH.shape[0] - grid[4]) // 2, (joined_RCH.shape[1] - grid[5]) // 2
+        return torch.roll(joined_RCH, (top, left), dims=(0, 1))
+
+    return _joined_from(moved)
+
+
+def _nearest_neighbours() -> Patches:
+    from megavlm.models import anyres
+
+    def nearest(tensor: torch.Tensor, size: Any, mode: str) -> torch.Tensor:
+        assert mode == "bilinear"
+        return real(tensor, size)
+
+    real = F.interpolate
+    return [patch.object(anyres.F, "interpolate", nearest)]
+
+
 def _softmax_over_all_experts() -> Patches:
     from megavlm.models import build
 
@@ -251,6 +300,9 @@ MUTATIONS: dict[str, Callable[[], Patches]] = {
     "windows in every layer of the tower": _windows_everywhere,
     "experts' weights do not add up to 1": _softmax_over_all_experts,
     "experts' gate and up swapped": _expert_halves_swapped,
+    "tiles not joined line by line": _tiles_one_after_another,
+    "padding of tiles kept in place": _padding_at_one_side,
+    "joined tiles shrunk by nearest neighbours": _nearest_neighbours,
     "no LayerScale": _no_layer_scale,
     "pixel shuffle column by column": _columns_first,
     "windows' order not undone": _window_order_kept,

@@ -21,10 +21,12 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
+from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 from transformers.vision_utils import get_vision_window_index
 
 from tests.parity.rows import Item
 
+ANYRES = ("llava_next", "llava_onevision")
 QWEN = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl")
 
 
@@ -101,6 +103,11 @@ def model_inputs(model: PreTrainedModel, item: Item) -> dict[str, Any]:
         arguments["mm_token_type_ids"] = (tokens_1S == model.config.image_token_id).int()
         if item.encoded.grids_thw:
             arguments |= {"pixel_values": item.patches_PC.to(model.dtype), "image_grid_thw": item.grid_thw_N3}
+    elif item.encoded.grids_thw and model.config.model_type in ANYRES:
+        arguments["pixel_values"] = _tiled_images(item).to(model.dtype)
+        arguments["image_sizes"] = torch.tensor(item.image_sizes)
+        if model.config.model_type == "llava_onevision":
+            arguments["batch_num_images"] = torch.tensor([len(item.image_sizes)])
     elif item.encoded.grids_thw:
         arguments["pixel_values"] = _whole_images(item).to(model.dtype)
     return arguments
@@ -112,13 +119,15 @@ def processor_inputs(hf_dir: Path, messages: list[dict[str, Any]], images: Seque
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     pixels = [Image.open(path) for path in images]
     config = json.loads((hf_dir / "config.json").read_text())
-    if config["model_type"] == "llava":
+    if config["model_type"] in ("llava", "llava_next"):
         processor = AutoProcessor.from_pretrained(hf_dir)
         arguments = processor(text=text, images=pixels or None, return_tensors="pt")
-        return {name: arguments[name] for name in ("input_ids", "pixel_values") if name in arguments}
+        return {name: arguments[name] for name in ("input_ids", "pixel_values", "image_sizes") if name in arguments}
     # The others' processors cannot be made without torchvision (for videos): what they do with images, step by step.
     if config["model_type"] == "internvl":
         return _internvl_inputs(hf_dir, tokenizer, text, pixels)
+    if config["model_type"] == "llava_onevision":
+        return _onevision_inputs(hf_dir, tokenizer, text, pixels)
     vision = AutoImageProcessor.from_pretrained(hf_dir)(images=pixels, return_tensors="pt") if pixels else {}
     image_token = tokenizer.convert_ids_to_tokens(config["image_token_id"])
     pieces = text.split(image_token)
@@ -143,9 +152,38 @@ def _internvl_inputs(hf_dir: Path, tokenizer: Any, text: str, pixels: list[Image
     return {"input_ids": tokenizer(text, return_tensors="pt")["input_ids"], **vision}
 
 
+def _onevision_inputs(hf_dir: Path, tokenizer: Any, text: str, pixels: list[Image.Image]) -> dict[str, Any]:
+    """As LlavaOnevisionProcessor, whose own arithmetic counts the tokens."""
+    vision: Any = {}
+    if pixels:
+        settings = json.loads((hf_dir / "processor_config.json").read_text())
+        processor = AutoImageProcessor.from_pretrained(hf_dir)
+        vision = dict(processor(images=[pixels], return_tensors="pt"))
+        counter = LlavaOnevisionProcessor.__new__(LlavaOnevisionProcessor)
+        vars(counter).update(
+            image_processor=processor,
+            image_token="<image>",
+            num_image_tokens=settings["num_image_tokens"],
+            vision_aspect_ratio=settings["vision_aspect_ratio"],
+            vision_feature_select_strategy=settings["vision_feature_select_strategy"],
+        )
+        pieces = text.split("<image>")
+        text = pieces[0] + "".join(
+            counter.replace_image_token(vision, number) + piece for number, piece in enumerate(pieces[1:])
+        )
+    return {"input_ids": tokenizer(text, return_tensors="pt")["input_ids"], **vision}
+
+
+def _tiled_images(item: Item) -> torch.Tensor:
+    """Every image's tiles [images, most tiles, 3, height, width], empty ones at the end."""
+    tiles = _whole_images(item).split([grid[0] for grid in item.encoded.grids_thw])
+    most = max(len(each) for each in tiles)
+    return torch.stack([F.pad(each, (0, 0) * 3 + (0, most - len(each))) for each in tiles])
+
+
 def _whole_images(item: Item) -> torch.Tensor:
     """Patches row by row back to [images or tiles, 3, height, width]."""
-    num_images, (_, rows, columns) = sum(grid[0] for grid in item.encoded.grids_thw), item.encoded.grids_thw[0]
+    num_images, (_, rows, columns, *_) = sum(grid[0] for grid in item.encoded.grids_thw), item.encoded.grids_thw[0]
     side = int((item.patches_PC.shape[1] // 3) ** 0.5)
     patches = item.patches_PC.view(num_images, rows, columns, 3, side, side)
     return patches.permute(0, 3, 1, 4, 2, 5).reshape(num_images, 3, rows * side, columns * side)
@@ -155,7 +193,7 @@ def _whole_images(item: Item) -> torch.Tensor:
 def _add_features(result: Reference, model: PreTrainedModel, inputs: Sequence[dict[str, Any]]) -> None:
     towers, features = [], []
     for arguments in inputs:
-        names = ("pixel_values", "image_grid_thw")
+        names = ("pixel_values", "image_grid_thw", "image_sizes", "batch_num_images")
         out = model.get_image_features(**{name: arguments[name] for name in names if name in arguments})
         slots = [torch.cat(list(out.pooler_output))]
         if model.config.model_type == "qwen2_5_vl":

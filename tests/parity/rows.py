@@ -11,26 +11,28 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megavlm.config.inputs import InputSpec
+from megavlm.config.inputs import Grid, InputSpec
+from megavlm.data.anyres import anyres_grid
 from megavlm.data.packing import pack
 from megavlm.data.positions import linear_positions, mrope_positions
 from megavlm.data.sample import Batch, EncodedSample
 
-Grid = tuple[int, int, int]
-# A number of text tokens, or an image: its patch rows and columns, or its tiles, and rows and columns of each.
-Part = int | tuple[int, int] | Grid
+# A number of text tokens, or an image: its patch rows and columns, or its tiles, and rows and columns of each; or, of
+# an image on tiles (anyres), its height and width in pixels.
+Part = int | Grid
 
 
 @dataclass(frozen=True)
 class Item:
-    """A sample with its pixels: `patches_PC` of all its images, 0 rows when there is none."""
+    """A sample with its pixels: `patches_PC` of all its images (perhaps 0 rows), and their (height, width)."""
 
     encoded: EncodedSample
     patches_PC: torch.Tensor
+    image_sizes: tuple[tuple[int, int], ...] = ()
 
     @property
     def grid_thw_N3(self) -> torch.Tensor:
-        return torch.tensor(self.encoded.grids_thw, dtype=torch.int64).reshape(-1, 3)
+        return torch.tensor(self.encoded.grids_thw, dtype=torch.int64).reshape(len(self.encoded.grids_thw), -1)
 
 
 def pack_items(items: Sequence[Item], patch_channels: int, sample_multiple: int, total_multiple: int) -> Batch:
@@ -47,18 +49,23 @@ def pack_items(items: Sequence[Item], patch_channels: int, sample_multiple: int,
 
 def item_of(parts: Sequence[Part], inputs: InputSpec, generator: torch.Generator) -> Item:
     """A random sample: random words, noise for pixels, weights of 0, 0.5 and 1 on its words."""
-    tokens, weights, grids = [], [], []
+    tokens, weights, grids, sizes = [], [], [], []
+    num_images = sum(not isinstance(part, int) for part in parts)
     for part in parts:
         if isinstance(part, int):
             tokens.append(torch.randint(20, inputs.vocab_size, (part,), generator=generator))
             weights.append(torch.tensor([0.0, 0.5, 1.0])[torch.randint(3, (part,), generator=generator)])
         else:
-            grids.append(part if len(part) == 3 else (1, *part))
+            if inputs.image_kind == "anyres":
+                sizes.append((part[0], part[1]))
+                grids.append(_anyres(part, inputs, num_images))
+            else:
+                grids.append(part if len(part) == 3 else (1, *part))
             num_tokens = inputs.num_image_tokens(grids[-1])
             tokens.append(torch.full((num_tokens,), inputs.image_token_id))
             weights.append(torch.zeros(num_tokens))
     tokens_S = torch.cat(tokens).numpy()
-    num_patches = sum(frames * rows * columns for frames, rows, columns in grids)
+    num_patches = sum(frames * rows * columns for frames, rows, columns, *_ in grids)
     encoded = EncodedSample(
         sample_id=str(list(parts)),
         tokens_S=tokens_S,
@@ -67,7 +74,14 @@ def item_of(parts: Sequence[Part], inputs: InputSpec, generator: torch.Generator
         images=(),
         grids_thw=tuple(grids),
     )
-    return Item(encoded, torch.randn(num_patches, inputs.patch_channels, generator=generator))
+    return Item(encoded, torch.randn(num_patches, inputs.patch_channels, generator=generator), tuple(sizes))
+
+
+def _anyres(size: Grid, inputs: InputSpec, num_images: int) -> Grid:
+    side = inputs.image_px // inputs.patch_px
+    if inputs.tiles_alone and num_images > 1:
+        return 1, side, side, 0, 0, 0
+    return anyres_grid(size[1], size[0], inputs.tile_sizes, inputs.image_px, side)
 
 
 def _positions(tokens_S: np.ndarray, inputs: InputSpec, grids: list[Grid]) -> np.ndarray:
@@ -104,7 +118,21 @@ TILE_ROWS: dict[str, list[list[Part]]] = {
     "text only": [[23]],
     "mixed": [[12], [4, (3, 4, 4), 7], [(4, 4), 5], [1], [6, (7, 4, 4), 2, (4, 4), 3], [20], [3, (4, 4)]],
 }
-KINDS = {"dynamic": DYNAMIC_ROWS, "square": SQUARE_ROWS, "resized": SQUARE_ROWS, "tiles": TILE_ROWS}
+ANYRES_ROWS: dict[str, list[list[Part]]] = {
+    "one image": [[5, (64, 96), 10]],
+    "several images": [[3, (28, 28), 4, (100, 30), (57, 50), 6]],
+    "image first": [[(20, 90), 8]],
+    "image last": [[9, (61, 60)]],
+    "text only": [[23]],
+    "mixed": [[12], [4, (90, 85), 7], [(31, 90), 5], [1], [6, (40, 44), 2, (90, 33), 3], [20], [3, (56, 56)]],
+}
+KINDS = {
+    "anyres": ANYRES_ROWS,
+    "dynamic": DYNAMIC_ROWS,
+    "square": SQUARE_ROWS,
+    "resized": SQUARE_ROWS,
+    "tiles": TILE_ROWS,
+}
 
 
 def synthetic_rows(inputs: InputSpec) -> dict[str, list[Item]]:

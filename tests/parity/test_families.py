@@ -8,7 +8,7 @@ from tests.parity import cases
 from tests.parity.cases import BF16_LOGITS, TOLERANCES
 from tests.parity.conftest import CONVERSATIONS, WRITERS
 from tests.parity.reference import load_reference, processor_inputs, reference
-from tests.parity.rows import DYNAMIC_ROWS, SQUARE_ROWS, TILE_ROWS, synthetic_rows
+from tests.parity.rows import ANYRES_ROWS, DYNAMIC_ROWS, SQUARE_ROWS, TILE_ROWS, synthetic_rows
 
 COMMAND = "make test TESTS=tests/parity"
 LAYOUTS = {"TP1": {}, "TP2+SP": {"tensor_model_parallel_size": 2, "sequence_parallel": True}}
@@ -16,6 +16,8 @@ ROWS = {
     "qwen3_vl": DYNAMIC_ROWS,
     "qwen3_vl_moe": DYNAMIC_ROWS,
     "llava": SQUARE_ROWS,
+    "llava_next": ANYRES_ROWS,
+    "llava_onevision": ANYRES_ROWS,
     "qwen2_5_vl": DYNAMIC_ROWS,
     "internvl": TILE_ROWS,
 }
@@ -106,7 +108,7 @@ def test_numbers_equal_transformers(family, layout, name, measured):
 def test_every_parameter_is_compared(family, layout, measured):
     """All but those without gradient on both sides: CLIP's layers behind the one that LLaVA reads, and the encoder in
     rows where nothing depends on an image."""
-    num_unused = {"llava": 18}.get(family, 0)
+    num_unused = {"llava": 18, "llava_next": 18, "llava_onevision": 2}.get(family, 0)
     for name, ranks in measured(family, layout).items():
         for rank in ranks:
             unused = rank["unused here"]

@@ -9,6 +9,7 @@ from transformers import AutoConfig
 
 from tests.pool import PoolKeeper
 from tests.tiny import write_tiny_llava, write_tiny_qwen3vl, write_tiny_qwen3vl_moe
+from tests.tiny_anyres import write_tiny_llava_next, write_tiny_llava_onevision
 from tests.tiny_internvl import write_tiny_internvl
 from tests.tiny_qwen2_5_vl import write_tiny_qwen2_5_vl
 
@@ -16,6 +17,8 @@ WRITERS = {
     "qwen3_vl": write_tiny_qwen3vl,
     "qwen3_vl_moe": write_tiny_qwen3vl_moe,
     "llava": write_tiny_llava,
+    "llava_next": write_tiny_llava_next,
+    "llava_onevision": write_tiny_llava_onevision,
     "qwen2_5_vl": write_tiny_qwen2_5_vl,
     "internvl": write_tiny_internvl,
 }
@@ -38,7 +41,7 @@ def by_transformers(hf_dir: Path) -> dict[str, Any]:
     config = AutoConfig.from_pretrained(hf_dir)
     text, vision = config.text_config, config.vision_config.to_dict()
     layers = vision.get("depth") or vision["num_hidden_layers"]
-    if config.model_type == "llava":
+    if config.model_type in ("llava", "llava_next"):
         layers += 1 + config.vision_feature_layer
     return {
         "num_layers": text.num_hidden_layers,

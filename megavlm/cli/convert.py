@@ -11,11 +11,14 @@ EPILOG = """\
 examples:
   megavlm convert export --checkpoint runs/demo/checkpoints --hf-dir models/qwen3-vl --out exported
   megavlm convert import --hf-dir models/qwen3-vl --out native
+  megavlm convert verify --hf-dir exported --checkpoint runs/demo/checkpoints
   megavlm convert inspect --checkpoint runs/demo/checkpoints
   megavlm convert inspect --hf-dir models/qwen3-vl
   megavlm convert diff models/qwen3-vl runs/demo/checkpoints
 
-diff says at which tensor two models part, in running order; its exit code is 1 when they do.
+verify writes conversion.json beside the weights: a hash of every tensor, whether they are the checkpoint's, and for an
+image and a question the difference of every layer, and of the greedy tokens, from transformers. diff says at which
+tensor two models part, in running order. The exit code of both is 1 where something differs.
 
 export takes the newest complete checkpoint of a folder, or the step folder that is named. Config, tokenizer, template
 and processor files are copied from --hf-dir, the directory that training started from. Training itself starts from a
@@ -27,7 +30,7 @@ memory than its largest tensor, no GPU and no process group, and a native checkp
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the command takes."""
     parser.epilog = EPILOG
-    parser.add_argument("direction", choices=["import", "export", "inspect", "diff"])
+    parser.add_argument("direction", choices=["import", "export", "verify", "inspect", "diff"])
     parser.add_argument("paths", metavar="DIR", nargs="*", help="of diff: two directories or native checkpoints")
     parser.add_argument("--hf-dir", help="Hugging Face directory: source, and description of the model")
     parser.add_argument("--checkpoint", help="native checkpoint to export: a step folder, or a folder of them")
@@ -44,6 +47,10 @@ def run(args: argparse.Namespace) -> int:
 
     if args.direction == "diff":
         return _diff(args)
+    if args.direction == "verify" and not args.paths:
+        from megavlm.cli.verify import verify
+
+        return verify(args)
     if args.paths:
         raise use_error(f"convert {args.direction}", args.paths[0], "options alone", "put --hf-dir before it")
     if args.direction == "inspect":

@@ -52,19 +52,25 @@ def generate_answers(
     processor = AutoImageProcessor.from_pretrained(hf_dir, local_files_only=True)
     answers: list[str] = []
     for start in range(0, len(samples), batch_size):
-        inputs = _inputs(samples[start : start + batch_size], tokenizer, processor, model.config)
+        inputs = model_inputs(samples[start : start + batch_size], tokenizer, processor, model)
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         new_tokens = output[:, inputs["input_ids"].shape[1] :]
         answers += [text.strip() for text in tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]
     return answers
 
 
-def _inputs(samples: Sequence[Sample], tokenizer: Any, processor: Any, config: Any) -> dict[str, Any]:
-    """Model inputs of a batch, left-padded: what a processor would make (those need torchvision for videos)."""
-    image_token = tokenizer.convert_ids_to_tokens(config.image_token_id)
-    images = [Image.open(path).convert("RGB") for sample in samples for path in sample.images]
-    pixels: dict[str, Any] = dict(processor(images=images, return_tensors="pt")) if images else {}
-    counts = _tokens_per_image(pixels, processor, config)
+def model_inputs(samples: Sequence[Sample], tokenizer: Any, processor: Any, model: Any) -> dict[str, Any]:
+    """Model inputs of a batch, left-padded: what a processor would make (some need torchvision, for videos).
+
+    Args:
+        samples: their last assistant turn is dropped.
+        tokenizer: transformers' own.
+        processor: transformers' own image processor.
+        model: of the same directory.
+    """
+    image_token = tokenizer.convert_ids_to_tokens(model.config.image_token_id)
+    pixels, counts = _pixels(samples, processor, model)
+    before, after = _borders(tokenizer, model.config)
     texts = []
     for sample in samples:
         turns = sample.turns[:-1] if sample.turns[-1].role == "assistant" else sample.turns
@@ -73,19 +79,40 @@ def _inputs(samples: Sequence[Sample], tokenizer: Any, processor: Any, config: A
         pieces = text.split(image_token)
         filled = pieces[0]
         for piece in pieces[1:]:
-            filled += image_token * counts.pop(0) + piece
+            filled += before + image_token * counts.pop(0) + after + piece
         texts.append(filled)
     encoded = tokenizer(texts, return_tensors="pt", padding=True)
     inputs = {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"], **pixels}
     if "image_grid_thw" in pixels:
-        inputs["mm_token_type_ids"] = (encoded["input_ids"] == config.image_token_id).int()
+        inputs["mm_token_type_ids"] = (encoded["input_ids"] == model.config.image_token_id).int()
     return inputs
 
 
-def _tokens_per_image(pixels: dict[str, Any], processor: Any, config: Any) -> list[int]:
+def _pixels(samples: Sequence[Sample], processor: Any, model: Any) -> tuple[dict[str, Any], list[int]]:
+    """What the image processor makes of all images, and how many tokens each becomes."""
+    rows = [[Image.open(path).convert("RGB") for path in sample.images] for sample in samples if sample.images]
+    images = [image for row in rows for image in row]
+    config = model.config
+    if not images:
+        return {}, []
+    if config.model_type == "internvl":
+        pixels = dict(processor(images=images, return_tensors="pt", crop_to_patches=True))
+        return pixels, [config.image_seq_length * int(number) for number in pixels.pop("num_patches")]
+    if config.model_type in ("llava_next", "llava_onevision"):
+        pixels = dict(processor(images=rows if config.model_type == "llava_onevision" else images, return_tensors="pt"))
+        return pixels, [len(feature) for feature in model.get_image_features(**pixels).pooler_output]
+    pixels = dict(processor(images=images, return_tensors="pt"))
     if "image_grid_thw" in pixels:
-        return [int(grid.prod()) // processor.merge_size**2 for grid in pixels["image_grid_thw"]]
-    return [config.image_seq_length] * len(pixels.get("pixel_values", ()))
+        return pixels, [int(grid.prod()) // processor.merge_size**2 for grid in pixels["image_grid_thw"]]
+    return pixels, [config.image_seq_length] * len(images)
+
+
+def _borders(tokenizer: Any, config: Any) -> tuple[str, str]:
+    """Tokens around an image, which InternVL's processor adds."""
+    if config.model_type != "internvl":
+        return "", ""
+    named = tokenizer.special_tokens_map
+    return named["start_image_token"], named["end_image_token"]
 
 
 def _parts(text: str) -> list[dict[str, str]]:

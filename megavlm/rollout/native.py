@@ -33,6 +33,22 @@ def greedy_answers(
     total_multiple: int,
     max_new_tokens: int,
 ) -> list[str]:
+    """`greedy_tokens`, decoded without special tokens."""
+    answers = greedy_tokens(
+        prompts, encoder, groups, run_forward, sample_multiple, total_multiple, max_new_tokens=max_new_tokens
+    )
+    return [encoder.tokenizer.decode(answer).strip() for answer in answers]
+
+
+def greedy_tokens(
+    prompts: Sequence[EncodedSample],
+    encoder: SampleEncoder,
+    groups: Groups,
+    run_forward: RunForward,
+    sample_multiple: int,
+    total_multiple: int,
+    max_new_tokens: int,
+) -> list[list[int]]:
     """Answer prompts together, one packed row, until all have ended.
 
     Args:
@@ -45,7 +61,7 @@ def greedy_answers(
         max_new_tokens: of each answer.
 
     Returns:
-        Decoded answers without special tokens, on every rank.
+        The answers' tokens, that which ends one included, on every rank.
     """
     answers: list[list[int]] = [[] for _ in prompts]
     open_ones = list(range(len(prompts)))
@@ -69,7 +85,7 @@ def greedy_answers(
         open_ones = [i for i, token in zip(open_ones, chosen, strict=True) if token not in ends]
         if not open_ones:
             break
-    return [encoder.tokenizer.decode(answer).strip() for answer in answers]
+    return answers
 
 
 def _extended(prompt: EncodedSample, answer: list[int]) -> EncodedSample:

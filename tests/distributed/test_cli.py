@@ -12,7 +12,7 @@ import torch
 
 from megavlm.cli import main as frame
 from megavlm.data.readers import read_samples
-from megavlm.evaluate.transformers_generate import _inputs, generate_answers, load_checked
+from megavlm.evaluate.transformers_generate import generate_answers, load_checked, model_inputs
 from tests.distributed.running import REPO_DIR, Inputs, call, losses, succeed, the_error
 from tests.pool import PoolKeeper
 
@@ -137,7 +137,7 @@ def test_what_was_trained_is_exported_and_loads_in_transformers(
 
     [(tokens, logits)] = workers(1).run(native_logits, hf_dir=hf_dir, checkpoint=native, rows=rows)
     model = load_checked(exported)  # refuses missing and unexpected keys
-    arguments = prompt_arguments(exported, rows, model.config)
+    arguments = prompt_arguments(exported, rows, model)
     assert arguments["input_ids"][0].tolist() == tokens
     torch.testing.assert_close(model(**arguments).logits[0], logits.view(len(tokens), -1), rtol=0, atol=1e-5)
     untrained = load_checked(hf_dir)(**arguments).logits[0]
@@ -149,15 +149,15 @@ def test_what_was_trained_is_exported_and_loads_in_transformers(
     the_error(err, exported, "not empty")
 
 
-def prompt_arguments(hf_dir: str, rows: str, config: Any) -> dict[str, Any]:
+def prompt_arguments(hf_dir: str, rows: str, model: Any) -> dict[str, Any]:
     """The first row's prompt as transformers' own tokenizer and image processor make it."""
     from transformers import AutoImageProcessor, AutoTokenizer
 
     processor = AutoImageProcessor.from_pretrained(hf_dir)
-    return _inputs(read_samples([rows])[:1], AutoTokenizer.from_pretrained(hf_dir), processor, config)
+    return model_inputs(read_samples([rows])[:1], AutoTokenizer.from_pretrained(hf_dir), processor, model)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen2_5_vl", "internvl", "llava_next", "llava_onevision"])
 def test_generate_answers_as_transformers_does(
     inputs: Inputs, workers: PoolKeeper, tmp_path: Path, family: str
 ) -> None:

@@ -7,12 +7,13 @@ PYTEST_ARGS ?=
 BALANCE_BENCHES := balance packing spreading planner real
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup demo test test-full check bench bench-balance bench-checkpoint clean
+.PHONY: help setup demo test test-full test-serve check bench bench-balance bench-checkpoint clean
 
 help:
 	@echo 'make demo       train, export and question a tiny model on real images, on the CPU'
 	@echo 'make test       the tests: pairwise choice of layouts'
 	@echo 'make test-full  the tests: every layout'
+	@echo 'make test-serve exported directories behind vLLM, in an environment of its own (some GB)'
 	@echo 'make check      lint, format, types'
 	@echo 'make bench      all benches (bench-balance: places of the encoder, simulated and real; packing; spreading;'
 	@echo '                bench-checkpoint: conversion)'
@@ -31,6 +32,10 @@ test: setup
 
 test-full: setup
 	$(TEST_ENV) MEGAVLM_FULL_MATRIX=1 $(PYTHON) -m pytest $(TESTS) $(PYTEST_ARGS)
+
+test-serve: setup
+	@tools/setup_serve_env.sh
+	$(TEST_ENV) $(PYTHON) -m pytest tests/serve $(PYTEST_ARGS)
 
 check: setup
 	@$(PYTHON) -m ruff check .

@@ -50,6 +50,11 @@ TITLES = {
         "The first step of layouts in bf16 against one process in bf16, where rounding depends on the layout; the "
         "equivalence itself is shown in fp32. Written by the tests that measure it.",
     ),
+    "serve": (
+        "Serving",
+        "Tiny random models, imported and exported again, behind vLLM's server on the CPU, against ours: greedy "
+        "tokens of an image chat and their log probabilities. Written by `make test-serve`.",
+    ),
     "parity": (
         "Parity",
         "Tiny random models against transformers (eager attention), with the same weights and inputs, and mistakes "

@@ -196,6 +196,7 @@ def write_tiny_llava(
     num_layers: int = 4,
     num_kv_heads: int = 2,
     dtype: torch.dtype = torch.float32,
+    text_changes: dict[str, Any] | None = None,
 ) -> Path:
     """Write a tiny LLaVA-1.5 (CLIP, feature layer -2, MLP projector, Llama) directory; returns `out_dir`."""
     tokenizer = make_tokenizer(LLAVA_SPECIALS, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>")
@@ -211,19 +212,22 @@ def write_tiny_llava(
             projection_dim=32,
         ),
         text_config=LlamaConfig(
-            vocab_size=VOCAB_SIZE,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=num_layers,
-            num_attention_heads=8,
-            num_key_value_heads=num_kv_heads,
-            head_dim=8,
-            rms_norm_eps=1e-5,
-            max_position_embeddings=2048,
-            bos_token_id=token_id("<s>"),
-            eos_token_id=token_id("</s>"),
-            pad_token_id=token_id("<pad>"),
-            tie_word_embeddings=tie,
+            **{
+                "vocab_size": VOCAB_SIZE,
+                "hidden_size": 64,
+                "intermediate_size": 128,
+                "num_hidden_layers": num_layers,
+                "num_attention_heads": 8,
+                "num_key_value_heads": num_kv_heads,
+                "head_dim": 8,
+                "rms_norm_eps": 1e-5,
+                "max_position_embeddings": 2048,
+                "bos_token_id": token_id("<s>"),
+                "eos_token_id": token_id("</s>"),
+                "pad_token_id": token_id("<pad>"),
+                "tie_word_embeddings": tie,
+            }
+            | (text_changes or {})
         ),
         image_token_index=token_id("<image>"),
         image_seq_length=16,

@@ -79,7 +79,7 @@ def greedy_tokens(
         )
         starts = batch.cu_seqlens.tolist()
         last = torch.tensor([starts[n] + len(row.tokens_S) - 1 for n, row in enumerate(rows)])
-        chosen = _next_tokens(run_forward, batch, last, groups, len(rows))
+        chosen = _next_tokens(run_forward, batch, last, groups, len(rows), encoder.inputs.image_token_id)
         for i, token in zip(open_ones, chosen, strict=True):
             answers[i].append(token)
         open_ones = [i for i, token in zip(open_ones, chosen, strict=True) if token not in ends]
@@ -103,8 +103,13 @@ def _extended(prompt: EncodedSample, answer: list[int]) -> EncodedSample:
     )
 
 
-def _next_tokens(run_forward: RunForward, batch: Batch, last: torch.Tensor, groups: Groups, num_rows: int) -> list[int]:
-    """The likeliest token after position `last[n]` of the packed row, for each n, on every rank."""
+def _next_tokens(
+    run_forward: RunForward, batch: Batch, last: torch.Tensor, groups: Groups, num_rows: int, image_token_id: int
+) -> list[int]:
+    """The likeliest token after position `last[n]` of the packed row, for each n, on every rank.
+
+    Never the placeholder of an image: there would be no image for it.
+    """
 
     def choose(logits_LW: torch.Tensor, batch: Batch) -> torch.Tensor:
         context = groups.context
@@ -114,6 +119,9 @@ def _next_tokens(run_forward: RunForward, batch: Batch, last: torch.Tensor, grou
         local = where[last.to(logits_LW.device)]
         mine = local >= 0
         rows = logits_LW[local.clamp(min=0)].float()
+        column = image_token_id - groups.tensor.rank() * logits_LW.shape[1]
+        if 0 <= column < logits_LW.shape[1]:
+            rows[:, column] = float("-inf")
         best, index = rows.max(dim=1)
         index = index + groups.tensor.rank() * logits_LW.shape[1]
         best = best.masked_fill(~mine, float("-inf"))

@@ -16,7 +16,7 @@ help:
 	@echo 'make test-serve exported directories behind vLLM, in an environment of its own (some GB)'
 	@echo 'make check      lint, format, types'
 	@echo 'make bench      all benches (bench-balance: places of the encoder, simulated and real; packing; spreading;'
-	@echo '                bench-checkpoint: conversion)'
+	@echo '                bench-checkpoint: conversion, asynchronous saves)'
 	@echo 'make setup      .venv alone'
 	@echo 'make clean      remove caches and build folders; .venv and runs/ stay'
 
@@ -49,7 +49,8 @@ bench-balance: setup
 	@failed=0; for bench in $(BALANCE_BENCHES); do $(TEST_ENV) $(PYTHON) -m benchmarks.$$bench || failed=1; done; exit $$failed
 
 bench-checkpoint: setup
-	$(TEST_ENV) $(PYTHON) -m benchmarks.checkpoint
+	@failed=0; for bench in checkpoint "saving --plain" saving; do $(TEST_ENV) $(PYTHON) -m benchmarks.$$bench || failed=1; \
+	done; exit $$failed
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

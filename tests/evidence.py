@@ -33,7 +33,8 @@ TITLES = {
     ),
     "checkpoint": (
         "Checkpoints",
-        "Conversion tensor by tensor against a plain copy of the same bytes on the same disk. Written by "
+        "Conversion tensor by tensor against a plain copy of the same bytes on the same disk; how long training stands "
+        "still for an asynchronous save, against copying the state in memory. Written by "
         "`make bench-checkpoint`.",
     ),
     "demo": (

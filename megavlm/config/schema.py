@@ -163,6 +163,11 @@ class CheckpointConfig:
     """Older checkpoints are removed; 0 keeps all."""
     keep_every_steps: int = 0
     """Checkpoints of steps that are a multiple of this are never removed; 0: no such ones."""
+    keep_best: int = 0
+    """So many checkpoints with the least evaluation loss are never removed, out of those whose step was evaluated."""
+    async_save: bool = False
+    """Training goes on while a checkpoint is written, by a thread of each rank, from a copy of the state in memory. A
+    distributed optimizer's state is gathered first, which takes several times as long as the copy."""
     save_timeout_s: int = 600
 
 

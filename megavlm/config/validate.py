@@ -66,6 +66,7 @@ LEAST: dict[str, float] = {
     "checkpoint.save_steps": 0,
     "checkpoint.keep_last": 0,
     "checkpoint.keep_every_steps": 0,
+    "checkpoint.keep_best": 0,
     "checkpoint.save_timeout_s": 1,
     "observe.log_steps": 1,
     "observe.num_report_samples": 0,
@@ -314,6 +315,10 @@ def _check_data(recipe: Recipe) -> None:
     if 0 < data.max_pixels < data.min_pixels:
         raise use_error(
             "data.min_pixels", data.min_pixels, f"at most data.max_pixels {data.max_pixels}", "lower min_pixels"
+        )
+    if recipe.checkpoint.keep_best and not data.eval:
+        raise use_error(
+            "checkpoint.keep_best", f"{recipe.checkpoint.keep_best} without data.eval", "held-out rows", "set data.eval"
         )
     for name in ("eval_steps", "eval_iters"):
         if vars(train)[name] > 0 and not data.eval:

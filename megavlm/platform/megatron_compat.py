@@ -1,5 +1,6 @@
 """The one place that knows how the Megatron-Core versions differ."""
 
+import queue
 from importlib import metadata
 from typing import Any
 
@@ -75,3 +76,41 @@ def clear_parallel_state() -> None:
 
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
+
+
+def write_in_this_process() -> None:
+    """Have Megatron-Core's checkpoint writer write in the thread that calls it, not in processes that it forks.
+
+    Forking a process with threads (gloo's, a data loader's) can hang, and starting a writer takes seconds; its results
+    come through a server process, which takes seconds too and outlives a rank that is killed (0.16.1). Called once for
+    each save: the results of one that failed must not be taken for those of the next.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    writer = filesystem_async.FileSystemWriterAsync
+    for holder, name in (
+        (filesystem_async, "_results_queue"),
+        (writer, "write_preloaded_data_multiproc"),
+        (writer, "write_preloaded_data"),
+    ):
+        assert name in vars(holder), f"megatron-core has no {name} any more"
+    vars(filesystem_async)["_results_queue"] = queue.SimpleQueue()
+    writer.write_preloaded_data_multiproc = staticmethod(_write_buckets)
+
+
+def _write_buckets(transforms: Any, use_msc: bool, _rank: int, buckets: Any, results: Any) -> None:
+    """In place of `FileSystemWriterAsync.write_preloaded_data_multiproc`: bucket after bucket."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    written: dict[int, Any] = {}
+    for number, bucket in enumerate(buckets):
+        own: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        left: queue.Queue[int] = queue.Queue()
+        left.put(number)
+        FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, own, left, use_fsync=True)
+        _, outcome = own.get()
+        if isinstance(outcome, Exception):
+            results.put(outcome)
+            return
+        written[number] = outcome
+    results.put(written)

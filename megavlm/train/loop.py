@@ -18,6 +18,7 @@ from megavlm.observe.progress import Progress
 from megavlm.observe.report import write_report
 from megavlm.train import answers, resume
 from megavlm.train.optim import learning_rates
+from megavlm.train.saving import Saver
 from megavlm.train.state import TrainState, is_main_rank, run_path
 from megavlm.train.step import Recording, StepResult, evaluate, train_step
 from megavlm.train.timeline import record_timeline
@@ -204,8 +205,9 @@ def _run(state: TrainState, observer: _Observer, request: _StopRequest, resumed_
         if observer.main:
             answers.write_samples(gallery, samples, before, None)
     if state.eval_set is not None and not resumed_from:
-        observer.evaluated(evaluate(state))
+        _evaluate(state, observer)
     saved_step = state.step if resumed_from else -1
+    saver = Saver(state, lambda folder, seconds: observer.saved(str(folder), seconds))
     stopping = False
     while state.step < state.total_steps and not stopping:
         rates = learning_rates(state.scheduler, state.recipe.optimizer, state.learning_components)
@@ -215,36 +217,46 @@ def _run(state: TrainState, observer: _Observer, request: _StopRequest, resumed_
         if recordings:
             record_timeline(state, recordings[0], state.step, layout_name(state))
         observer.step_done(result, rates)
+        saver.poll()
         stopping = _any_rank(request.asked, state.device)
         if _due(state.step, state.recipe.train.eval_steps) and state.eval_set is not None and not stopping:
-            observer.evaluated(evaluate(state))
+            _evaluate(state, observer)
         if stopping or _due(state.step, state.recipe.checkpoint.save_steps):
-            _save(state, observer)
+            saver.save()
             saved_step = state.step
+    saver.finish()
     if stopping and state.step < state.total_steps:
         observer.event("stop", f"asked to stop; saved after step {state.step}")
         return False
-    _finish(state, observer, samples, before, saved_step)
+    _finish(state, observer, saver, samples, before, saved_step)
     return True
 
 
-def _finish(state: TrainState, observer: _Observer, samples: list[Any], before: list[str] | None, saved: int) -> None:
+def _evaluate(state: TrainState, observer: _Observer) -> None:
+    values = evaluate(state)
+    state.evaluation = (state.step, values["loss"])
+    observer.evaluated(values)
+
+
+def _finish(
+    state: TrainState,
+    observer: _Observer,
+    saver: Saver,
+    samples: list[Any],
+    before: list[str] | None,
+    saved: int,
+) -> None:
     if state.eval_set is not None and not _due(state.step, state.recipe.train.eval_steps):
-        observer.evaluated(evaluate(state))
+        _evaluate(state, observer)
     if samples:
         after = answers.answer(state, samples)
         if observer.main:
             answers.write_samples(run_path(state.recipe) / answers.SAMPLES_NAME, samples, before, after)
     if state.recipe.checkpoint.save_at_end and saved != state.step:
-        _save(state, observer)
+        saver.save()
+        saver.finish()
     observer.event("end", f"{state.step} steps")
 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _save(state: TrainState, observer: _Observer) -> None:
-    started = time.perf_counter()
-    folder = resume.save(state)
-    observer.saved(str(folder), time.perf_counter() - started)

@@ -1,10 +1,12 @@
 """Saving a run, and going on with it: in the same layout or another one."""
 
 import dataclasses
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megavlm.checkpoint import native
@@ -43,7 +45,12 @@ def _common(state: TrainState) -> dict[str, Any]:
 
 
 def save(state: TrainState) -> Path:
-    """Write a checkpoint of the run as it stands."""
+    """Write a checkpoint of the run as it stands, and wait for it."""
+    return begin_save(state, copy=False).finish()
+
+
+def begin_save(state: TrainState, copy: bool) -> native.PendingSave:
+    """Begin to write a checkpoint; `copy`: of the run as it stands now, while it goes on."""
     sharded: dict[str, Any] = native.model_state(state.models, state.groups)
     sharded["optimizer"] = native.optimizer_state(
         state.optimizer, sharded, state.groups, state.parts.learns, is_loading=False
@@ -51,14 +58,24 @@ def save(state: TrainState) -> Path:
     sharded["random_state"] = native.random_state(state.groups)
     sharded["common"] = _common(state)
     knobs = state.recipe.checkpoint
-    return native.save_checkpoint(
-        checkpoint_root(state),
-        state.step,
-        sharded,
-        {"recipe.yaml": dump_recipe(state.recipe)},
-        knobs.save_timeout_s,
-        native.Keep(knobs.keep_last, knobs.keep_every_steps),
-    )
+    texts = {"recipe.yaml": dump_recipe(state.recipe)}
+    if state.evaluation is not None and state.evaluation[0] == state.step:
+        texts[native.EVALUATION] = json.dumps({"loss": state.evaluation[1]}) + "\n"
+    live = _live_storages(state) if copy else frozenset()
+    keep = native.Keep(knobs.keep_last, knobs.keep_every_steps, knobs.keep_best)
+    return native.begin_save(checkpoint_root(state), state.step, sharded, texts, knobs.save_timeout_s, keep, live)
+
+
+def _live_storages(state: TrainState) -> frozenset[int]:
+    """Addresses of the storages that weights and optimizer state lie in."""
+    tensors: list[torch.Tensor] = [parameter.data for model in state.models for parameter in model.parameters()]
+    for inner in state.optimizer.chained_optimizers:
+        if inner.optimizer is None:
+            continue
+        tensors += [parameter.data for group in inner.optimizer.param_groups for parameter in group["params"]]
+        values = [value for entry in inner.optimizer.state.values() for value in entry.values()]
+        tensors += [value for value in values if isinstance(value, torch.Tensor)]
+    return frozenset(tensor.untyped_storage().data_ptr() for tensor in tensors)
 
 
 def resume(state: TrainState) -> Path | None:

@@ -71,6 +71,8 @@ class TrainState:
     total_steps: int
     step: int = 0
     """Optimizer steps done."""
+    evaluation: tuple[int, float] | None = None
+    """The last evaluation: steps done by then, loss on the held-out rows."""
 
     def __post_init__(self) -> None:
         self._inputs: dict[int, StepInputs] = {}

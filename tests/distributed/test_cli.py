@@ -13,7 +13,17 @@ import torch
 from megavlm.cli import main as frame
 from megavlm.data.readers import read_samples
 from megavlm.evaluate.transformers_generate import generate_answers, load_checked, model_inputs
-from tests.distributed.running import REPO_DIR, Inputs, call, losses, succeed, the_error
+from tests.distributed.running import (
+    REPO_DIR,
+    Inputs,
+    call,
+    check_intact,
+    checkpoints,
+    log_rows,
+    losses,
+    succeed,
+    the_error,
+)
 from tests.pool import PoolKeeper
 
 FAMILIES = ["qwen3_vl", "llava", "qwen3_vl_moe"]
@@ -110,6 +120,24 @@ def test_every_family_trains(inputs: Inputs, workers: PoolKeeper, tmp_path: Path
     assert not (tmp_path / "run").exists()
     succeed(workers, 1, words)
     assert len(losses(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_saves_beside_training_are_those_of_saves_in_between(
+    inputs: Inputs, workers: PoolKeeper, tmp_path: Path, num_processes: int
+) -> None:
+    knobs = ["checkpoint.save_steps=1", "checkpoint.keep_last=0", "train.train_iters=4"]
+    for name in ("false", "true"):
+        succeed(workers, num_processes, inputs.train(tmp_path / name, *knobs, f"checkpoint.async_save={name}"))
+        events = [row for row in log_rows(tmp_path / name) if row.get("event") == "save"]
+        assert len(events) == 4 and all(row["seconds"] > 0 for row in events)
+        assert checkpoints(tmp_path / name) == ["latest", *(f"step_{step:08d}" for step in range(1, 5))]
+    assert losses(tmp_path / "true") == losses(tmp_path / "false")
+    for step in (1, 2, 3, 4):
+        folders = [tmp_path / name / "run" / "checkpoints" / f"step_{step:08d}" for name in ("false", "true")]
+        check_intact(folders[1])
+        out, _ = succeed(workers, 1, ["convert", "diff", *map(str, folders)])
+        assert out.startswith("equal")
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import contextlib
 import os
 import resource
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,6 +63,71 @@ def save_killed(recipe: Recipe, step: int) -> None:
     _save(state, step)
 
 
+def save_while_training(recipe: Recipe, step: int) -> tuple[bool, float, float]:
+    """Save, change the weights before the files are complete; (whether they were, first weight then and there)."""
+    state = build_state(recipe)
+    train_step(state, 0)
+    _mark_weights(state, step)
+    state.step = step
+    pending = resume.begin_save(state, copy=True)
+    folder_was_there = native.step_folder(resume.checkpoint_root(state), step).exists()
+    train_step(state, 1)
+    _mark_weights(state, 77)
+    pending.finish()
+    again = build_state(recipe)
+    resume.resume(again)
+    return folder_was_there, _mark(again), _mark(state)
+
+
+def moments_of_a_save_while_training(recipe: Recipe) -> tuple[float, float]:
+    """Largest difference of the resumed optimizer's moments from those when the save began, and from the later ones."""
+    state = build_state(recipe)
+    train_step(state, 0)
+    state.step = 1
+    before = _moments(state)
+    pending = resume.begin_save(state, copy=True)
+    train_step(state, 1)
+    pending.finish()
+    again = build_state(recipe)
+    resume.resume(again)
+    found, later = _moments(again), _moments(state)
+    return (found - before).abs().max().item(), (found - later).abs().max().item()
+
+
+def _moments(state: TrainState) -> torch.Tensor:
+    return torch.cat(
+        [
+            entry["exp_avg"].flatten()
+            for inner in state.optimizer.chained_optimizers
+            for entry in inner.optimizer.state.values()
+        ]
+    )
+
+
+def begun_on_full_disk(recipe: Recipe, step: int, max_file_bytes: int) -> str:
+    """The `RunError` with which a save ends that was begun, and then ran out of space."""
+    state = build_state(recipe)
+    train_step(state, 0)
+    state.step = step
+    with _small_files(max_file_bytes):
+        pending = resume.begin_save(state, copy=True)
+        while not pending.is_written:
+            time.sleep(0.01)
+    try:
+        pending.finish()
+    except RunError as error:
+        return str(error)
+    raise AssertionError("finishing raised nothing")
+
+
+def save_evaluated(recipe: Recipe, losses: dict[int, float]) -> None:
+    """Save a checkpoint for each of some steps, evaluated to a loss; NaN: not evaluated."""
+    state = build_state(recipe)
+    for step, loss in losses.items():
+        state.evaluation = None if loss != loss else (step, loss)
+        _save(state, step)
+
+
 def save_on_full_disk(recipe: Recipe, step: int, max_file_bytes: int) -> str:
     """The `RunError` of a save while no file may grow beyond a size, as on a disk that fills up."""
     state = build_state(recipe)
@@ -86,11 +152,15 @@ def _save(state: TrainState, step: int) -> Path:
     if not state.step:
         train_step(state, 0)  # the optimizer has no state before its first step
     state.step = step
+    _mark_weights(state, step)
+    return resume.save(state)
+
+
+def _mark_weights(state: TrainState, number: int) -> None:
     with torch.no_grad():
         for model in state.models:
             for parameter in model.parameters():
-                parameter.flatten()[0] = float(step)
-    return resume.save(state)
+                parameter.flatten()[0] = float(number)
 
 
 def _mark(state: TrainState) -> float:

@@ -187,3 +187,38 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(
 def test_training_goes_on_after_a_failed_save(workers: PoolKeeper, recipe: Recipe) -> None:
     (folder,) = workers(1).run(f"{CASES}:save_again_after_error", recipe=recipe, step=1, max_file_bytes=FULL_DISK_BYTES)
     assert folder.name == "step_00000002" and names_in(recipe) == ["latest", "step_00000002"]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_training_goes_on_while_a_copy_is_written(
+    workers: PoolKeeper, inputs: Path, tmp_path: Path, world_size: int
+) -> None:
+    recipe = with_changes(inputs, tmp_path, parallel={"tensor_model_parallel_size": world_size})
+    results = workers(world_size).run(f"{CASES}:save_while_training", recipe=recipe, step=3)
+    assert results == [(False, 3.0, 77.0)] * world_size
+    assert names_in(recipe) == ["latest", "step_00000003"]
+
+
+def test_the_optimizer_is_saved_as_it_was(workers: PoolKeeper, recipe: Recipe) -> None:
+    ((before, later),) = workers(1).run(f"{CASES}:moments_of_a_save_while_training", recipe=recipe)
+    assert before == 0 and later > 0
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_disk_that_fills_up_while_training_goes_on(
+    workers: PoolKeeper, inputs: Path, tmp_path: Path, world_size: int
+) -> None:
+    recipe = with_changes(inputs, tmp_path, parallel={"tensor_model_parallel_size": world_size})
+    messages = workers(world_size).run(
+        f"{CASES}:begun_on_full_disk", recipe=recipe, step=2, max_file_bytes=FULL_DISK_BYTES
+    )
+    assert all(message.startswith("step 2: cannot save") and "\n" not in message for message in messages), messages
+    assert names_in(recipe) == []
+
+
+def test_the_best_stay(workers: PoolKeeper, inputs: Path, tmp_path: Path) -> None:
+    recipe = with_changes(inputs, tmp_path, checkpoint={"keep_last": 1, "keep_best": 2})
+    losses = {1: 3.0, 2: 1.5, 3: 2.0, 4: float("nan"), 5: 4.0, 6: 3.5}
+    workers(1).run(f"{CASES}:save_evaluated", recipe=recipe, losses=losses)
+    assert names_in(recipe) == ["latest", "step_00000002", "step_00000003", "step_00000006"]
+    assert json.loads((root_of(recipe) / "step_00000002" / "evaluation.json").read_text()) == {"loss": 1.5}

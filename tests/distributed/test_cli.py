@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from examples.tiny import FAMILIES as FAMILIES_OF_EXAMPLES
+from examples.tiny import write as write_example
 from megavlm.cli import main as frame
 from megavlm.data.readers import read_samples
 from megavlm.evaluate.transformers_generate import generate_answers, load_checked, model_inputs
@@ -120,6 +122,24 @@ def test_every_family_trains(inputs: Inputs, workers: PoolKeeper, tmp_path: Path
     assert not (tmp_path / "run").exists()
     succeed(workers, 1, words)
     assert len(losses(tmp_path)) == 1
+
+
+@pytest.fixture(scope="module")
+def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tiny")
+
+
+@pytest.mark.parametrize("family", FAMILIES_OF_EXAMPLES)
+def test_the_tiny_recipe_of_every_family_runs(
+    workers: PoolKeeper, tmp_path: Path, tiny_root: Path, family: str
+) -> None:
+    write_example(family, tiny_root)
+    rows = tiny_root / "data"
+    words = ["train", str(REPO_DIR / f"examples/recipes/tiny_{family}.yaml"), f"output_dir={tmp_path}", "name=run"]
+    words += [f"model.hf_dir={tiny_root / family}", f"data.train={rows}/train.jsonl", f"data.eval={rows}/heldout.jsonl"]
+    words += ["train.train_iters=2", "train.eval_iters=1", "observe.report=false", "checkpoint.save_at_end=false"]
+    succeed(workers, 2, [*words, "observe.tensorboard=false", "observe.progress=false"])
+    assert len(losses(tmp_path)) == 2
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])

@@ -15,7 +15,6 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -355,25 +354,24 @@ def begin_save(
     return PendingSave(root, step, state, texts, timeout_s, keep, live)
 
 
-def write_weights(root: Path, common: Mapping[str, Any], write: Callable[[Path], None]) -> Path:
+def write_weights(root: Path, common: Mapping[str, Any], write: Callable[[Path], Mapping[str, str]]) -> Path:
     """A checkpoint of step 0 with weights alone, in one process and without a process group.
 
     Args:
         root: an existing, empty directory.
         common: what is not sharded.
-        write: puts the sharded files into a folder.
+        write: puts the sharded files into a folder, and returns the SHA-256 of those that it knows.
     """
     final = step_folder(root, 0)
     temporary = root / f".writing_{final.name}"
     temporary.mkdir()
-    write(temporary)
+    known = write(temporary)
     torch.save({"common": dict(common)}, temporary / COMMON_STATE_FNAME)
     save_config(CheckpointingConfig("torch_dist", 1), str(temporary))
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
-    with ThreadPoolExecutor(2) as pool:
-        hashes = list(pool.map(_sha256, files))
     manifest = {
-        path.name: {"bytes": path.stat().st_size, "sha256": digest} for path, digest in zip(files, hashes, strict=True)
+        path.name: {"bytes": path.stat().st_size, "sha256": known[path.name] if path.name in known else _sha256(path)}
+        for path in files
     }
     _publish(root, temporary, final, manifest)
     return final

@@ -216,6 +216,7 @@ def test_generate_answers_as_transformers_does(
     imported = str(tmp_path / "native")
     words = ["convert", "import", "--hf-dir", hf_dir, "--out", imported]
     succeed(workers, 1, words)
+    check_intact(Path(imported) / "step_00000000")
     for number, sample in enumerate(samples):
         asked = ["generate", "--hf-dir", hf_dir, "--prompt", sample.turns[0].text]
         asked += ["--max-new-tokens", str(NUM_NEW_TOKENS)]

@@ -4,16 +4,18 @@ PYTHON := .venv/bin/python
 # Quick ones first. A part of them: make test TESTS=tests/unit/data PYTEST_ARGS='-x -k packing'
 TESTS := $(wildcard tests/unit tests/parity tests/invariant tests/distributed tests/gpu)
 PYTEST_ARGS ?=
+NEXT_FAMILIES := (test_families or test_layouts or test_round_trip) and (llava or qwen3_vl)
 BALANCE_BENCHES := balance packing spreading planner real
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup demo test test-full test-serve check bench bench-balance bench-checkpoint clean
+.PHONY: help setup demo test test-full test-serve test-next check bench bench-balance bench-checkpoint clean
 
 help:
 	@echo 'make demo       train, export and question a tiny model on real images, on the CPU'
 	@echo 'make test       the tests: pairwise choice of layouts'
 	@echo 'make test-full  the tests: every layout'
 	@echo 'make test-serve exported directories behind vLLM, in an environment of its own (some GB)'
+	@echo 'make test-next  parity with the newest megatron-core, on Python 3.12, in an environment of its own (some GB)'
 	@echo 'make check      lint, format, types'
 	@echo 'make bench      all benches (bench-balance: places of the encoder, simulated and real; packing; spreading;'
 	@echo '                bench-checkpoint: conversion, asynchronous saves)'
@@ -36,6 +38,11 @@ test-full: setup
 test-serve: setup
 	@tools/setup_serve_env.sh
 	$(TEST_ENV) $(PYTHON) -m pytest tests/serve $(PYTEST_ARGS)
+
+# Two families against transformers, in every layout of their parity tests; figures stay with the reference stack.
+test-next:
+	@tools/setup_next_env.sh
+	$(TEST_ENV) MEGAVLM_NO_EVIDENCE=1 .venv-next/bin/python -m pytest tests/parity -k '$(NEXT_FAMILIES)' $(PYTEST_ARGS)
 
 check: setup
 	@$(PYTHON) -m ruff check .

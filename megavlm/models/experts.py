@@ -8,6 +8,7 @@ Shape suffixes: T tokens of this rank, E experts.
 
 import functools
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -62,16 +63,19 @@ class Router(TopKRouter):
     has added up (`take_balance`).
     """
 
-    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection, coefficient: float) -> None:
-        super().__init__(config=config, pg_collection=pg_collection)
+    def __init__(
+        self, config: TransformerConfig, pg_collection: ProcessGroupCollection, coefficient: float, **options: Any
+    ) -> None:
+        """`options`: what newer versions of Megatron-Core hand on to their router."""
+        super().__init__(config=config, pg_collection=pg_collection, **options)
         self.coefficient = coefficient
         self.balance_sums: list[torch.Tensor] = []
 
     def routing(
-        self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
+        self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None, **options: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights and choices [T, E] from the logits [T, 1, E]; `padding_mask` [T, 1]: tokens that do not count."""
-        probs, chosen_TE = super().routing(logits, padding_mask=padding_mask)
+        probs, chosen_TE = super().routing(logits, padding_mask=padding_mask, **options)
         if self.coefficient and self.training and torch.is_grad_enabled():  # not in recompute's first pass
             assert padding_mask is not None
             logits_TE = logits.reshape(-1, self.config.num_moe_experts)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from megavlm.checkpoint.pickle_reader import PickleFile
 from megavlm.checkpoint.safetensors_reader import SafetensorsFile
 from megavlm.checkpoint.safetensors_writer import TensorSpec
 from megavlm.errors import UseError, use_error
@@ -25,6 +26,8 @@ from megavlm.models.weight_map import Entry, check_names
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
+PICKLE_SINGLE = "pytorch_model.bin"
 
 # Copied verbatim when a directory is exported: re-serialised, they would move keys that other readers look for.
 COMPANIONS = (
@@ -43,24 +46,26 @@ DTYPE_NAMES = {
 class HFDirectory:
     """A Hugging Face model directory, opened for reading.
 
+    With `allow_pickle`, weights that torch.save wrote are read where there are no others.
+
     Raises:
         UseError: a file is missing or unreadable, or the model type is unknown.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, allow_pickle: bool = False) -> None:
+        self.path, self._allow_pickle = Path(path), allow_pickle
         self.config = read_json(self.path / "config.json")
         self.family: ModelFamily = family_of(self.config.get("model_type", ""))
         self.architecture: Architecture = read_architecture(self.path)
         self.entries: list[Entry] = self.family.weight_map(self.architecture)
-        self._handles: dict[Path, SafetensorsFile] = {}
+        self._handles: dict[Path, SafetensorsFile | PickleFile] = {}
         self._files = self._locate()
 
     def _locate(self) -> dict[str, tuple[Path, str]]:
         """Canonical tensor name to (file, name in the file)."""
         located: dict[str, tuple[Path, str]] = {}
-        for file in weight_files(self.path):
-            self._handles[file] = SafetensorsFile(file)
+        for file in weight_files(self.path, self._allow_pickle):
+            self._handles[file] = SafetensorsFile(file) if file.suffix == ".safetensors" else PickleFile(file)
             for name in self._handles[file].names:
                 located[self.family.public_name(name)] = (file, name)
         return located
@@ -135,32 +140,37 @@ def read_architecture(folder: Path) -> Architecture:
     return architecture
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a directory.
+def weight_files(folder: Path, allow_pickle: bool = False) -> list[Path]:
+    """The safetensors files of a directory; if it has none, and they are allowed, those of torch.save.
 
     Raises:
         UseError: there are none, or the index names files elsewhere.
     """
-    if (folder / INDEX).is_file():
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise use_error(str(folder / INDEX), "no weight_map", "tensor names and their files", "restore the file")
-        names = sorted(set(weight_map.values()))
-        outside = [name for name in names if Path(name).name != name]
-        if outside:
-            raise use_error(str(folder / INDEX), f"`{outside[0]}`", "names of files beside it", "restore the file")
-        return [folder / name for name in names]
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
+    for index, single in ((INDEX, SINGLE), *([(PICKLE_INDEX, PICKLE_SINGLE)] if allow_pickle else [])):
+        if (folder / index).is_file():
+            return _indexed(folder / index)
+        if (folder / single).is_file():
+            return [folder / single]
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
     if pickles:
         raise use_error(
             str(folder),
             f"weights as pickle ({pickles[0]}), which can run code when it is read",
             f"{SINGLE} or {INDEX}",
-            "save the model again with transformers' save_pretrained",
+            "save the model again with transformers' save_pretrained, or add --allow-pickle to `megavlm convert`",
         )
     raise use_error(str(folder), "no weights", f"{SINGLE} or {INDEX}", "give a directory with safetensors weights")
+
+
+def _indexed(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise use_error(str(index), "no weight_map", "tensor names and their files", "restore the file")
+    names = sorted(set(weight_map.values()))
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise use_error(str(index), f"`{outside[0]}`", "names of files beside it", "restore the file")
+    return [index.parent / name for name in names]
 
 
 def read_json(path: Path) -> dict[str, Any]:

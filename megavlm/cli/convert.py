@@ -34,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("paths", metavar="DIR", nargs="*", help="of diff: two directories or native checkpoints")
     parser.add_argument("--hf-dir", help="Hugging Face directory: source, and description of the model")
     parser.add_argument("--checkpoint", help="native checkpoint to export: a step folder, or a folder of them")
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="of import and export: read weights that torch.save wrote, too"
+    )
     parser.add_argument("--out", help="new or empty directory")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="of the exported weights (default: as in --hf-dir)"
@@ -68,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     from megavlm.checkpoint.native import find_checkpoint
 
     logger = logging.getLogger("megavlm")
-    directory, out = HFDirectory(args.hf_dir), Path(args.out)
+    directory, out = HFDirectory(args.hf_dir, args.allow_pickle), Path(args.out)
     folder = find_checkpoint(Path(args.checkpoint), required=True) if args.checkpoint else None
     if folder is not None:
         step = export_checkpoint(folder, directory, out, args.dtype)

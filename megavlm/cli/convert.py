@@ -18,7 +18,8 @@ examples:
 
 verify writes conversion.json beside the weights: a hash of every tensor, whether they are the checkpoint's, and for an
 image and a question the difference of every layer, and of the greedy tokens, from transformers. diff says at which
-tensor two models part, in running order. The exit code of both is 1 where something differs.
+tensor two models part, in running order, and with --activations at which layer. The exit code of both is 1 where
+something differs.
 
 export takes the newest complete checkpoint of a folder, or the step folder that is named. Config, tokenizer, template
 and processor files are copied from --hf-dir, the directory that training started from. Training itself starts from a
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-pickle", action="store_true", help="of import and export: read weights that torch.save wrote, too"
     )
+    parser.add_argument("--activations", action="store_true", help="of diff: also compare what goes into every layer")
     parser.add_argument("--out", help="new or empty directory")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="of the exported weights (default: as in --hf-dir)"
@@ -103,11 +105,16 @@ def _diff(args: argparse.Namespace) -> int:
     from megavlm.errors import use_error
     from megavlm.platform.start import start
 
-    if len(args.paths) != 2 or args.hf_dir or args.checkpoint or args.out or args.dtype:
+    if len(args.paths) != 2 or args.checkpoint or args.out or args.dtype or (args.hf_dir and not args.activations):
         raise use_error("convert diff", f"{len(args.paths)} directories", "two, and no options", "name two directories")
     start()
     from megavlm.checkpoint.diff import report, source_of
 
     lines, differ = report(*(source_of(Path(path)) for path in args.paths))
+    if args.activations:
+        from megavlm.cli.activations import diff_activations
+
+        more, also = diff_activations(args.paths, args.hf_dir)
+        lines, differ = lines + more, differ or also
     sys.stdout.write("\n".join(lines) + "\n")
     return 1 if differ else 0

@@ -78,6 +78,26 @@ def test_weights_that_are_not_the_checkpoints(exported: tuple[str, Path], worker
     assert certificate["checkpoint"]["differing"] == [name] and name in certificate["problems"][0]
 
 
+def test_activations_of_two_models(
+    exported: tuple[str, Path], inputs: Inputs, workers: PoolKeeper, tmp_path: Path
+) -> None:
+    native, out = exported
+    words = ["convert", "diff", native, str(out), "--activations"]
+    said, _ = succeed(workers, 1, words)
+    assert "equal: all" in said and "equal at every layer; the same greedy answer" in said
+    weights = load_file(out / "model.safetensors")
+    name = "model.language_model.layers.2.mlp.down_proj.weight"
+    save_file(weights | {name: weights[name] * 1.5}, out / "model.safetensors", metadata={"format": "pt"})
+    [(code, said, _)] = workers(1).run(call, words=words)
+    assert code == 1 and "they part at language.decoder.layers.2.mlp.linear_fc2.weight; 1 of" in said
+    assert "they part at layer 3" in said
+    [(code, _, err)] = workers(1).run(call, words=["convert", "diff", native, native, "--activations"])
+    assert code == 2 and "--hf-dir" in err
+    hf_dir = str(inputs.model("qwen3_vl"))
+    said, _ = succeed(workers, 1, ["convert", "diff", native, native, "--activations", "--hf-dir", hf_dir])
+    assert "equal at every layer" in said
+
+
 def broken_verify(words: list[str]) -> tuple[int, str, str]:
     """In a worker: verify with a mistake in our second decoder layer."""
     from unittest.mock import patch

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megavlm.checkpoint import native
+from megavlm.checkpoint import native, writing
 from megavlm.checkpoint.hf_io import DTYPE_NAMES, HFDirectory, copy_companions, make_empty
 from megavlm.checkpoint.stream import NativeReader, export_stream, import_stream
 from megavlm.errors import RunError, use_error
@@ -67,8 +67,8 @@ def import_checkpoint(directory: HFDirectory, out_dir: Path) -> Path:
     }
     num_bytes = sum(directory.spec(name).num_bytes for entry in directory.entries for name in entry.names)
     with finished(out_dir, num_bytes) as folder:
-        native.write_weights(folder, common, lambda path: import_stream(directory, path))
-    return native.step_folder(out_dir, 0)
+        writing.write_weights(folder, common, lambda path: import_stream(directory, path))
+    return writing.step_folder(out_dir, 0)
 
 
 def export_checkpoint(folder: Path, directory: HFDirectory, out_dir: Path, dtype: str | None) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megavlm.checkpoint import native
+from megavlm.checkpoint import native, writing
 from megavlm.config.load import dump_recipe
 from megavlm.errors import use_error
 from megavlm.train.freeze import frozen_components
@@ -49,7 +49,7 @@ def save(state: TrainState) -> Path:
     return begin_save(state, copy=False).finish()
 
 
-def begin_save(state: TrainState, copy: bool) -> native.PendingSave:
+def begin_save(state: TrainState, copy: bool) -> writing.PendingSave:
     """Begin to write a checkpoint; `copy`: of the run as it stands now, while it goes on."""
     sharded: dict[str, Any] = native.model_state(state.models, state.groups)
     sharded["optimizer"] = native.optimizer_state(
@@ -60,10 +60,10 @@ def begin_save(state: TrainState, copy: bool) -> native.PendingSave:
     knobs = state.recipe.checkpoint
     texts = {"recipe.yaml": dump_recipe(state.recipe)}
     if state.evaluation is not None and state.evaluation[0] == state.step:
-        texts[native.EVALUATION] = json.dumps({"loss": state.evaluation[1]}) + "\n"
+        texts[writing.EVALUATION] = json.dumps({"loss": state.evaluation[1]}) + "\n"
     live = _live_storages(state) if copy else frozenset()
-    keep = native.Keep(knobs.keep_last, knobs.keep_every_steps, knobs.keep_best)
-    return native.begin_save(checkpoint_root(state), state.step, sharded, texts, knobs.save_timeout_s, keep, live)
+    keep = writing.Keep(knobs.keep_last, knobs.keep_every_steps, knobs.keep_best)
+    return writing.begin_save(checkpoint_root(state), state.step, sharded, texts, knobs.save_timeout_s, keep, live)
 
 
 def _live_storages(state: TrainState) -> frozenset[int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megavlm.checkpoint.native import PendingSave
+from megavlm.checkpoint.writing import PendingSave
 from megavlm.train import resume
 from megavlm.train.state import TrainState
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megavlm.checkpoint import native
+from megavlm.checkpoint import writing
 from megavlm.config.schema import Recipe
 from megavlm.errors import RunError, UseError
 from megavlm.train import resume
@@ -59,7 +59,7 @@ def save_killed(recipe: Recipe, step: int) -> None:
     def die(*_arguments: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    native._finish = die
+    writing._finish = die
     _save(state, step)
 
 
@@ -70,7 +70,7 @@ def save_while_training(recipe: Recipe, step: int) -> tuple[bool, float, float]:
     _mark_weights(state, step)
     state.step = step
     pending = resume.begin_save(state, copy=True)
-    folder_was_there = native.step_folder(resume.checkpoint_root(state), step).exists()
+    folder_was_there = writing.step_folder(resume.checkpoint_root(state), step).exists()
     train_step(state, 1)
     _mark_weights(state, 77)
     pending.finish()

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from megavlm.data.sample import Sample
     from megavlm.evaluate.probe import Activations
 
 
@@ -19,8 +20,7 @@ def diff_activations(paths: list[str], hf_dir: str | None) -> tuple[list[str], b
         UseError: nothing describes a native checkpoint, or the models are not of one kind.
     """
     from megavlm.errors import use_error
-    from megavlm.evaluate.probe import NUM_NEW_TOKENS, compare, probe_sample, write_probe_image
-    from megavlm.evaluate.probe import PROMPT as prompt
+    from megavlm.evaluate.probe import NUM_NEW_TOKENS, PROMPT, compare, probe_sample, write_probe_image
 
     described = [path for path in (*paths, *([hf_dir] if hf_dir else [])) if (Path(path) / "config.json").is_file()]
     if not described:
@@ -28,28 +28,25 @@ def diff_activations(paths: list[str], hf_dir: str | None) -> tuple[list[str], b
     with tempfile.TemporaryDirectory(prefix="megavlm-probe-") as folder:
         image = Path(folder) / "probe.png"
         write_probe_image(image)
-        sample = probe_sample(prompt, (str(image),))
+        sample = probe_sample(PROMPT, (str(image),))
         first, second = (_probe(path, described[0], sample, NUM_NEW_TOKENS) for path in paths)
     if first.tokens_S != second.tokens_S or list(first.stages) != list(second.stages):
         raise use_error(
             "convert diff", "models that read the prompt differently", "two of one kind", "compare their tensors"
         )
-    lines = []
-    for one in compare(first, second):
-        lines.append(f"  {one.name}: largest difference {one.largest:.3g}, relative {one.relative:.3g}")
-    differing = [one.name for one in compare(first, second) if one.largest > 0]
+    found = compare(first, second)
+    lines = [f"  {one.name}: largest difference {one.largest:.3g}, relative {one.relative:.3g}" for one in found]
+    differing = [one.name for one in found if not one.largest == 0]
     said = f"they part at {differing[0]}" if differing else "equal at every layer"
     answers = "the same" if first.answer == second.answer else "another"
     return [f"activations: {said}; {answers} greedy answer", *lines], bool(differing)
 
 
-def _probe(path: str, description: str, sample: object, num_tokens: int) -> "Activations":
+def _probe(path: str, description: str, sample: "Sample", num_tokens: int) -> "Activations":
     from megavlm.checkpoint.hf_io import HFDirectory
     from megavlm.checkpoint.native import find_checkpoint
-    from megavlm.data.sample import Sample
     from megavlm.train.probe import probe_native
 
-    assert isinstance(sample, Sample)
     if (Path(path) / "config.json").is_file():
         return probe_native(HFDirectory(path), None, sample, num_tokens)
     return probe_native(HFDirectory(description), find_checkpoint(Path(path), required=True), sample, num_tokens)

@@ -1,6 +1,8 @@
 """From orders to the microbatches of one rank, in this process or in worker processes: the same either way."""
 
+import atexit
 import itertools
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -149,17 +151,20 @@ class BatchLoader:
             sampler=orders,
             num_workers=self._num_workers,
             collate_fn=_unchanged,  # type: ignore[arg-type]
-            worker_init_fn=_leave_signals_to_the_rank if self._num_workers else None,
+            worker_init_fn=_begin_worker if self._num_workers else None,
             # Not fork: this process has threads (of the collectives, of the CUDA runtime).
             multiprocessing_context="spawn",
             persistent_workers=keep_workers,
         )
 
 
-def _leave_signals_to_the_rank(_worker: int) -> None:
-    """Schedulers and terminals signal every process of a job; the rank needs its workers until it has saved."""
+def _begin_worker(_worker: int) -> None:
+    # Schedulers and terminals signal every process of a job; the rank needs its workers until it has saved.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    # A worker that is ended while its queue's thread sends a batch would abort ("terminate called"): the interpreter,
+    # on its way down, stops that thread inside torch's C++. There is nothing left to take down; this comes before.
+    atexit.register(os._exit, 0)
 
 
 def _unchanged(batch: Microbatch | _Failure) -> Microbatch | _Failure:

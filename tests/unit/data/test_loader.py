@@ -1,6 +1,8 @@
 import dataclasses
 import itertools
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -263,3 +265,20 @@ def test_error_of_a_worker_is_one_line_with_its_row(rows_path, encoder, tmp_path
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith(f"{rows_path}:5: ")
     helped.close()
+
+
+def test_worker_ends_quietly_while_its_queue_still_sends():
+    """Without `_begin_worker` this aborts every time: the interpreter stops threads inside torch's C++."""
+    program = """
+import threading, time, torch
+from megavlm.data.loader import _begin_worker
+_begin_worker(0)
+def send():
+    while True:
+        torch.empty(1000).share_memory_()
+for _ in range(4):
+    threading.Thread(target=send, daemon=True).start()
+time.sleep(0.3)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")

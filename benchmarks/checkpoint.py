@@ -90,6 +90,8 @@ def seconds(action: Callable[[], None], clear: Path) -> float:
 
 _TIMED = """
 import os, sys, time
+from megavlm.platform.huge_pages import prefer_huge_pages
+prefer_huge_pages()
 from megavlm.platform.start import start
 start()
 import megavlm.checkpoint.convert

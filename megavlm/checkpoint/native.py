@@ -21,8 +21,10 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megavlm.checkpoint import optimizer_shards
 from megavlm.checkpoint.watchdog import time_limit
 from megavlm.checkpoint.writing import MANIFEST, complete_checkpoints, last_line
 from megavlm.errors import RunError, use_error
@@ -61,9 +63,9 @@ def _is_empty(value: Any) -> bool:
 
 
 def optimizer_state(
-    optimizer: ChainedOptimizer, model: Mapping[str, Any], groups: Groups, learns: Mapping[str, bool], is_loading: bool
+    optimizer: ChainedOptimizer, model: Mapping[str, Any], learns: Mapping[str, bool], is_loading: bool
 ) -> dict[str, Any]:
-    """Sharded optimizer state; with the distributed optimizer in the form that any layout can load.
+    """Sharded optimizer state, in a form that any layout can load.
 
     Only what is sharded. Megatron-Core would take the rest (parameter groups, their number of steps) from rank 0, which
     may hold the encoder alone; both follow from the recipe and the number of the step (`restore_optimizer`).
@@ -71,7 +73,6 @@ def optimizer_state(
     Args:
         optimizer: chained, see `named_optimizers`.
         model: sharded weights (`model_state`).
-        groups: process groups.
         learns: by the optimizer's name, whether this rank holds weights of its that learn.
         is_loading: whether the state is to be filled.
     """
@@ -79,28 +80,17 @@ def optimizer_state(
     for name, inner in named_optimizers(optimizer).items():
         if not learns[name]:
             continue
-        whole = _inner_state(inner, model, _copies(name, groups), is_loading)
-        state[name], _local = extract_sharded_base(whole)
+        if isinstance(inner, DistributedOptimizer):
+            if is_loading:
+                optimizer_shards.prepare_to_load(inner)
+            state[name] = optimizer_shards.sharded_state(inner, model)
+        else:
+            state[name], _local = extract_sharded_base(_plain_state(inner, model, is_loading))
     return state
 
 
-def _copies(name: str, groups: Groups) -> dist.ProcessGroup:
-    """Ranks that hold the same weights."""
-    collection = groups.vision if name == "encoder" else groups.language
-    return collection.expt_dp if name == "experts" else collection.dp_cp
-
-
-def _inner_state(
-    inner: MegatronOptimizer, model: Mapping[str, Any], copies: dist.ProcessGroup, is_loading: bool
-) -> dict[str, Any]:
-    metadata = {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": False,
-        "chained_optim_avoid_prefix": True,
-        "singleton_local_shards": False,
-        "dp_cp_group": copies,
-    }
-    whole: dict[str, Any] = inner.sharded_state_dict(dict(model), is_loading=is_loading, metadata=metadata)
+def _plain_state(inner: MegatronOptimizer, model: Mapping[str, Any], is_loading: bool) -> dict[str, Any]:
+    whole: dict[str, Any] = inner.sharded_state_dict(dict(model), is_loading=is_loading)
     return whole
 
 
@@ -108,7 +98,6 @@ def _inner_state(
 def restore_optimizer(
     optimizer: ChainedOptimizer,
     model: Mapping[str, Any],
-    groups: Groups,
     loaded: Mapping[str, Any],
     step: int,
 ) -> None:
@@ -117,16 +106,17 @@ def restore_optimizer(
     Args:
         optimizer: as it is built.
         model: sharded weights (`model_state`) that `loaded` was asked for with.
-        groups: process groups.
         loaded: what `load_sharded` made of `optimizer_state`.
         step: updates that the optimizer had done.
     """
     for name, inner in named_optimizers(optimizer).items():
         if name not in loaded:
             continue
-        _sharded, local = extract_sharded_base(_inner_state(inner, model, _copies(name, groups), is_loading=True))
-        local = dict_list_map_inplace(_unwrapped, local)
-        state = merge(local, loaded[name])
+        if isinstance(inner, DistributedOptimizer):  # was loaded in its place
+            state = inner.state_dict()
+        else:
+            _sharded, local = extract_sharded_base(_plain_state(inner, model, is_loading=True))
+            state = merge(dict_list_map_inplace(_unwrapped, local), loaded[name])
         _set_steps(state, step)
         inner.load_state_dict(state)
 

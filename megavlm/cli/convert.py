@@ -47,6 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert."""
+    from megavlm.platform.huge_pages import prefer_huge_pages
+
+    prefer_huge_pages()
     from megavlm.errors import use_error
     from megavlm.platform.start import start
 

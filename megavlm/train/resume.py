@@ -52,9 +52,7 @@ def save(state: TrainState) -> Path:
 def begin_save(state: TrainState, copy: bool) -> writing.PendingSave:
     """Begin to write a checkpoint; `copy`: of the run as it stands now, while it goes on."""
     sharded: dict[str, Any] = native.model_state(state.models, state.groups)
-    sharded["optimizer"] = native.optimizer_state(
-        state.optimizer, sharded, state.groups, state.parts.learns, is_loading=False
-    )
+    sharded["optimizer"] = native.optimizer_state(state.optimizer, sharded, state.parts.learns, is_loading=False)
     sharded["random_state"] = native.random_state(state.groups)
     sharded["common"] = _common(state)
     knobs = state.recipe.checkpoint
@@ -103,15 +101,13 @@ def resume(state: TrainState) -> Path | None:
         return None
     _check_run(state, common, folder)
     sharded: dict[str, Any] = native.model_state(state.models, state.groups)
-    sharded["optimizer"] = native.optimizer_state(
-        state.optimizer, sharded, state.groups, state.parts.learns, is_loading=True
-    )
+    sharded["optimizer"] = native.optimizer_state(state.optimizer, sharded, state.parts.learns, is_loading=True)
     same_layout = common["layout"] == _layout(state)
     if same_layout:
         sharded["random_state"] = native.random_state(state.groups)
     loaded = native.load_sharded(folder, sharded, knobs.save_timeout_s)
     weights = native.model_state(state.models, state.groups)
-    native.restore_optimizer(state.optimizer, weights, state.groups, loaded["optimizer"], common["step"])
+    native.restore_optimizer(state.optimizer, weights, loaded["optimizer"], common["step"])
     native.restore_models(state.models, loaded)
     if same_layout:
         native.restore_random_state(loaded)

@@ -26,6 +26,8 @@ INSTALL_REQUIRES = [
     "tokenizers>=0.23.1,<0.24",
     "numpy>=1.26",
     "pillow>=10.0.1",
+    # Videos. 14.1 is the first that knows a frame's rotation.
+    "av>=14.1",
     "pyyaml>=6.0",
     "rich>=13.7",
     "jinja2>=3.1",

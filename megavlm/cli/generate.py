@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", help="native checkpoint whose weights to use instead of the directory's")
     parser.add_argument("--prompt", required=True, help="the question")
     parser.add_argument("--image", action="append", default=[], help="an image file; may be given several times")
+    parser.add_argument("--video", action="append", default=[], help="a video file; may be given several times")
     parser.add_argument("--system", help="system message")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
@@ -36,9 +37,10 @@ def run(args: argparse.Namespace) -> int:
 
     if args.max_new_tokens < 1:
         raise use_error("--max-new-tokens", args.max_new_tokens, "at least 1", "drop it for 64")
-    for image in args.image:
-        if not Path(image).is_file():
-            raise use_error("--image", image, "an image file", "check the path")
+    for option, files in (("--image", args.image), ("--video", args.video)):
+        for file in files:
+            if not Path(file).is_file():
+                raise use_error(option, file, f"an existing {option.removeprefix('--')} file", "check the path")
     start()
     from megavlm.train.ask import ask
 
@@ -47,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
         args.checkpoint,
         args.prompt,
         tuple(str(Path(image).resolve()) for image in args.image),
+        tuple(str(Path(video).resolve()) for video in args.video),
         args.system,
         args.max_new_tokens,
         args.precision,

@@ -78,16 +78,10 @@ def _samples(recipe: "Recipe", architecture: "Architecture", lengths: str) -> "l
     if lengths:
         return read_lengths(lengths, architecture.inputs)
     from megavlm.config.validate import validate_recipe
-    from megavlm.data.encode import SampleEncoder
-    from megavlm.data.images import read_image_spec
-    from megavlm.data.tokens import Tokenizer
-    from megavlm.train.state import build_dataset
+    from megavlm.train.state import build_dataset, encoder_of
 
     validate_recipe(recipe)
-    inputs, data = architecture.inputs, recipe.data
-    spec = read_image_spec(recipe.model.hf_dir, inputs, data.min_pixels, data.max_pixels)
-    tokenizer = Tokenizer(recipe.model.hf_dir, inputs.image_token_id, inputs.has_borders)
-    dataset = build_dataset(data.train, recipe, SampleEncoder(inputs, spec, tokenizer, data.max_length))
+    dataset = build_dataset(recipe.data.train, recipe, encoder_of(recipe, architecture.inputs))
     return [
         Sample(int(length), grids) for length, grids in zip(dataset.num_tokens_each, dataset.grids_each, strict=True)
     ]

@@ -10,7 +10,12 @@ from typing import Literal
 Grid = tuple[int, ...]
 """Patches of an image: frames (or tiles), and rows and columns of each. An `anyres` image has three numbers more: tiles
 side by side, and rows and columns of patches that are left when the tiles are joined and padding is cut off (0, 0, 0
-for an image without tiles)."""
+for an image without tiles; 0 and rows and columns of a frame's visual tokens for a video)."""
+
+
+def is_pooled_video(grid: Grid) -> bool:
+    """Whether an `anyres` grid is of a video."""
+    return grid[3] == 0 and grid[4] > 0
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,13 @@ class InputSpec:
         tile_sizes: of `anyres`, (height, width) in pixels, multiples of image_px.
         max_tile_area: joined tiles of `anyres` are shrunk when they are clearly larger than so many tiles; 0: never.
         tiles_alone: whether only an image that is alone in its row has tiles; others are padded to squares.
+        video_kind: `none` takes no videos; `timed` gives frames positions that follow their time (Qwen2.5-VL);
+            `stamped` writes the time in front of each temporal patch (Qwen3-VL); `pooled` halves the visual tokens of
+            a frame along each side (LLaVA-OneVision).
+        video_token_id: id of a video's placeholder in the chat template. Encoded, its visual tokens are copies of
+            image_token_id: behind the data room a video is an image of several frames.
+        frame_border_ids: tokens in front of and behind each temporal patch of a `stamped` video.
+        tokens_per_second: positions that a `timed` video's frames are apart when a second lies between them.
     """
 
     image_token_id: int
@@ -51,10 +63,16 @@ class InputSpec:
     tile_sizes: tuple[tuple[int, int], ...] = ()
     max_tile_area: int = 0
     tiles_alone: bool = False
+    video_kind: Literal["none", "timed", "stamped", "pooled"] = "none"
+    video_token_id: int = -1
+    frame_border_ids: tuple[int, ...] = ()
+    tokens_per_second: int = 1
 
     def num_image_tokens(self, grid: Grid) -> int:
         """Visual tokens of one image."""
         frames, rows, columns = grid[:3]
+        if self.image_kind == "anyres" and is_pooled_video(grid):
+            return frames * grid[4] * grid[5] + 1
         if self.image_kind == "anyres":
             height, width = self.joined_size(grid)
             return rows * columns + height * (width + 1) if frames > 1 else rows * columns + 1

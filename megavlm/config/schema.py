@@ -88,6 +88,14 @@ class DataConfig:
     min_pixels: int = 0
     """Least image area in pixels (dynamic resolution); 0: what the image processor of hf_dir says."""
     max_pixels: int = 0
+    fps: float = 0.0
+    """Frames of a video that the model sees, a second; 0: what the video processor of hf_dir says."""
+    fps_min_frames: int = 0
+    fps_max_frames: int = 0
+    """Fewest and most frames of a video; 0: what the video processor of hf_dir says."""
+    video_min_pixels: int = 0
+    """Least area (dynamic resolution) of a frame, or with Qwen3-VL of all frames together; 0: as above."""
+    video_max_pixels: int = 0
     packing: bool = False
     """True: each global batch is split into rows of equal cost, of encoder and language model, each of at most
     packing_length tokens; False: micro_batch_size samples a row, in their order."""

@@ -41,6 +41,11 @@ LEAST: dict[str, float] = {
     "data.max_length": 2,  # one token read, one predicted
     "data.min_pixels": 0,
     "data.max_pixels": 0,
+    "data.fps": 0,
+    "data.fps_min_frames": 0,
+    "data.fps_max_frames": 0,
+    "data.video_min_pixels": 0,
+    "data.video_max_pixels": 0,
     "data.packing_length": 0,
     "data.dataloader_num_workers": 0,
     "optimizer.lr": 0,

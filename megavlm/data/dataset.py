@@ -12,7 +12,8 @@ import torch
 from megavlm.config.inputs import Grid
 from megavlm.data.encode import SampleEncoder, TooLong
 from megavlm.data.images import load_patches
-from megavlm.data.sample import EncodedSample, Sample
+from megavlm.data.sample import EncodedSample, Sample, VideoClip
+from megavlm.data.videos import load_video_patches
 from megavlm.errors import UseError, use_error
 
 CACHED_TOKENS = 4_000_000
@@ -123,7 +124,7 @@ class Dataset:
 
 
 def load_sample_patches(sample: EncodedSample, encoder: SampleEncoder) -> list[torch.Tensor]:
-    """Decode all images of a sample: float32 [P, C] each.
+    """Decode all images and videos of a sample: float32 [P, C] each.
 
     Raises:
         UseError: as `load_image_patches`.
@@ -132,14 +133,20 @@ def load_sample_patches(sample: EncodedSample, encoder: SampleEncoder) -> list[t
 
 
 def load_image_patches(sample: EncodedSample, number: int, encoder: SampleEncoder) -> torch.Tensor:
-    """Decode one image of a sample: float32 [P, C].
+    """Decode one image (or video) of a sample: float32 [P, C].
 
     Raises:
         UseError: naming the row, for an unreadable image, or one whose size changed since its header was read.
     """
-    path, grid = sample.images[number], sample.grids_thw[number]
+    source, grid = sample.images[number], sample.grids_thw[number]
+    path = source.path if isinstance(source, VideoClip) else source
     try:
-        patches_PC = load_patches(path, encoder.image_spec, len(sample.images))
+        if isinstance(source, VideoClip):
+            assert encoder.video_spec is not None
+            patches_PC = load_video_patches(source, grid, encoder.video_spec)
+        else:
+            num_images = sum(isinstance(image, str) for image in sample.images)
+            patches_PC = load_patches(source, encoder.image_spec, num_images)
         expected = grid[0] * grid[1] * grid[2]
         if len(patches_PC) != expected:
             raise use_error(

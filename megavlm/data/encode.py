@@ -4,15 +4,18 @@ Shape suffixes: S tokens of one sample, 3 the (temporal, height, width) axes.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
-from megavlm.config.inputs import Grid, InputSpec
-from megavlm.data.images import ImageSpec, read_image_size, target_grid
+from megavlm.config.inputs import InputSpec
+from megavlm.data.encode_video import Inset, VideoEncoder
+from megavlm.data.images import ImageSpec, read_image_size, read_image_spec, target_grid
 from megavlm.data.positions import linear_positions, mrope_positions
-from megavlm.data.readers import IMAGE_PLACEHOLDER
+from megavlm.data.readers import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 from megavlm.data.sample import EncodedSample, Sample, Turn
 from megavlm.data.tokens import Tokenizer
+from megavlm.data.video_spec import VideoLimits, VideoSpec, read_video_spec
 from megavlm.errors import UseError, use_error
 
 
@@ -31,10 +34,43 @@ class TooLong(Exception):  # noqa: N818 - not an error: the row is dropped and c
         self.num_tokens = num_tokens
 
 
+def open_encoder(
+    hf_dir: str | Path,
+    inputs: InputSpec,
+    max_length: int,
+    min_pixels: int = 0,
+    max_pixels: int = 0,
+    videos: VideoLimits | None = None,
+) -> "SampleEncoder":
+    """The encoder of a Hugging Face directory.
+
+    Args:
+        hf_dir: holds tokenizer, chat template and processors.
+        inputs: the family's facts.
+        max_length: longest sample in tokens, images included.
+        min_pixels: least area of an image; 0: what the directory says.
+        max_pixels: largest area of an image; 0: what the directory says.
+        videos: what the recipe says of videos.
+
+    Raises:
+        UseError: one of them is missing, or unlike the model.
+    """
+    image_spec = read_image_spec(hf_dir, inputs, min_pixels, max_pixels)
+    tokenizer = Tokenizer(hf_dir, inputs.image_token_id, inputs.has_borders)
+    return SampleEncoder(inputs, image_spec, tokenizer, max_length, read_video_spec(hf_dir, inputs, image_spec, videos))
+
+
 class SampleEncoder:
     """Encodes rows for one model family; the same row always gives the same tokens."""
 
-    def __init__(self, inputs: InputSpec, image_spec: ImageSpec, tokenizer: Tokenizer, max_length: int) -> None:
+    def __init__(
+        self,
+        inputs: InputSpec,
+        image_spec: ImageSpec,
+        tokenizer: Tokenizer,
+        max_length: int,
+        video_spec: VideoSpec | None = None,
+    ) -> None:
         """Put the parts together.
 
         Args:
@@ -42,12 +78,16 @@ class SampleEncoder:
             image_spec: how its images are resized, which decides how many tokens they take.
             tokenizer: made for the same image placeholder.
             max_length: longest sample in tokens, images included.
+            video_spec: how it takes frames of videos; None: it takes none.
         """
         assert tokenizer.image_token_id == inputs.image_token_id
         self.inputs = inputs
         self.image_spec = image_spec
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.video_spec = video_spec
+        video = VideoEncoder(inputs, video_spec, tokenizer) if video_spec is not None else None
+        self.video = video if video is not None and video.token else None
 
     def encode(self, sample: Sample) -> EncodedSample:
         """Tokens, weights and positions of a row with its answers.
@@ -59,6 +99,7 @@ class SampleEncoder:
         """
         try:
             self._check_text(sample.turns)
+            self._check_videos(sample)
             tokens_S, weights_S = self.tokenizer.encode_chat(sample.turns)
             return self._finish(sample, tokens_S, weights_S)
         except UseError as error:
@@ -74,44 +115,56 @@ class SampleEncoder:
         turns = sample.turns[:-1] if sample.turns[-1].role == "assistant" else sample.turns
         try:
             self._check_text(turns)
+            self._check_videos(sample)
             tokens_S = self.tokenizer.encode_prompt(turns)
             return self._finish(sample, tokens_S, np.zeros(len(tokens_S), dtype=np.float32))
         except UseError as error:
             raise UseError(f"{sample.sample_id}: {error}") from error
 
     def _check_text(self, turns: Sequence[Turn]) -> None:
-        token = self.tokenizer.image_token
+        tokens = {self.tokenizer.image_token: IMAGE_PLACEHOLDER}
+        if self.video is not None:
+            tokens[self.video.token] = VIDEO_PLACEHOLDER
         for turn in turns:
-            if token != IMAGE_PLACEHOLDER and token in turn.text:
-                raise use_error(
-                    f"a {turn.role} turn",
-                    f"the model's own token {token} in the text",
-                    f"{IMAGE_PLACEHOLDER} where an image stands",
-                    "replace or remove it",
-                )
+            for token, placeholder in tokens.items():
+                if token != placeholder and token in turn.text:
+                    raise use_error(
+                        f"a {turn.role} turn",
+                        f"the model's own token {token} in the text",
+                        f"{placeholder} where an image or a video stands",
+                        "replace or remove it",
+                    )
+
+    def _check_videos(self, sample: Sample) -> None:
+        if sample.videos and self.video is None:
+            raise use_error(
+                "the row",
+                "a video",
+                "images: the model takes nothing else, or its tokenizer has no placeholder for videos",
+                "leave the row out",
+            )
 
     def _finish(self, sample: Sample, tokens_S: np.ndarray, weights_S: np.ndarray) -> EncodedSample:
-        grids = tuple(self._grid(path, len(sample.images)) for path in sample.images)
-        is_image = tokens_S == self.inputs.image_token_id
-        assert not weights_S[is_image].any(), "images are never learned"
-        if int(is_image.sum()) != len(grids):
-            raise use_error(
-                "the chat template",
-                f"{int(is_image.sum())} image tokens",
-                f"{len(grids)}, one for each image of the row",
-                "use a template that prints every image of every turn once",
-            )
-        if self.inputs.has_borders:
-            places = np.flatnonzero(is_image)
-            around = np.stack((places, places + 1), axis=1).flatten()
-            tokens_S = np.insert(tokens_S, around, np.tile(self.tokenizer.image_borders, len(places)))
-            weights_S = np.insert(weights_S, around, 0.0)
-            is_image = tokens_S == self.inputs.image_token_id
-        counts = np.ones(len(tokens_S), dtype=np.int64)
-        counts[is_image] = [self.inputs.num_image_tokens(grid) for grid in grids]
-        num_tokens = int(counts.sum())
-        if num_tokens > self.max_length:
-            raise TooLong(sample.sample_id, num_tokens, self.max_length)
+        for token_id, paths, word in (
+            (self.inputs.image_token_id, sample.images, "image"),
+            (self.inputs.video_token_id, sample.videos, "video"),
+        ):
+            if int((tokens_S == token_id).sum()) != len(paths):
+                raise use_error(
+                    "the chat template",
+                    f"{int((tokens_S == token_id).sum())} {word} tokens",
+                    f"{len(paths)}, one for each {word} of the row",
+                    f"use a template that prints every {word} of every turn once",
+                )
+        images, videos = iter(sample.images), iter(sample.videos)
+        insets: list[Inset] = []
+        for token_id in tokens_S[self._is_placeholder(tokens_S)]:
+            if token_id == self.inputs.image_token_id:
+                insets.append(self._image(next(images), len(sample.images)))
+            else:
+                assert self.video is not None
+                insets.append(self.video.inset(next(videos)))
+        tokens_S, weights_S = self._filled(sample, tokens_S, weights_S, insets)
         if tokens_S.max() >= self.inputs.vocab_size:
             raise use_error(
                 "the tokenizer",
@@ -119,24 +172,50 @@ class SampleEncoder:
                 f"ids below the model's vocabulary size {self.inputs.vocab_size}",
                 "use the tokenizer that the model came with",
             )
-        tokens_S, weights_S = np.repeat(tokens_S, counts), np.repeat(weights_S, counts)
         return EncodedSample(
             sample_id=sample.sample_id,
             tokens_S=tokens_S,
             loss_weights_S=weights_S,
-            position_ids_3S=self._positions(tokens_S, grids),
-            images=sample.images,
-            grids_thw=grids,
+            position_ids_3S=self._positions(tokens_S, insets),
+            images=tuple(inset.source for inset in insets),
+            grids_thw=tuple(inset.grid for inset in insets),
         )
 
-    def _grid(self, path: str, num_images: int) -> Grid:
+    def _is_placeholder(self, tokens_S: np.ndarray) -> np.ndarray:
+        found_S: np.ndarray = tokens_S == self.inputs.image_token_id
+        return found_S | (tokens_S == self.inputs.video_token_id) if self.video is not None else found_S
+
+    def _filled(
+        self, sample: Sample, tokens_S: np.ndarray, weights_S: np.ndarray, insets: Sequence[Inset]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and weights with every placeholder replaced by what stands for it."""
+        is_placeholder = self._is_placeholder(tokens_S)
+        assert not weights_S[is_placeholder].any(), "images are never learned"
+        num_tokens = len(tokens_S) + sum(len(inset.tokens_S) - 1 for inset in insets)
+        if num_tokens > self.max_length:
+            raise TooLong(sample.sample_id, num_tokens, self.max_length)
+        pieces, weights, start = [], [], 0
+        for place, inset in zip(np.flatnonzero(is_placeholder).tolist(), insets, strict=True):
+            pieces += [tokens_S[start:place], inset.tokens_S]
+            weights += [weights_S[start:place], np.zeros(len(inset.tokens_S), dtype=np.float32)]
+            start = place + 1
+        return np.concatenate([*pieces, tokens_S[start:]]), np.concatenate([*weights, weights_S[start:]])
+
+    def _image(self, path: str, num_images: int) -> Inset:
         width_px, height_px = read_image_size(path)
         try:
-            return target_grid(self.image_spec, width_px, height_px, num_images)
+            grid = target_grid(self.image_spec, width_px, height_px, num_images)
         except UseError as error:
             raise UseError(f"{path}: {error}") from error
+        tokens_S = np.full(self.inputs.num_image_tokens(grid), self.inputs.image_token_id, dtype=np.int64)
+        if self.inputs.has_borders:
+            before, after = np.array(self.tokenizer.image_borders).reshape(2, 1)
+            tokens_S = np.concatenate((before, tokens_S, after))
+        return Inset(path, grid, tokens_S)
 
-    def _positions(self, tokens_S: np.ndarray, grids: Sequence[Grid]) -> np.ndarray:
+    def _positions(self, tokens_S: np.ndarray, insets: Sequence[Inset]) -> np.ndarray:
         if self.inputs.position_kind == "linear":
             return linear_positions(len(tokens_S))
-        return mrope_positions(tokens_S, self.inputs.image_token_id, grids, self.inputs.merge_size)
+        grids = [grid for inset in insets for grid in inset.placed]
+        intervals = [inset.interval for inset in insets for _ in inset.placed]
+        return mrope_positions(tokens_S, self.inputs.image_token_id, grids, self.inputs.merge_size, intervals)

@@ -16,19 +16,25 @@ def linear_positions(num_tokens: int) -> np.ndarray:
 
 
 def mrope_positions(
-    tokens_S: np.ndarray, image_token_id: int, grids_thw: Sequence[Grid], merge_size: int
+    tokens_S: np.ndarray,
+    image_token_id: int,
+    grids_thw: Sequence[Grid],
+    merge_size: int,
+    intervals: Sequence[float] | None = None,
 ) -> np.ndarray:
-    """Multimodal rotary positions (Qwen2-VL, arXiv 2409.12191), equal to transformers' Qwen3-VL `get_rope_index`.
+    """Multimodal rotary positions (Qwen2-VL, arXiv 2409.12191), equal to transformers' `get_rope_index`.
 
     Text counts on along all three axes. An image's tokens all start from the position p that is due: token
     (frame, row, column) of the merged grid gets (p + frame, p + row, p + column), and the text behind the image goes
-    on from p + the longer side of the merged grid.
+    on from p + the longer side of the merged grid. Frames of a video lie further apart (Qwen2.5-VL): frame f gets
+    p + floor(f x interval).
 
     Args:
         tokens_S: token ids, image placeholders expanded.
         image_token_id: id of the placeholder.
         grids_thw: patch grid (frames, rows, columns) of each image, in order.
         merge_size: patches per token along rows and columns.
+        intervals: of each image; None: 1.
 
     Returns:
         int64 [3, S].
@@ -37,13 +43,16 @@ def mrope_positions(
     positions_3S = np.empty((3, num_tokens), dtype=np.int64)
     image_indices = np.flatnonzero(tokens_S == image_token_id)
     index, position, num_image_tokens = 0, 0, 0
-    for frames, patch_rows, patch_columns in grids_thw:
+    for number, (frames, patch_rows, patch_columns) in enumerate(grids_thw):
         rows, columns = patch_rows // merge_size, patch_columns // merge_size
         start, count = int(image_indices[num_image_tokens]), frames * rows * columns
         assert (tokens_S[start : start + count] == image_token_id).all(), "an image's tokens must be contiguous"
         positions_3S[:, index:start] = np.arange(position, position + start - index)
         position += start - index
-        positions_3S[:, start : start + count] = position + np.indices((frames, rows, columns)).reshape(3, count)
+        within_3S = np.indices((frames, rows, columns)).reshape(3, count)
+        if intervals is not None:  # in float32, as torch multiplies
+            within_3S[0] = (within_3S[0] * np.float32(intervals[number])).astype(np.int64)
+        positions_3S[:, start : start + count] = position + within_3S
         position += max(rows, columns)
         index = start + count
         num_image_tokens += count

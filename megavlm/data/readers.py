@@ -2,8 +2,8 @@
 
 Two spellings are read and told apart by their keys: LLaVA's `conversations` (`from` / `value`) and ms-swift's
 `messages` (`role` / `content`, where content is text or a list of OpenAI-style parts). `<image>` in a text stands for
-the next image of the row; it is never added where it is missing. Row numbers count from 1 (in JSONL they are line
-numbers).
+the next image of the row, `<video>` for the next video; neither is ever added where it is missing. Row numbers count
+from 1 (in JSONL they are line numbers).
 """
 
 import json
@@ -15,12 +15,15 @@ from megavlm.data.sample import Sample, Turn
 from megavlm.errors import UseError, use_error
 
 IMAGE_PLACEHOLDER = "<image>"
+VIDEO_PLACEHOLDER = "<video>"
+_PLACEHOLDERS = {"image": IMAGE_PLACEHOLDER, "video": VIDEO_PLACEHOLDER}
 
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 _TURN_KEYS = ("messages", "conversations", "conversation")
 _IMAGE_KEYS = ("images", "image")
+_VIDEO_KEYS = ("videos", "video")
 # Columns that change what a row means and that are not read: to skip them would train on something else.
-_UNREAD_KEYS = ("videos", "video", "audios", "audio", "objects", "tools", "chat_template_kwargs")
+_UNREAD_KEYS = ("audios", "audio", "objects", "tools", "chat_template_kwargs")
 
 _WHITESPACE = " \t\r\n"
 
@@ -136,14 +139,17 @@ class _RowReader:
             if row.get(key):
                 raise self.error(f"`{key}`", "text and images only", f"remove `{key}`, or leave the row out")
         turns_key = self._only_key(row, _TURN_KEYS, required=True)
-        images_key = self._only_key(row, _IMAGE_KEYS, required=False)
-        # Each entry: a path that a content part brought along, or None for the next of the row's images.
-        part_images: list[str | None] = []
-        turns = self._turns(row, turns_key, part_images)
+        keys = {
+            "image": self._only_key(row, _IMAGE_KEYS, required=False),
+            "video": self._only_key(row, _VIDEO_KEYS, required=False),
+        }
+        # Each entry: a path that a content part brought along, or None for the next of the row's images (videos).
+        named: dict[str, list[str | None]] = {"image": [], "video": []}
+        turns = self._turns(row, turns_key, named)
         self._check_order(turns)
-        images = self._images(row.get(images_key) if images_key else None, part_images)
-        extra = {key: value for key, value in row.items() if key not in (turns_key, images_key, "system")}
-        return Sample(sample_id=self.sample_id, turns=turns, images=images, extra=extra)
+        files = {kind: self._files(kind, row.get(key) if key else None, named[kind]) for kind, key in keys.items()}
+        extra = {key: value for key, value in row.items() if key not in (turns_key, "system", *keys.values())}
+        return Sample(sample_id=self.sample_id, turns=turns, images=files["image"], videos=files["video"], extra=extra)
 
     def _only_key(self, row: dict[str, Any], keys: tuple[str, ...], *, required: bool) -> str:
         present = [key for key in keys if row.get(key) is not None]
@@ -152,24 +158,24 @@ class _RowReader:
             raise self.error(f"the keys {sorted(row)}", f"exactly one of {one_of}")
         return present[0] if present else ""
 
-    def _turns(self, row: dict[str, Any], key: str, part_images: list[str | None]) -> tuple[Turn, ...]:
+    def _turns(self, row: dict[str, Any], key: str, named: dict[str, list[str | None]]) -> tuple[Turn, ...]:
         entries = row[key]
         if not isinstance(entries, list):
             raise self.error(f"`{key}` of type {type(entries).__name__}", "a list of turns")
-        turns = [self._turn(entry, f"{key}[{index}]", part_images) for index, entry in enumerate(entries)]
+        turns = [self._turn(entry, f"{key}[{index}]", named) for index, entry in enumerate(entries)]
         system = row.get("system")
         if isinstance(system, str) and system:
             turns.insert(0, Turn(role="system", text=system))
         return tuple(turns)
 
-    def _turn(self, entry: Any, name: str, part_images: list[str | None]) -> Turn:
+    def _turn(self, entry: Any, name: str, named: dict[str, list[str | None]]) -> Turn:
         if not isinstance(entry, dict):
             raise self.error(f"{name} of type {type(entry).__name__}", "an object with role and content")
         raw_role = entry.get("role", entry.get("from"))
         role = _ROLES.get(raw_role) if isinstance(raw_role, str) else None
         if role is None:
             raise self.error(f"{name} by {raw_role!r}", f"a role among {sorted(_ROLES)}")
-        text = self._text(entry.get("content", entry.get("value")), name, part_images)
+        text = self._text(entry.get("content", entry.get("value")), name, named)
         loss, loss_scale = entry.get("loss"), entry.get("loss_scale", 1.0)
         if loss is not None and not isinstance(loss, bool):
             raise self.error(f"{name}.loss = {loss!r}", "true or false")
@@ -177,14 +183,14 @@ class _RowReader:
             raise self.error(f"{name}.loss = true on a {role} turn", "loss on assistant turns only")
         if isinstance(loss_scale, bool) or not isinstance(loss_scale, (int, float)) or not 0 <= loss_scale < 1e6:
             raise self.error(f"{name}.loss_scale = {loss_scale!r}", "a number of at least 0")
-        if role == "assistant" and IMAGE_PLACEHOLDER in text:
-            raise self.error(f"an image in the answer {name}", "images in questions only")
+        if role == "assistant" and (IMAGE_PLACEHOLDER in text or VIDEO_PLACEHOLDER in text):
+            raise self.error(f"an image or a video in the answer {name}", "them in questions only")
         if role == "assistant" and not text.strip():
             raise self.error(f"the empty answer {name}", "an answer with text")
         return Turn(role=role, text=text, loss=loss, loss_scale=float(loss_scale))
 
-    def _text(self, content: Any, name: str, part_images: list[str | None]) -> str:
-        """The turn's text, with `<image>` for every image part; appends what the parts say of their images."""
+    def _text(self, content: Any, name: str, named: dict[str, list[str | None]]) -> str:
+        """The turn's text, with `<image>` for every image part; adds what the parts say of their images and videos."""
         if isinstance(content, str):
             content = [{"type": "text", "text": content}]
         if not isinstance(content, list):
@@ -194,25 +200,26 @@ class _RowReader:
             kind, value = self._part(part, name)
             if kind == "text":
                 pieces.append(value)
-                part_images.extend([None] * value.count(IMAGE_PLACEHOLDER))
+                for each, placeholder in _PLACEHOLDERS.items():
+                    named[each].extend([None] * value.count(placeholder))
             else:
-                pieces.append(IMAGE_PLACEHOLDER)
-                part_images.append(value or None)
+                pieces.append(_PLACEHOLDERS[kind])
+                named[kind].append(value or None)
         return "".join(pieces)
 
     def _part(self, part: Any, name: str) -> tuple[str, str]:
-        """(`text` or `image`, the text or the image's path: empty where the row's images give it)."""
-        kinds = ("text", "image", "image_url")
+        """(`text`, `image` or `video`; the text, or the file's path, empty where the row gives it elsewhere)."""
+        kinds = ("text", "image", "image_url", "video", "video_url")
         if isinstance(part, dict):
             kind = part.get("type", next((key for key in kinds if key in part), None))
             value = part.get(kind) if isinstance(kind, str) else None
-            if kind == "image_url" and isinstance(value, dict):
+            if kind in ("image_url", "video_url") and isinstance(value, dict):
                 value = value.get("url")
             if kind == "text" and isinstance(value, str):
                 return "text", value
-            if kind in ("image", "image_url") and (isinstance(value, str) or value is None):
-                return "image", value or ""
-        raise self.error(f"{name} with the part {str(part)[:80]}", "parts of type text, image or image_url")
+            if kind in kinds[1:] and (isinstance(value, str) or value is None):
+                return kind.removesuffix("_url"), value or ""
+        raise self.error(f"{name} with the part {str(part)[:80]}", f"parts of type {', '.join(kinds)}")
 
     def _check_order(self, turns: tuple[Turn, ...]) -> None:
         roles = [turn.role for turn in turns]
@@ -223,24 +230,24 @@ class _RowReader:
         if not dialogue or (self.require_answer and dialogue[-1] != "assistant"):
             raise self.error("no answer at the end", "a last turn by the assistant")
 
-    def _images(self, listed: Any, part_images: list[str | None]) -> tuple[str, ...]:
+    def _files(self, kind: str, listed: Any, named: list[str | None]) -> tuple[str, ...]:
         listed = [] if listed is None else [listed] if isinstance(listed, str) else listed
         if not isinstance(listed, list) or not all(isinstance(path, str) and path for path in listed):
-            raise self.error(f"images {str(listed)[:80]}", "a path or a list of paths")
-        num_open = part_images.count(None)
+            raise self.error(f"{kind}s {str(listed)[:80]}", "a path or a list of paths")
+        num_open, placeholder = named.count(None), _PLACEHOLDERS[kind]
         if len(listed) != num_open:
             raise self.error(
-                f"{len(listed)} images and {num_open} {IMAGE_PLACEHOLDER} placeholders",
-                "as many images as placeholders",
-                f"write {IMAGE_PLACEHOLDER} into the text where each image belongs",
+                f"{len(listed)} {kind}s and {num_open} {placeholder} placeholders",
+                f"as many {kind}s as placeholders",
+                f"write {placeholder} into the text where each {kind} belongs",
             )
         rest = iter(listed)
-        return tuple(self._resolve(path or next(rest)) for path in part_images)
+        return tuple(self._resolve(kind, path or next(rest)) for path in named)
 
-    def _resolve(self, path: str) -> str:
+    def _resolve(self, kind: str, path: str) -> str:
         if path.startswith("data:") or "://" in path:
-            raise self.error(f"the image {path[:40]}", "a path of a local file", "save the image as a file")
+            raise self.error(f"the {kind} {path[:40]}", "a path of a local file", f"save the {kind} as a file")
         resolved = os.path.normpath(os.path.join(self.image_root, path))
         if not os.path.isfile(resolved):
-            raise self.error(f"no image file {resolved}", "an existing file", "correct the path or data.image_dir")
+            raise self.error(f"no {kind} file {resolved}", "an existing file", "correct the path or data.image_dir")
         return resolved

@@ -15,7 +15,7 @@ from megavlm.config.inputs import Grid
 
 @dataclass(frozen=True)
 class Turn:
-    """One message. `text` keeps `<image>` where an image stands; `loss` is None for the default of its role."""
+    """One message. `text` keeps `<image>` or `<video>` where one stands; `loss` is None for the default of its role."""
 
     role: str
     text: str
@@ -24,16 +24,25 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One row after reading: images stay references, nothing is decoded.
+class VideoClip:
+    """Frames of a video file: its path, and the numbers of the frames that the model sees, ascending."""
 
-    `sample_id` is `<file>:<row number, from 1>`, which errors name; `images` are absolute paths;
+    path: str
+    frames: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row after reading: images and videos stay references, nothing is decoded.
+
+    `sample_id` is `<file>:<row number, from 1>`, which errors name; `images` and `videos` are absolute paths;
     `extra` keeps the row's other columns (task, solution ...).
     """
 
     sample_id: str
     turns: tuple[Turn, ...]
     images: tuple[str, ...] = ()
+    videos: tuple[str, ...] = ()
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -42,14 +51,14 @@ class EncodedSample:
     """One sample as tokens, its image placeholders expanded; pixels still on disk.
 
     `loss_weights_S[i]` weighs the prediction OF token i (0 for what is only read). `grids_thw` are the patch
-    grids (frames, rows, columns) that the images will have, in order.
+    grids (frames, rows, columns) that the images and videos will have, in the order in which they stand in the row.
     """
 
     sample_id: str
     tokens_S: np.ndarray
     loss_weights_S: np.ndarray
     position_ids_3S: np.ndarray
-    images: tuple[str, ...]
+    images: tuple[str | VideoClip, ...]
     grids_thw: tuple[Grid, ...]
 
 

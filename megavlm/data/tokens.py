@@ -8,6 +8,7 @@ Shape suffix: S tokens of one sample.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jinja2 import TemplateError
 
-from megavlm.data.readers import IMAGE_PLACEHOLDER
+from megavlm.data.readers import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 from megavlm.data.sample import Turn
 from megavlm.errors import use_error
 
@@ -107,6 +108,14 @@ class Tokenizer:
         encoding = self._tokenizer(text, add_special_tokens=self._adds_special_tokens(text))
         return np.array(encoding["input_ids"], dtype=np.int64)
 
+    def encode_text(self, text: str) -> np.ndarray:
+        """Token ids of a plain text, nothing added: int64 [S]."""
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False), dtype=np.int64)
+
+    def token(self, token_id: int) -> str:
+        """The text of a token."""
+        return str(self._tokenizer.convert_ids_to_tokens(token_id))
+
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Token ids as text."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
@@ -141,14 +150,14 @@ class Tokenizer:
         return self._render_messages(messages, add_generation_prompt)
 
     def _parts(self, text: str) -> list[dict[str, str]]:
-        pieces = text.split(IMAGE_PLACEHOLDER)
         parts: list[dict[str, str]] = []
-        for number, piece in enumerate(pieces):
-            if number > 0:
-                parts.append({"type": "image"})
-                if self._template_breaks_line:
-                    # LLaVA rows say `<image>\n`; where the template breaks the line too, one of them is enough.
-                    piece = piece.removeprefix("\n")
+        for piece in re.split(f"({IMAGE_PLACEHOLDER}|{VIDEO_PLACEHOLDER})", text):
+            if piece in (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER):
+                parts.append({"type": piece.strip("<>")})
+                continue
+            if self._template_breaks_line and parts and parts[-1]["type"] != "text":
+                # LLaVA rows say `<image>\n`; where the template breaks the line too, one of them is enough.
+                piece = piece.removeprefix("\n")
             if piece:
                 parts.append({"type": "text", "text": piece})
         return parts or [{"type": "text", "text": ""}]

@@ -13,7 +13,7 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTo
 
 from megavlm.data.readers import IMAGE_PLACEHOLDER
 from megavlm.data.sample import Sample
-from megavlm.errors import RunError
+from megavlm.errors import RunError, UseError
 
 
 def load_checked(hf_dir: str | Path) -> Any:
@@ -68,6 +68,8 @@ def model_inputs(samples: Sequence[Sample], tokenizer: Any, processor: Any, mode
         processor: transformers' own image processor.
         model: of the same directory.
     """
+    if any(sample.videos for sample in samples):
+        raise UseError("transformers' video processors need torchvision, which is not used here; ask our own model")
     image_token = tokenizer.convert_ids_to_tokens(model.config.image_token_id)
     pixels, counts = _pixels(samples, processor, model)
     before, after = _borders(tokenizer, model.config)

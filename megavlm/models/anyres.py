@@ -1,10 +1,12 @@
 """A connector for images on tiles: their features are joined, cut to the image, and broken into lines (LLaVA-NeXT).
 
+Frames of a video have no tiles, and their features are made smaller (LLaVA-OneVision).
+
 Source: LLaVA-NeXT (https://llava-vl.github.io/blog/2024-01-30-llava-next) and LLaVA-OneVision, arXiv 2408.03326;
 checked against transformers' llava_next and llava_onevision.
 
 Shape suffixes: P patches, D tower hidden size, V visual tokens, K slots (one here), H language hidden size, N images,
-G numbers of a grid, R rows and C columns of joined tiles.
+G numbers of a grid, R rows and C columns of joined tiles or of a frame, F frames.
 """
 
 import torch
@@ -13,7 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from megavlm.config.inputs import Grid, InputSpec
+from megavlm.config.inputs import Grid, InputSpec, is_pooled_video
 
 
 class AnyresConnector(MegatronModule):
@@ -32,9 +34,13 @@ class AnyresConnector(MegatronModule):
         return torch.cat([self._joined(image_PH, grid) for image_PH, grid in zip(each, grids, strict=True)])[:, None]
 
     def _joined(self, image_PH: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """One image's features: the whole, then the tiles line by line."""
+        """One image's features: the whole, then the tiles line by line; of a video, its frames made smaller."""
         frames, side, _, tile_columns, rows, columns = grid
         newline_1H = self.newline[None].to(image_PH.dtype)
+        if is_pooled_video(grid):
+            frames_FHRC = image_PH.unflatten(0, (frames, side, side)).permute(0, 3, 1, 2)
+            pooled_FHRC = F.interpolate(frames_FHRC, (rows, columns), mode="bilinear")
+            return torch.cat((pooled_FHRC.permute(0, 2, 3, 1).flatten(0, 2), newline_1H))
         if frames == 1:
             return torch.cat((image_PH, newline_1H))
         whole_PH, tiles_PH = image_PH.split([side**2, (frames - 1) * side**2])

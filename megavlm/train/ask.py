@@ -8,11 +8,9 @@ import torch
 from megavlm.checkpoint.convert import load_checkpoint_weights
 from megavlm.checkpoint.hf_io import HFDirectory, load_weights
 from megavlm.checkpoint.native import find_checkpoint
-from megavlm.data.encode import SampleEncoder
-from megavlm.data.images import read_image_spec
-from megavlm.data.readers import IMAGE_PLACEHOLDER
+from megavlm.data.encode import open_encoder
+from megavlm.data.readers import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 from megavlm.data.sample import Batch, Sample, Turn
-from megavlm.data.tokens import Tokenizer
 from megavlm.errors import use_error
 from megavlm.rollout.native import greedy_answers
 from megavlm.train.single import build_single
@@ -24,6 +22,7 @@ def ask(
     checkpoint: str | None,
     prompt: str,
     images: tuple[str, ...],
+    videos: tuple[str, ...],
     system: str | None,
     max_new_tokens: int,
     precision: str,
@@ -31,28 +30,25 @@ def ask(
     """Greedy answer to a prompt.
 
     Raises:
-        UseError: images and placeholders do not agree, or the model cannot be read.
+        UseError: images or videos and placeholders do not agree, or the model cannot be read.
     """
-    num_named = prompt.count(IMAGE_PLACEHOLDER)
-    if num_named not in (0, len(images)):
-        raise use_error(
-            "--prompt",
-            f"{num_named} {IMAGE_PLACEHOLDER}",
-            f"{len(images)}, one for each --image, or none",
-            "put as many into the prompt as there are images",
-        )
-    text = prompt if num_named else IMAGE_PLACEHOLDER * len(images) + prompt
+    text = prompt
+    for placeholder, files in ((VIDEO_PLACEHOLDER, videos), (IMAGE_PLACEHOLDER, images)):
+        num_named = prompt.count(placeholder)
+        if num_named not in (0, len(files)):
+            kind = placeholder.strip("<>")
+            raise use_error(
+                "--prompt",
+                f"{num_named} {placeholder}",
+                f"{len(files)}, one for each --{kind}, or none",
+                f"put as many into the prompt as there are {kind}s",
+            )
+        text = text if num_named else placeholder * len(files) + text
     directory = HFDirectory(hf_dir)
-    inputs = directory.architecture.inputs
-    longest = directory.architecture.language.max_positions
-    encoder = SampleEncoder(
-        inputs,
-        read_image_spec(hf_dir, inputs, 0, 0),
-        Tokenizer(hf_dir, inputs.image_token_id, inputs.has_borders),
-        longest,
-    )
+    architecture = directory.architecture
+    encoder = open_encoder(hf_dir, architecture.inputs, architecture.language.max_positions)
     turns = ((Turn("system", system),) if system else ()) + (Turn("user", text),)
-    row = encoder.encode_prompt(Sample("prompt", turns, images))
+    row = encoder.encode_prompt(Sample("prompt", turns, images, videos))
     model = build_single(directory, precision)
     if checkpoint:
         folder = find_checkpoint(Path(checkpoint), required=True)

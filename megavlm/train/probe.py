@@ -12,11 +12,9 @@ import torch
 from megavlm.checkpoint.convert import load_checkpoint_weights
 from megavlm.checkpoint.hf_io import HFDirectory, load_weights
 from megavlm.data.dataset import load_sample_patches
-from megavlm.data.encode import SampleEncoder
-from megavlm.data.images import read_image_spec
+from megavlm.data.encode import open_encoder
 from megavlm.data.packing import pack
 from megavlm.data.sample import Batch, Sample
-from megavlm.data.tokens import Tokenizer
 from megavlm.evaluate.probe import Activations
 from megavlm.rollout.native import greedy_tokens
 from megavlm.train.single import build_single
@@ -36,9 +34,7 @@ def probe_native(directory: HFDirectory, folder: Path | None, sample: Sample, ma
         UseError: the weights are not those of the directory's config.
     """
     inputs = directory.architecture.inputs
-    tokenizer = Tokenizer(str(directory.path), inputs.image_token_id, inputs.has_borders)
-    spec = read_image_spec(directory.path, inputs)
-    encoder = SampleEncoder(inputs, spec, tokenizer, directory.architecture.language.max_positions)
+    encoder = open_encoder(directory.path, inputs, directory.architecture.language.max_positions)
     row = encoder.encode_prompt(sample)
     model = build_single(directory, "fp32")
     if folder is not None:
@@ -47,7 +43,7 @@ def probe_native(directory: HFDirectory, folder: Path | None, sample: Sample, ma
         load_weights(directory, model.parts)
     device = torch.device(torch.cuda.current_device())
     stages: dict[str, torch.Tensor] = {}
-    sizes = {"sample_multiple": 1, "total_multiple": 1, "pad_token_id": tokenizer.pad_token_id}
+    sizes = {"sample_multiple": 1, "total_multiple": 1, "pad_token_id": encoder.tokenizer.pad_token_id}
     batch = pack([row], load_sample_patches(row, encoder), patch_channels=inputs.patch_channels, **sizes)
     if row.grids_thw:
         features_VKH = model.encoder(batch.patches_PC.to(device), batch.grid_thw_N3.to(device))

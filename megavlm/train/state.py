@@ -13,17 +13,17 @@ from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megavlm.checkpoint.hf_io import HFDirectory
+from megavlm.config.inputs import InputSpec
 from megavlm.config.layout import layers_per_stage
 from megavlm.config.schema import Recipe
 from megavlm.data.balance import SampleCosts
 from megavlm.data.dataset import Dataset
-from megavlm.data.encode import SampleEncoder
-from megavlm.data.images import read_image_spec
+from megavlm.data.encode import SampleEncoder, open_encoder
 from megavlm.data.loader import BatchLoader
 from megavlm.data.plan import GlobalBatchPlan
 from megavlm.data.readers import read_samples
 from megavlm.data.sample import Batch
-from megavlm.data.tokens import Tokenizer
+from megavlm.data.video_spec import VideoLimits
 from megavlm.errors import use_error
 from megavlm.models.names import COMPONENTS, Part
 from megavlm.parallel.groups import Groups, initialize
@@ -126,13 +126,16 @@ _KEPT_STEPS = 16
 
 def build_encoder(recipe: Recipe, directory: HFDirectory) -> SampleEncoder:
     """What turns rows into tokens for this model."""
-    inputs = directory.architecture.inputs
-    return SampleEncoder(
-        inputs,
-        read_image_spec(recipe.model.hf_dir, inputs, recipe.data.min_pixels, recipe.data.max_pixels),
-        Tokenizer(recipe.model.hf_dir, inputs.image_token_id, inputs.has_borders),
-        recipe.data.max_length,
+    return encoder_of(recipe, directory.architecture.inputs)
+
+
+def encoder_of(recipe: Recipe, inputs: InputSpec) -> SampleEncoder:
+    """What turns a recipe's rows into tokens."""
+    data = recipe.data
+    videos = VideoLimits(
+        data.fps, data.fps_min_frames, data.fps_max_frames, data.video_min_pixels, data.video_max_pixels
     )
+    return open_encoder(recipe.model.hf_dir, inputs, data.max_length, data.min_pixels, data.max_pixels, videos)
 
 
 def build_dataset(paths: tuple[str, ...], recipe: Recipe, encoder: SampleEncoder) -> Dataset:

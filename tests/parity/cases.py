@@ -44,7 +44,7 @@ def encode_rows(hf_dir: Path, rows_file: Path) -> list[Item]:
     for sample in read_samples((str(rows_file),), ""):
         encoded = encoder.encode(sample)
         patches = [torch.zeros(0, encoder.inputs.patch_channels), *load_sample_patches(encoded, encoder)]
-        sizes = [read_image_size(path)[::-1] for path in encoded.images]
+        sizes = [read_image_size(path)[::-1] for path in encoded.images if isinstance(path, str)]
         items.append(Item(encoded, torch.cat(patches), tuple(sizes)))
     return items
 

@@ -91,7 +91,8 @@ def reference(
     result.gradients = {
         name: None if parameter.grad is None else parameter.grad.clone() for name, parameter in model.named_parameters()
     }
-    _add_features(result, model, [arguments for arguments in inputs if "pixel_values" in arguments])
+    if not any("pixel_values_videos" in arguments for arguments in inputs):  # it encodes them apart from the images
+        _add_features(result, model, [arguments for arguments in inputs if "pixel_values" in arguments])
     return result
 
 

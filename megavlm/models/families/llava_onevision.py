@@ -1,6 +1,7 @@
 """LLaVA-OneVision: SigLIP and Qwen2 on images with tiles; of large ones the joined features are shrunk.
 
-An image that is not alone in its row is padded to a square and has no tiles. Videos are not supported yet.
+An image that is not alone in its row is padded to a square and has no tiles. Of a video, each frame is a square whose
+visual tokens are made a quarter.
 
 Source: Li et al., arXiv 2408.03326; layouts checked against transformers' llava_onevision.
 """
@@ -42,8 +43,10 @@ def read_config(config: dict[str, Any]) -> Architecture:
             "config.json vision_aspect_ratio", config["vision_aspect_ratio"], "anyres_max_N", "only that is supported"
         )
     sizes = config.get("image_grid_pinpoints") or _SIZES
+    video_token_id = config.get("video_token_index", config.get("video_token_id", 151647))
     traits = {"max_tile_area": int(limit[1]), "tiles_alone": True}
-    return llava_next.with_tiles(plain, MODEL_TYPE, sizes, **traits)
+    videos = {"video_kind": "pooled", "video_token_id": video_token_id}
+    return llava_next.with_tiles(plain, MODEL_TYPE, sizes, **traits, **videos)
 
 
 FAMILY = ModelFamily(

@@ -88,6 +88,9 @@ def read_config(config: dict[str, Any]) -> Architecture:
         merge_size=merge,
         image_px=0,
         position_kind="mrope",
+        video_kind="timed",
+        video_token_id=config.get("video_token_id", 151656),
+        tokens_per_second=vision.get("tokens_per_second", 4),
     )
     return Architecture("qwen2_5_vl", tower, language, inputs)
 

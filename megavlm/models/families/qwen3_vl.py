@@ -85,6 +85,9 @@ def read_config(config: dict[str, Any]) -> Architecture:
         merge_size=merge,
         image_px=0,
         position_kind="mrope",
+        video_kind="stamped",
+        video_token_id=config.get("video_token_id", 151656),
+        frame_border_ids=(config.get("vision_start_token_id", 151652), config.get("vision_end_token_id", 151653)),
     )
     return Architecture("qwen3_vl", tower, language, inputs)
 

@@ -150,14 +150,20 @@ BAD_ROWS = {
     ),
     "image in the answer": (
         messages(question("hi"), {"role": "assistant", "content": "<image>"}, images=["a.png"]),
-        "images in questions only",
+        "them in questions only",
     ),
     "unknown part": (messages(question([{"type": "audio", "audio": "x"}]), ANSWER), "parts of type text, image"),
     "loss no bool": (messages(question("hi"), {**ANSWER, "loss": 1}), "true or false"),
     "loss on a question": (messages({**question("hi"), "loss": True}, ANSWER), "loss on assistant turns only"),
     "negative loss scale": (messages(question("hi"), {**ANSWER, "loss_scale": -1}), "at least 0"),
     "NaN loss scale": (messages(question("hi"), {**ANSWER, "loss_scale": float("nan")}), "at least 0"),
-    "videos": ({**GOOD, "videos": ["v.mp4"]}, "remove `videos`"),
+    "audio": ({**GOOD, "audios": ["a.wav"]}, "remove `audios`"),
+    "video without a place": ({**GOOD, "videos": ["v.mp4"]}, "1 videos and 0 <video> placeholders"),
+    "no video file": (messages(question("<video>hi"), ANSWER, videos=["v.mp4"]), "no video file .*v.mp4"),
+    "video in the answer": (
+        messages(question("hi"), {"role": "assistant", "content": "<video>"}, videos=["a.png"]),
+        "them in questions only",
+    ),
 }
 
 

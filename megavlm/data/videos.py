@@ -1,0 +1,138 @@
+"""Frames of video files, decoded by PyAV, as patches.
+
+Frames are resized by torch's antialiased filter on bytes, which is what transformers' video processors call.
+
+Shape suffixes: F frames, C colours, H and W pixels, P patches.
+"""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from megavlm.config.inputs import Grid
+from megavlm.data.image_spec import ImageSpec
+from megavlm.data.sample import VideoClip
+from megavlm.data.video_spec import VideoSpec
+from megavlm.errors import UseError, use_error
+
+_FILTERS = {2: "bilinear", 3: "bicubic"}
+
+
+@dataclass(frozen=True)
+class VideoHeader:
+    """What a file says of its video, as it will be seen (rotated as its player would)."""
+
+    num_frames: int
+    fps: float
+    width_px: int
+    height_px: int
+
+
+@functools.lru_cache(maxsize=1024)
+def read_video_header(path: str) -> VideoHeader:
+    """Number and size of a video's frames; decodes the first one, and counts packets where the file has no number.
+
+    Raises:
+        UseError: the file is missing or holds no video.
+    """
+    import av
+
+    try:
+        with av.open(path) as container:
+            stream = _stream(container, path)
+            fps: Fraction | None = stream.average_rate or stream.guessed_rate
+            first = next(container.decode(stream), None)
+            if first is None or not fps:
+                raise _broken(path, "no frames")
+            quarter_turn = int(first.rotation) % 180 != 0
+            width, height = (first.height, first.width) if quarter_turn else (first.width, first.height)
+            num_frames = int(stream.frames)
+        if not num_frames:
+            with av.open(path) as container:
+                num_frames = sum(packet.size > 0 for packet in container.demux(_stream(container, path)))
+    except (av.FFmpegError, OSError) as error:
+        raise _broken(path, str(error)) from error
+    return VideoHeader(num_frames, float(fps), width, height)
+
+
+def _stream(container: Any, path: str) -> Any:
+    if not container.streams.video:
+        raise _broken(path, "no video in it")
+    return container.streams.video[0]
+
+
+def _broken(path: str | Path, reason: str) -> UseError:
+    return use_error(str(path), f"unreadable video ({reason})", "a complete video file", "replace it or drop the row")
+
+
+def load_video_patches(clip: VideoClip, grid: Grid, spec: VideoSpec) -> torch.Tensor:
+    """Decode the frames of a clip into patches.
+
+    Args:
+        clip: the file, and which frames.
+        grid: from `video_grid`.
+        spec: of the family.
+
+    Returns:
+        float32 [P, C], frame by frame (temporal patch by temporal patch), each as `images.load_patches` orders it.
+
+    Raises:
+        UseError: the file cannot be read, or holds fewer frames than it says.
+    """
+    frame, (_, rows, columns, *_) = spec.frame, grid
+    size = (rows * frame.patch_px, columns * frame.patch_px)
+    fill = -len(clip.frames) % frame.temporal_patch_size
+    shown = [_resized(pixels_HWC, size, frame) for pixels_HWC in _decoded(clip)]
+    video_FCHW = torch.stack(shown + shown[-1:] * fill)
+    return _patchify(_normalised(video_FCHW, frame), frame, rows, columns)
+
+
+def _decoded(clip: VideoClip) -> Iterator[np.ndarray]:
+    """The frames that are asked for: uint8 [H, W, C]."""
+    import av
+
+    wanted, number = list(clip.frames), -1
+    try:
+        with av.open(clip.path) as container:
+            for number, frame in enumerate(container.decode(_stream(container, clip.path))):
+                while number == wanted[0]:
+                    pixels_HWC = frame.to_ndarray(format="rgb24")
+                    yield np.rot90(pixels_HWC, int(frame.rotation) // 90 % 4).copy()
+                    wanted.pop(0)
+                    if not wanted:
+                        return
+    except (av.FFmpegError, OSError) as error:
+        raise _broken(clip.path, str(error)) from error
+    raise _broken(clip.path, f"{number + 1} frames, but frame {wanted[0]} is needed")
+
+
+def _resized(pixels_HWC: np.ndarray, size: tuple[int, int], spec: ImageSpec) -> torch.Tensor:
+    """Uint8 [C, H, W] of the wanted height and width."""
+    pixels_CHW = torch.from_numpy(pixels_HWC).permute(2, 0, 1)
+    if pixels_CHW.shape[1:] == size:
+        return pixels_CHW
+    mode = _FILTERS[spec.resample]
+    return F.interpolate(pixels_CHW[None], size, mode=mode, antialias=True, align_corners=False)[0]
+
+
+def _normalised(video_FCHW: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
+    # Rescaling is folded into mean and deviation, as transformers does for videos: equal to the last bit.
+    mean = torch.tensor(spec.mean) * (1.0 / spec.rescale)
+    std = torch.tensor(spec.std) * (1.0 / spec.rescale)
+    return (video_FCHW.float() - mean[:, None, None]) / std[:, None, None]
+
+
+def _patchify(video_FCHW: torch.Tensor, spec: ImageSpec, rows: int, columns: int) -> torch.Tensor:
+    patch, temporal = spec.patch_px, spec.temporal_patch_size
+    merge = spec.merge_size if spec.kind == "dynamic" else 1
+    blocks = video_FCHW.reshape(-1, temporal, 3, rows // merge, merge, patch, columns // merge, merge, patch)
+    # -> temporal patch, block row, block column, row in block, column in block, colour, frame, patch row, patch column
+    blocks = blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
+    return blocks.reshape(-1, 3 * temporal * patch * patch)

@@ -8,7 +8,7 @@ NEXT_FAMILIES := (test_families or test_layouts or test_round_trip) and (llava o
 BALANCE_BENCHES := balance packing spreading planner real
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup demo test test-full test-serve test-next check bench bench-balance bench-checkpoint clean
+.PHONY: help setup demo test test-full test-serve test-next test-video check bench bench-balance bench-checkpoint clean
 
 help:
 	@echo 'make demo       train, export and question a tiny model on real images, on the CPU'
@@ -16,6 +16,7 @@ help:
 	@echo 'make test-full  the tests: every layout'
 	@echo 'make test-serve exported directories behind vLLM, in an environment of its own (some GB)'
 	@echo 'make test-next  parity with the newest megatron-core, on Python 3.12, in an environment of its own (some GB)'
+	@echo 'make test-video pixels of videos against the processors that need torchvision, in an environment of its own'
 	@echo 'make check      lint, format, types'
 	@echo 'make bench      all benches (bench-balance: places of the encoder, simulated and real; packing; spreading;'
 	@echo '                bench-checkpoint: conversion, asynchronous saves)'
@@ -43,6 +44,10 @@ test-serve: setup
 test-next:
 	@tools/setup_next_env.sh
 	$(TEST_ENV) MEGAVLM_NO_EVIDENCE=1 .venv-next/bin/python -m pytest tests/parity -k '$(NEXT_FAMILIES)' $(PYTEST_ARGS)
+
+test-video:
+	@tools/setup_video_env.sh
+	$(TEST_ENV) MEGAVLM_NO_EVIDENCE=1 .venv-video/bin/python -m pytest tests/video $(PYTEST_ARGS)
 
 check: setup
 	@$(PYTHON) -m ruff check .

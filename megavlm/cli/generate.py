@@ -1,10 +1,10 @@
-"""`megavlm generate`: ask a model about images."""
+"""`megavlm generate`: ask a model about images and videos."""
 
 import argparse
 import sys
 from pathlib import Path
 
-SUMMARY = "ask a model a question, with or without images"
+SUMMARY = "ask a model a question, with or without images and videos"
 
 EPILOG = """\
 examples:
@@ -13,7 +13,7 @@ examples:
       --prompt "<image><image>Which one is larger?"
 
 Greedy, on this project's own model, one pass over everything for each token: to look at a model, not to serve it.
-Images go where <image> stands in the prompt, in front of it when it names none.
+Images and videos go where <image> and <video> stand in the prompt, in front of it when it names none.
 """
 
 

@@ -110,7 +110,9 @@ def load_patches(path: str | Path, spec: ImageSpec, num_images: int = 1) -> torc
 
 
 def _to_patches(pixels_HWC: np.ndarray, spec: ImageSpec, rows: int, columns: int) -> torch.Tensor:
-    pixels_CHW = np.ascontiguousarray(_normalise(pixels_HWC, spec).transpose(2, 0, 1))
+    # Of 384 pixels SigLIP's convolution reads 27 x 14 and leaves the rest.
+    seen_HWC = pixels_HWC[: rows * spec.patch_px, : columns * spec.patch_px]
+    pixels_CHW = np.ascontiguousarray(_normalise(seen_HWC, spec).transpose(2, 0, 1))
     return _patchify(torch.from_numpy(pixels_CHW), spec, rows, columns)
 
 

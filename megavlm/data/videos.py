@@ -87,11 +87,12 @@ def load_video_patches(clip: VideoClip, grid: Grid, spec: VideoSpec) -> torch.Te
         UseError: the file cannot be read, or holds fewer frames than it says.
     """
     frame, (_, rows, columns, *_) = spec.frame, grid
-    size = (rows * frame.patch_px, columns * frame.patch_px)
+    seen = (rows * frame.patch_px, columns * frame.patch_px)
+    size = (frame.image_px, frame.image_px) if spec.kind == "pooled" else seen
     fill = -len(clip.frames) % frame.temporal_patch_size
     shown = [_resized(pixels_HWC, size, frame) for pixels_HWC in _decoded(clip)]
     video_FCHW = torch.stack(shown + shown[-1:] * fill)
-    return _patchify(_normalised(video_FCHW, frame), frame, rows, columns)
+    return _patchify(_normalised(video_FCHW[:, :, : seen[0], : seen[1]], frame), frame, rows, columns)
 
 
 def _decoded(clip: VideoClip) -> Iterator[np.ndarray]:

@@ -110,3 +110,19 @@ def test_a_processor_of_another_model(
     with pytest.raises(UseError) as caught:
         read_image_spec(write(tmp_path, config | changes), inputs)
     assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (30, 30), (500, 480)])
+def test_tiles_that_patches_do_not_fill(tmp_path: Path, size: tuple[int, int]) -> None:
+    """SigLIP with 384 pixels and patches of 14: a convolution of stride 14 leaves the last 6 rows and columns."""
+    sizes = tuple((height, width) for height in (30, 60) for width in (30, 60))
+    inputs = InputSpec(3, 512, "anyres", 7, 1, 1, 30, "linear", tile_sizes=sizes, max_tile_area=2, tiles_alone=True)
+    config = ONEVISION_CONFIG | {"size": {"height": 30, "width": 30}, "image_grid_pinpoints": [list(s) for s in sizes]}
+    spec = read_image_spec(write(tmp_path, config), inputs)
+    path, image = picture(tmp_path, size)
+    theirs = LlavaOnevisionImageProcessorPil(**config)(images=[[image]], return_tensors="pt")["pixel_values"][0]
+    weight = torch.randn(5, 3, 7, 7, generator=torch.Generator().manual_seed(0))
+    expected = torch.nn.functional.conv2d(theirs, weight, stride=7).flatten(2).transpose(1, 2).flatten(0, 1)
+    grid = target_grid(spec, *size)
+    assert torch.allclose(load_patches(path, spec) @ weight.flatten(1).T, expected, atol=1e-4)
+    assert grid[:3] == (len(theirs), 4, 4)

@@ -76,6 +76,7 @@ def sharded_state(inner: DistributedOptimizer, model: Mapping[str, Any]) -> dict
 
 def prepare_to_load(inner: DistributedOptimizer) -> None:
     """Have the optimizer allocate its moments, as it would in its first step."""
+    assert not inner.config.use_precision_aware_optimizer, "it would hand out scaled copies, which are not loaded into"
     inner.load_state_dict(inner.state_dict())
 
 

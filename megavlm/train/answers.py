@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megavlm.data.readers import IMAGE_PLACEHOLDER
+from megavlm.data.readers import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 from megavlm.data.sample import Batch, Sample
 from megavlm.rollout.native import greedy_answers
 from megavlm.train.pipeline_work import Rows
@@ -80,7 +80,7 @@ def write_samples(path: Path, samples: list[Sample], before: list[str] | None, a
             {
                 "id": sample.sample_id,
                 "images": [os.path.relpath(image, path.parent) for image in sample.images],
-                "question": question.replace(IMAGE_PLACEHOLDER, "").strip(),
+                "question": question.replace(IMAGE_PLACEHOLDER, "").replace(VIDEO_PLACEHOLDER, "").strip(),
                 "truth": sample.turns[-1].text,
                 "before": before[number] if before else None,
                 "after": after[number] if after else None,

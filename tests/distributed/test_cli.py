@@ -1,6 +1,7 @@
 """Commands end to end, and the words that help and README promise."""
 
 import importlib
+import json
 import re
 import shlex
 import subprocess
@@ -27,6 +28,7 @@ from tests.distributed.running import (
     the_error,
 )
 from tests.pool import PoolKeeper
+from tests.videos import write_video
 
 FAMILIES = ["qwen3_vl", "llava", "qwen3_vl_moe"]
 NUM_NEW_TOKENS = 8
@@ -252,3 +254,33 @@ def test_answers_do_not_depend_on_the_layout(
     words += ["data.max_pixels=0", "observe.report=true", "observe.num_report_samples=4"]
     words += [f"observe.report_max_new_tokens={NUM_NEW_TOKENS}"]
     assert workers(2).run(answers_in_layout, words=words) == [expected, expected]
+
+
+def test_videos_end_to_end(inputs: Inputs, workers: PoolKeeper, tmp_path: Path) -> None:
+    """Training on them on two ranks, a question about one, and what a user reads when something is wrong with one."""
+    write_video(tmp_path / "clip.mkv")
+    rows = tmp_path / "rows.jsonl"
+    turns = [{"role": "user", "content": "<video>what moves?"}, {"role": "assistant", "content": "a square"}]
+    row = json.dumps({"messages": turns, "videos": ["clip.mkv"]})
+    rows.write_text(f"{row}\n" * 4)
+    few = ["data.fps_max_frames=4", "data.video_min_pixels=4096", "data.video_max_pixels=16384"]
+    words = inputs.train(tmp_path, f"data.train=[{rows}]", "train.train_iters=2", "data.dataloader_num_workers=1", *few)
+    succeed(workers, 2, words)
+    assert sorted(losses(tmp_path)) == [1, 2]
+    asked = ["generate", "--hf-dir", str(inputs.model("qwen3_vl")), "--max-new-tokens", "2", "--prompt", "what moves?"]
+    with_video, _ = succeed(workers, 1, [*asked, "--video", str(tmp_path / "clip.mkv")])
+    without, _ = succeed(workers, 1, asked)
+    assert with_video != without
+    code, _, err = workers(1).run(call, words=[*asked, "--video", str(tmp_path / "no.mkv")])[0]
+    assert code == 2
+    the_error(err, "--video", "no.mkv", "an existing video file")
+    words = inputs.train(tmp_path / "llava", f"data.train=[{rows}]", f"model.hf_dir={inputs.model('llava')}")
+    code, _, err = workers(1).run(call, words=words)[0]
+    assert code == 2
+    the_error(err, "rows.jsonl:1", "got a video", only=False)
+    whole = (tmp_path / "clip.mkv").read_bytes()
+    (tmp_path / "clip.mkv").write_bytes(whole[:200])
+    words = inputs.train(tmp_path / "broken", f"data.train=[{rows}]", *few)
+    code, _, err = workers(1).run(call, words=words)[0]
+    assert code == 2
+    the_error(err, "rows.jsonl:1", "clip.mkv", "unreadable video", only=False)

@@ -64,7 +64,7 @@ _QWEN = {"fps": 2.0, "min_frames": 4, "max_frames": 768}
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "timed": _QWEN | {"size": {"shortest_edge": 128 * 28**2, "longest_edge": 768 * 28**2}},
     "stamped": _QWEN | {"size": {"shortest_edge": 128 * 32**2, "longest_edge": 768 * 32**2}},
-    "pooled": {"fps": 1.0, "min_frames": 1, "max_frames": 32, "size": {"height": 384, "width": 384}},
+    "pooled": {"fps": 1.0, "min_frames": 1, "max_frames": 32, "size": None},
 }
 
 
@@ -130,7 +130,7 @@ def _frame_spec(
     size = config["size"]
     numbers: dict[str, Any] = {}
     if inputs.video_kind == "pooled":
-        if size != {"height": inputs.image_px, "width": inputs.image_px}:
+        if size is not None and size != {"height": inputs.image_px, "width": inputs.image_px}:
             raise use_error(
                 f"{where} size",
                 size,

@@ -198,3 +198,13 @@ def test_the_directorys_processor_and_the_recipes_limits(tmp_path):
     (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(config | {"do_resize": False}))
     with pytest.raises(UseError, match="do_resize"):
         read_video_spec(tmp_path, inputs, FRAME)
+
+
+def test_a_pooled_video_without_a_processor_has_the_towers_size(tmp_path):
+    inputs = dataclasses.replace(QWEN_INPUTS, video_kind="pooled", video_token_id=9, image_px=64)
+    image = dataclasses.replace(FRAME, kind="anyres", image_px=64, temporal_patch_size=1)
+    spec = read_video_spec(tmp_path, inputs, image)
+    assert (spec.frame.image_px, spec.fps, spec.max_frames) == (64, 1.0, 32)
+    (tmp_path / "video_preprocessor_config.json").write_text(json.dumps({"size": {"height": 384, "width": 384}}))
+    with pytest.raises(UseError, match="height and width 64"):
+        read_video_spec(tmp_path, inputs, image)

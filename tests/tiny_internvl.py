@@ -73,6 +73,9 @@ def write_tiny_internvl(
         embeddings = model.model.vision_tower.embeddings
         for parameter in (embeddings.cls_token, embeddings.position_embeddings):
             parameter.normal_(0.0, 0.5)  # transformers leaves zeros
+        for name, parameter in model.named_parameters():
+            if name.endswith(("q_norm.weight", "k_norm.weight")):
+                parameter.uniform_(0.5, 1.5)  # transformers leaves ones
     write_model(out_dir, model.to(dtype), generation, tokenizer, TEMPLATE, image_processor)
     path = Path(out_dir) / "tokenizer_config.json"
     named = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
@@ -80,3 +83,12 @@ def write_tiny_internvl(
         json.dumps(json.loads(path.read_text()) | {"extra_special_tokens": named | {"video_token": "<video>"}})
     )
     return Path(out_dir)
+
+
+def write_tiny_internvl_6b(out_dir: Path, **changes: Any) -> Path:
+    """A tiny InternVL with what InternViT-6B has: RMSNorm, norms of query and key over all heads, q/k/v without bias.
+
+    The layers' epsilon is another than that of query and key, which is always 1e-6.
+    """
+    vision = {"norm_type": "rms_norm", "use_qk_norm": True, "attention_bias": False, "layer_norm_eps": 1e-4}
+    return write_tiny_internvl(out_dir, vision_changes=vision, **changes)

@@ -97,6 +97,8 @@ class VisionArchitecture:
     layer_scale: bool = False
     """Branches are scaled channel by channel before they are added (InternViT)."""
     qkv_bias: bool = True
+    qk_norm_epsilon: float | None = None
+    """Of an RMSNorm over all heads of a query together, and one of a key (InternViT-6B); None: there is none."""
     normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
     gated_mlp: bool = False
     window: int = 0

@@ -1,9 +1,20 @@
-"""Normalisation in plain torch that works under sequence parallelism."""
+"""Normalisation in plain torch that works under sequence and tensor parallelism.
+
+Shape suffixes: T tokens, N heads of this rank, C channels of a head.
+"""
 
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import nn
 
 
@@ -42,3 +53,54 @@ def plain_layer_norm(size: int, epsilon: float, dtype: torch.dtype) -> nn.LayerN
     module = nn.LayerNorm(size, eps=epsilon, dtype=dtype)
     mark_sequence_parallel(module, False)
     return module
+
+
+class AllHeadsNorm(MegatronModule):
+    """RMSNorm over all heads of a query (or key) together; each tensor-parallel rank has some of the heads.
+
+    Takes the place of Megatron-Core's norm of each head in a layer spec. The weight is shared out as the heads are.
+
+    Source: transformers' InternVLVisionRMSNorm (InternViT-6B, arXiv 2312.14238, section 3.2).
+    """
+
+    def __init__(
+        self, config: TransformerConfig, size: int, epsilon: float, tp_group: dist.ProcessGroup, **_of_a_head: Any
+    ) -> None:
+        """Build this rank's part.
+
+        Args:
+            config: of the encoder.
+            size: channels of all heads of all ranks.
+            epsilon: added to the mean of squares.
+            tp_group: ranks that share the heads.
+            _of_a_head: what Megatron-Core hands to the norm of a head.
+        """
+        super().__init__(config=config)
+        self.size, self.epsilon, self.tp_group = size, epsilon, tp_group
+        self.weight = nn.Parameter(torch.ones(size // tp_group.size(), dtype=config.params_dtype))
+        set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
+        mark_sequence_parallel(self, False)
+
+    def forward(self, heads_T1NC: torch.Tensor) -> torch.Tensor:
+        """Normalise [T, 1, N, C], in fp32 arithmetic."""
+        rows = heads_T1NC.flatten(-2).float()
+        squares = reduce_from_tensor_model_parallel_region(rows.pow(2).sum(-1, keepdim=True), self.tp_group)
+        # Every rank's output depends on the sum, so that its gradient is a sum over ranks too.
+        squares = copy_to_tensor_model_parallel_region(squares, self.tp_group)
+        normalised = rows * torch.rsqrt(squares / self.size + self.epsilon)
+        return (self.weight * normalised.to(heads_T1NC.dtype)).view(heads_T1NC.shape)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """This rank's part of the weight, by where it lies in the whole."""
+        assert metadata is not None
+        state: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            self.state_dict(keep_vars=True),
+            prefix,
+            {"weight": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+        return state

@@ -3,6 +3,7 @@
 `torch` runs everywhere. `te` (Transformer Engine) and `flash` get their providers here.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import nn
 
 from megavlm.errors import use_error
 from megavlm.models.core_attention import PackedAttention
@@ -48,6 +50,18 @@ class TorchProvider(LocalSpecProvider):
     def core_attention(self) -> type:
         """Return the core attention module."""
         return PackedAttention
+
+
+def without_bias(linear: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """A linear that has no bias, whatever it is asked for.
+
+    Megatron-Core gives queries, keys and values biases wherever the other linears of a layer have some.
+    """
+
+    def build(*args: Any, **kwargs: Any) -> nn.Module:
+        return linear(*args, **(kwargs | {"bias": False}))
+
+    return build
 
 
 PROVIDERS: dict[str, type[LocalSpecProvider]] = {"torch": TorchProvider}

@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megavlm.models.architecture import VisionArchitecture
-from megavlm.models.norm import mark_sequence_parallel, plain_layer_norm
+from megavlm.models.norm import AllHeadsNorm, mark_sequence_parallel, plain_layer_norm
 from megavlm.models.vision import pack_params, run_layers, tower_block
 
 Branch = tuple[torch.Tensor, torch.Tensor | None]
@@ -78,7 +78,17 @@ class SquareTower(MegatronModule):
             self.position_table = nn.Embedding(self.num_patches + self.num_extra, size, dtype=dtype)
             self.pre_norm = plain_layer_norm(size, architecture.norm_epsilon, dtype) if architecture.pre_norm else None
         join = ModuleSpec(module=ScaledResidual, params={"size": size, "dtype": dtype})
-        self.block = tower_block(config, provider, groups, join if architecture.layer_scale else None)
+        heads_norm = ModuleSpec(
+            module=AllHeadsNorm,
+            params={"size": size, "epsilon": architecture.qk_norm_epsilon, "tp_group": groups.tp},
+        )
+        self.block = tower_block(
+            config,
+            provider,
+            groups,
+            join if architecture.layer_scale else None,
+            heads_norm if architecture.qk_norm_epsilon is not None else None,
+        )
         shapes = unused if self.is_last_stage else {}
         self.unused = nn.ParameterDict(
             {key: nn.Parameter(torch.zeros(shape, dtype=dtype), requires_grad=False) for key, shape in shapes.items()}

@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megavlm.models.specs import layer_spec
+from megavlm.models.specs import layer_spec, without_bias
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ def tower_block(
     provider: LocalSpecProvider,
     groups: ProcessGroupCollection,
     join: ModuleSpec | None = None,
+    qk_norm: ModuleSpec | None = None,
 ) -> TransformerBlock:
     """The layers of a tower that this stage holds (all of them, unless `config` has a pipeline).
 
@@ -106,10 +107,16 @@ def tower_block(
         provider: where modules come from.
         groups: of the encoder.
         join: what adds a branch to the residual, for towers that do more than add.
+        qk_norm: what normalises queries and keys, each with weights of its own.
     """
     spec = layer_spec(provider, AttnMaskType.no_mask)
     if join is not None:
         spec.submodules.self_attn_bda = spec.submodules.mlp_bda = join
+    attention = spec.submodules.self_attention.submodules
+    if qk_norm is not None:
+        attention.q_layernorm = attention.k_layernorm = qk_norm
+    if not config.add_qkv_bias:
+        attention.linear_qkv = without_bias(attention.linear_qkv)
     num_layers = get_num_layers_to_build(config, vp_stage=None, pp_rank=groups.pp.rank())
     return TransformerBlock(
         config,

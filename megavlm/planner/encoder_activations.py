@@ -80,9 +80,11 @@ def tower_layer(architecture: Architecture, images: Images, recompute: Recompute
         num_heads=vision.num_attention_heads / images.tensor,
         element_bytes=e,
         mixed=3 * size / images.tensor,
-        own_query_key=traits.rotary,
+        own_query_key=traits.rotary or vision.qk_norm_epsilon is not None,
     )
     rotary = 4 * tokens * size // vision.num_attention_heads * e if traits.rotary else 0
+    # of queries and of keys a copy in fp32, the normalised ones, and each token's root
+    heads_norms = 2 * tokens * (size / images.tensor * (FP32_BYTES + e) + FP32_BYTES)
     if vision.normalization == "RMSNorm":
         norm = rms_norm(tokens * size, tokens, 1)
         redone_norm = norm - (width if e == FP32_BYTES else 0)  # in fp32 its input is the kept one
@@ -97,7 +99,9 @@ def tower_layer(architecture: Architecture, images: Images, recompute: Recompute
         redone_norm=redone_norm,
         hidden=width,
         linear_in=width,
-        heads=rotary + (2 * width if vision.layer_scale else 0),
+        heads=rotary
+        + (2 * width if vision.layer_scale else 0)
+        + (heads_norms if vision.qk_norm_epsilon is not None else 0),
         core=attention_bytes(attention, recompute, mixed_is_kept=False),
         mlp=(5 if vision.gated_mlp else 1 + activation_copies) * ffn,
     )

@@ -79,6 +79,7 @@ def tower_sizes(
     middle = 2 * ffn if vision.gated_mlp else ffn
     layer = [*norm, 3 * size * size // tensor, size * size // tensor, size]
     layer += [3 * size // tensor] if vision.qkv_bias else []
+    layer += [size // tensor] * 2 if vision.qk_norm_epsilon is not None else []
     layer += [size] * 2 if vision.layer_scale else []
     layer += [*norm, middle * size // tensor, middle // tensor, ffn * size // tensor, size]
     sizes = layer * num_layers

@@ -16,7 +16,16 @@ _THREE = layout(recompute="selective", recompute_modules=("core_attn", "mlp", "l
 _CORE = layout(recompute="selective", recompute_modules=("core_attn",))
 
 # `against` is the family here.
-MEMBERS: tuple[Member, ...] = tuple(
+_HEADS: tuple[Member, ...] = tuple(
+    Member(name, world_size, parallel, quick, "internvl_6b")
+    for name, world_size, parallel, quick in (
+        ("one process", 1, {}, True),
+        ("recompute full", 1, _FULL, False),
+        ("recompute selective, three modules", 1, _THREE, False),
+        ("TP2+SP", 2, layout(tp=2, sp=True), True),
+    )
+)
+MEMBERS: tuple[Member, ...] = _HEADS + tuple(
     Member(name, world_size, parallel, quick and family == "qwen3_vl", family)
     for family in ("qwen3_vl", "llava", "qwen2_5_vl", "internvl")
     for name, world_size, parallel, quick in (

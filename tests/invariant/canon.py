@@ -39,6 +39,7 @@ SENSITIVITY: dict[str, dict[str, float]] = {
     "llava_onevision": {"multi_modal_projector": 5.0, "vision": 2.0, "embed_tokens": 4.0, "layers": 4.0},
     "qwen2_5_vl": {"merger": 5.0, "visual": 1.5, "embed_tokens": 4.0, "layers": 5.0},
     "internvl": {"multi_modal_projector": 5.0, "lm_head": 4.0, "language_model": 6.0},
+    "internvl_6b": {"multi_modal_projector": 5.0, "lm_head": 4.0, "language_model": 6.0},
     "perceiver": {"language_model": 4.0},
     "qformer": {"cross_attention": 2.0, "language_model": 5.0},
 }
@@ -51,7 +52,7 @@ def write_inputs(root: Path) -> None:
     from tests.parity.composed import ComposedReference
     from tests.tiny import write_tiny_llava, write_tiny_qwen3vl, write_tiny_qwen3vl_moe
     from tests.tiny_anyres import write_tiny_llava_next, write_tiny_llava_onevision
-    from tests.tiny_internvl import write_tiny_internvl
+    from tests.tiny_internvl import write_tiny_internvl, write_tiny_internvl_6b
     from tests.tiny_qwen2_5_vl import write_tiny_qwen2_5_vl
 
     writers = {
@@ -62,6 +63,7 @@ def write_inputs(root: Path) -> None:
         "llava_onevision": write_tiny_llava_onevision,
         "qwen2_5_vl": write_tiny_qwen2_5_vl,
         "internvl": write_tiny_internvl,
+        "internvl_6b": write_tiny_internvl_6b,
     }
     for family, write in writers.items():
         _sharpen(write(root / family), SENSITIVITY[family])

@@ -74,6 +74,7 @@ REFERENCES: dict[str, Reference] = {
     "llava_onevision": Reference("llava_onevision"),
     "qwen2_5_vl": Reference("qwen2_5_vl"),
     "internvl": Reference("internvl"),
+    "internvl_6b": Reference("internvl_6b"),
     "perceiver": Reference("perceiver"),
     "qformer": Reference("qformer"),
     "frozen vision": Reference("qwen3_vl", {"freeze_vit": True}),
@@ -204,6 +205,9 @@ MEMBERS: tuple[Member, ...] = (
         True,
         "internvl",
     ),
+    # norms over heads that tensor parallelism shares out
+    Member("InternVL 6B TP2+SP", 2, layout(tp=2, sp=True), True, "internvl_6b"),
+    Member("InternVL 6B TP2, recompute full", 2, layout(tp=2) | _FULL, False, "internvl_6b"),
     # composed models
     Member("perceiver, TP2+SP", 2, layout(tp=2, sp=True), True, "perceiver"),
     Member("perceiver, encoder in bubbles, PP2", 2, layout(placement="bubble", pp=2), True, "perceiver"),
@@ -359,7 +363,15 @@ _OWN_PLAIN = Member("encoder on own rank + one", 2, layout(placement="own_ranks"
 _EXPERTS_ONE, _EXPERTS_EP2 = _experts("one process", 1, {}), _experts("EP2", 2, _EP2)
 _EXPERTS_FOUR = _experts("EP2 of TP2+SP x PP2", 4, _EP2_TP2 | layout(pp=2))
 
+_HEADS_ONE, _HEADS_TP2 = (
+    Member(name, size, layout(tp=size), against="internvl_6b") for name, size in (("one process", 1), ("TP2", 2))
+)
+_HEADS_TP2_PLAIN = Member("TP2", 2, layout(tp=2) | _PLAIN, against="internvl_6b")
+_HEADS_ONE_PLAIN = Member("one process", 1, _PLAIN, against="internvl_6b")
+
 SWITCHES: tuple[Switch, ...] = (
+    Switch("InternVL 6B: TP2 to one process", _HEADS_TP2, _HEADS_ONE, quick=True),
+    Switch("InternVL 6B: one process to TP2, optimizer not distributed", _HEADS_ONE_PLAIN, _HEADS_TP2_PLAIN),
     Switch("experts: one process to EP2 of TP2+SP x PP2", _EXPERTS_ONE, _EXPERTS_FOUR, quick=True),
     Switch("experts: EP2 to one process", _EXPERTS_EP2, _EXPERTS_ONE, quick=True),
     Switch("experts: EP2 of TP2+SP x PP2 to EP2", _EXPERTS_FOUR, _EXPERTS_EP2),

@@ -8,7 +8,7 @@ from PIL import Image
 from tests.parity.reference import amplify_vision
 from tests.tiny import write_tiny_llava, write_tiny_qwen3vl, write_tiny_qwen3vl_moe
 from tests.tiny_anyres import write_tiny_llava_next, write_tiny_llava_onevision
-from tests.tiny_internvl import write_tiny_internvl
+from tests.tiny_internvl import write_tiny_internvl, write_tiny_internvl_6b
 from tests.tiny_qwen2_5_vl import write_tiny_qwen2_5_vl
 
 WRITERS = {
@@ -19,6 +19,7 @@ WRITERS = {
     "llava_onevision": write_tiny_llava_onevision,
     "qwen2_5_vl": write_tiny_qwen2_5_vl,
     "internvl": write_tiny_internvl,
+    "internvl_6b": write_tiny_internvl_6b,
 }
 
 # Question, answer, and width and height of each image, which come before the question.

@@ -179,6 +179,25 @@ def _columns_first() -> Patches:
     return [patch.object(projector.PixelShuffleMLP, "__init__", swapped)]
 
 
+def _heads_normalised_alone() -> Patches:
+    from megavlm.models.norm import AllHeadsNorm
+
+    def each(self: Any, heads: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(heads, heads.shape[-1:], None, self.epsilon) * self.weight.view(heads.shape[-2:])
+
+    return [patch.object(AllHeadsNorm, "forward", each)]
+
+
+def _query_and_key_norms_swapped() -> Patches:
+    from megavlm.models.families import internvl
+
+    def swapped(native: str, name: str) -> Any:
+        return direct(native, name.translate(str.maketrans("qk", "kq")) if name.endswith("_norm.weight") else name)
+
+    direct = internvl.direct
+    return [patch.object(internvl, "direct", swapped)]
+
+
 def _one_vision_segment() -> Patches:
     from megavlm.models import square_tower
     from megavlm.models.families import qwen2_5_vl, qwen3_vl
@@ -305,6 +324,8 @@ MUTATIONS: dict[str, Callable[[], Patches]] = {
     "joined tiles shrunk by nearest neighbours": _nearest_neighbours,
     "no LayerScale": _no_layer_scale,
     "pixel shuffle column by column": _columns_first,
+    "query and key normalised head by head": _heads_normalised_alone,
+    "norms of query and key swapped": _query_and_key_norms_swapped,
     "windows' order not undone": _window_order_kept,
     "all images one attention segment": _one_vision_segment,
     "packed row one attention segment": _one_language_segment,

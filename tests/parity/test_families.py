@@ -20,6 +20,7 @@ ROWS = {
     "llava_onevision": ANYRES_ROWS,
     "qwen2_5_vl": DYNAMIC_ROWS,
     "internvl": TILE_ROWS,
+    "internvl_6b": TILE_ROWS,
 }
 UNITS = {
     "logits": "largest difference",

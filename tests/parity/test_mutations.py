@@ -29,6 +29,8 @@ MODEL_MUTATIONS = [
     ("llava_onevision", "joined tiles shrunk by nearest neighbours"),
     ("internvl", "no LayerScale"),
     ("internvl", "pixel shuffle column by column"),
+    ("internvl_6b", "query and key normalised head by head"),
+    ("internvl_6b", "norms of query and key swapped"),
     ("llava", "erf for quick GELU"),
     *[
         (family, name)

@@ -1,4 +1,4 @@
-"""InternVL (2.5, 3): InternViT with LayerScale on tiles of one size, pixel shuffle, Qwen2, Qwen3 or Llama.
+"""InternVL (2.5, 3): InternViT (300M, 6B) with LayerScale on tiles of one size, pixel shuffle, Qwen2, Qwen3 or Llama.
 
 Source: InternVL 1.5 (arXiv 2404.16821), InternVL3 (arXiv 2504.10479); layouts checked against transformers' internvl.
 """
@@ -25,6 +25,7 @@ VISION_DEFAULTS: dict[str, Any] = {
     "num_hidden_layers": 24,
     "num_attention_heads": 16,
     "attention_bias": False,
+    "use_qk_norm": False,
     "intermediate_size": 4096,
     "hidden_act": "gelu",
     "norm_type": "layer_norm",
@@ -34,12 +35,12 @@ VISION_DEFAULTS: dict[str, Any] = {
 }
 # Keys of vision_config whose other values would need code that is not there.
 _ONLY: dict[str, Any] = {
-    "use_qk_norm": False,  # InternViT-6B's norm over all heads
     "use_mask_token": False,
     "use_absolute_position_embeddings": True,
     "use_mean_pooling": True,  # otherwise there is a norm behind the last layer
 }
 PROJECTOR_NORM_EPSILON = 1e-5
+QK_NORM_EPSILON = 1e-6  # whatever layer_norm_eps says
 TOWER = "vision_tower."
 
 
@@ -77,6 +78,7 @@ def read_config(config: dict[str, Any]) -> Architecture:
         patch_bias=True,
         layer_scale=True,
         qkv_bias=vision["attention_bias"],
+        qk_norm_epsilon=QK_NORM_EPSILON if vision["use_qk_norm"] else None,
         normalization="RMSNorm" if vision["norm_type"] == "rms_norm" else "LayerNorm",
     )
     inputs = InputSpec(
@@ -152,6 +154,9 @@ def _layer_entries(number: int, vision: VisionArchitecture) -> list[Entry]:
         query, key, value = (f"{theirs}attention.{x}_proj.{kind}" for x in "qkv")
         native = f"{ours}self_attention.linear_qkv.{kind}"
         entries.append(split_qkv(native, (query, key, value), heads, vision.hidden_size // heads))
+    if vision.qk_norm_epsilon is not None:
+        for x in "qk":
+            entries.append(direct(f"{ours}self_attention.{x}_layernorm.weight", f"{theirs}attention.{x}_norm.weight"))
     norm_kinds = ("weight",) if vision.normalization == "RMSNorm" else both
     for name, other, kinds in (
         ("input_layernorm", "layernorm_before", norm_kinds),

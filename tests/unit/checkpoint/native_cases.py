@@ -18,11 +18,42 @@ from megavlm.train import resume
 from megavlm.train.state import TrainState, build_state
 from megavlm.train.step import train_step
 
+Held = tuple[torch.Tensor, torch.Tensor, int | None]
+
 
 def save_steps(recipe: Recipe, steps: list[int]) -> list[Path]:
     """Save a checkpoint for each of some step numbers; the first weights tell them apart (see `first_weight`)."""
     state = build_state(recipe)
     return [_save(state, step) for step in steps]
+
+
+def save_trained(recipe: Recipe) -> dict[str, Held]:
+    """Train a step, save it; this rank's part of every parameter of the encoder."""
+    state = build_state(recipe)
+    train_step(state, 0)
+    state.step = 1
+    resume.save(state)
+    return _held(state)
+
+
+def resume_held(recipe: Recipe) -> dict[str, Held]:
+    """Resume; this rank's part of every parameter of the encoder."""
+    state = build_state(recipe)
+    assert resume.resume(state) is not None
+    return _held(state)
+
+
+def _held(state: TrainState) -> dict[str, Held]:
+    """Parameter and first moment, and the dimension that tensor parallelism cuts, None where it cuts none."""
+    moments: dict[torch.nn.Parameter, torch.Tensor] = {}
+    for inner in state.optimizer.chained_optimizers:
+        moments |= {parameter: entry["exp_avg"] for parameter, entry in inner.optimizer.state.items()}
+    found: dict[str, Held] = {}
+    for name, parameter in state.parts.encoder.named_parameters():
+        marks = vars(parameter)
+        cut = marks["partition_dim"] if marks.get("tensor_model_parallel", False) else None
+        found[name] = (parameter.detach(), moments[parameter], cut)
+    return found
 
 
 def resume_weight(recipe: Recipe) -> tuple[Path | None, int, float | None]:

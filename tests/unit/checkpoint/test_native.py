@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megavlm.config.schema import Recipe
 from tests.invariant import canon
@@ -105,6 +106,27 @@ def test_load_dir_without_a_checkpoint_is_an_error(workers: PoolKeeper, inputs: 
     asking = with_changes(inputs, tmp_path, checkpoint={"load_dir": str(tmp_path)})
     (message,) = workers(1).run(f"{CASES}:resume_error", recipe=asking)
     assert str(tmp_path) in message and "no complete checkpoint" in message and "\n" not in message
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize("family", ["internvl", "internvl_6b"])
+def test_an_encoder_is_the_same_in_another_tensor_parallel_size(
+    workers: PoolKeeper, inputs: Path, tmp_path: Path, family: str, before: int, after: int
+) -> None:
+    def run(size: int, case: str) -> list[dict[str, Any]]:
+        parallel = {"tensor_model_parallel_size": size, "use_distributed_optimizer": False}
+        return workers(size).run(f"{CASES}:{case}", recipe=with_changes(inputs, tmp_path, family, parallel=parallel))
+
+    saved, resumed = run(before, "save_trained"), run(after, "resume_held")
+    cut_names = {name for name, (*_, cut) in saved[0].items() if cut is not None}
+    assert any(name.endswith("self_attention.q_layernorm.weight") for name in cut_names) == (family == "internvl_6b")
+    assert saved[0].keys() == resumed[0].keys()
+    for name, (*_, cut) in saved[0].items():
+        for place in range(2):  # the parameter, its moment
+            parts = [[rank[name][place] for rank in ranks] for ranks in (saved, resumed)]
+            first, second = (ranks[0] if cut is None else torch.cat(ranks, cut) for ranks in parts)
+            assert torch.equal(first, second), name
+        assert saved[0][name][1].any(), name
 
 
 def test_load_dir_takes_a_step_folder(workers: PoolKeeper, recipe: Recipe, inputs: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from tests.pool import PoolKeeper
 from tests.tiny import write_tiny_llava, write_tiny_qwen3vl, write_tiny_qwen3vl_moe
 from tests.tiny_anyres import write_tiny_llava_next, write_tiny_llava_onevision
-from tests.tiny_internvl import write_tiny_internvl
+from tests.tiny_internvl import write_tiny_internvl, write_tiny_internvl_6b
 from tests.tiny_qwen2_5_vl import write_tiny_qwen2_5_vl
 
 WRITERS = {
@@ -21,6 +21,7 @@ WRITERS = {
     "llava_onevision": write_tiny_llava_onevision,
     "qwen2_5_vl": write_tiny_qwen2_5_vl,
     "internvl": write_tiny_internvl,
+    "internvl_6b": write_tiny_internvl_6b,
 }
 
 

@@ -13,6 +13,8 @@ with a tokenizer and a chat template. Connectors and their keys (key=value):
   mlp                two layers; the result is a LLaVA directory, which transformers and vLLM read
   pixel_shuffle_mlp  scale_factor^2 neighbouring patches become one (scale_factor=2)
   perceiver          learned queries read the image (num_queries=64 num_hidden_layers=3 num_attention_heads=16 ...)
+  gated_cross_attention  Flamingo's: a perceiver, read by new layers in front of every fourth of the language model's
+                     (the perceiver's keys, cross_layer_interval=4); their gates begin closed
   qformer            BLIP-2's (num_queries=32 num_hidden_layers=12 hidden_size=768 cross_attention_frequency=2 ...)
 
 examples:
@@ -28,7 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vision", required=True, metavar="DIR", help="Hugging Face directory of the vision tower")
     parser.add_argument("--language", required=True, metavar="DIR", help="Hugging Face directory of the language model")
     parser.add_argument("--out", required=True, metavar="DIR", help="new or empty directory")
-    parser.add_argument("--connector", default="mlp", help="mlp, pixel_shuffle_mlp, perceiver, qformer (default: mlp)")
+    parser.add_argument(
+        "--connector",
+        default="mlp",
+        help="mlp, pixel_shuffle_mlp, perceiver, qformer, gated_cross_attention (default: mlp)",
+    )
     parser.add_argument("--image-token", default="<image>", help="placeholder of an image (default: <image>)")
     parser.add_argument("--feature-layer", type=int, help="hidden state that is the feature (default: -2)")
     parser.add_argument("--seed", type=int, default=0, help="of the connector's first weights (default: 0)")

@@ -118,7 +118,8 @@ class ConnectorArchitecture:
 
     Attributes:
         kind: `mlp` (two layers), `pixel_shuffle_mlp` (merge_size^2 neighbouring patches become one, then a norm and two
-            layers), `perceiver` or `qformer` (learned queries).
+            layers), `perceiver` or `qformer` (learned queries), `gated_cross_attention` (a perceiver, whose visual
+            tokens are read by layers of their own in the language model).
         num_queries: visual tokens of an image.
         depth: layers.
         hidden_size: width of a Q-Former.
@@ -126,12 +127,12 @@ class ConnectorArchitecture:
         num_heads: of attention.
         num_key_value_heads: of a perceiver.
         head_dim: of a perceiver.
-        cross_attention_frequency: a Q-Former reads the image in every so manieth layer.
+        cross_attention_frequency: a Q-Former, or the language model, reads the image in every so manieth layer.
         merge_size: neighbouring patches that become one, along each side.
         norm_epsilon: of its norms.
     """
 
-    kind: Literal["mlp", "pixel_shuffle_mlp", "perceiver", "qformer"]
+    kind: Literal["mlp", "pixel_shuffle_mlp", "perceiver", "qformer", "gated_cross_attention"]
     num_queries: int = 0
     depth: int = 0
     hidden_size: int = 0
@@ -153,6 +154,12 @@ class Architecture:
     language: LanguageArchitecture
     inputs: InputSpec
     connector: ConnectorArchitecture | None = None
+
+    @property
+    def gate_interval(self) -> int:
+        """Every so manieth decoder layer reads the images by gated cross-attention; 0: they stand in the row."""
+        gated = self.connector is not None and self.connector.kind == "gated_cross_attention"
+        return self.connector.cross_attention_frequency if gated and self.connector is not None else 0
 
     @property
     def num_deepstack(self) -> int:

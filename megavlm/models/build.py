@@ -129,6 +129,7 @@ def build_language_chunks(
             post_process=stage == num_stages - 1 and number == num_virtual - 1,
             vp_stage=vp_stage,
             moe_aux_loss_coeff=model.moe_aux_loss_coeff,
+            gate_interval=architecture.gate_interval,
         )
         chunk = LanguageChunk(config, architecture, groups, language, vp_stage)
         chunks.append(Float16Module(config, chunk) if config.bf16 else chunk)

@@ -14,7 +14,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megavlm.models.architecture import Architecture
-from megavlm.models.merge import feature_rows, merge_features
+from megavlm.models.gated import ImagesInRow, images_in_row
+from megavlm.models.merge import carry_features, feature_rows, merge_features
 from megavlm.parallel.context import local_part
 from megavlm.parallel.groups import Groups
 
@@ -41,6 +42,8 @@ class LanguageChunk(MegatronModule):
         num_deepstack = architecture.num_deepstack
         # an empty chunk passes on what it gets
         self.slots_in = 1 + max(0, num_deepstack - layers[0]) if layers else None
+        if architecture.gate_interval and layers:
+            self.slots_in = 2
 
     @property
     def num_slots(self) -> int:
@@ -87,6 +90,8 @@ class LanguageChunk(MegatronModule):
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
         )
+        if self.architecture.gate_interval:
+            packing = ImagesInRow(**vars(packing), **self._images(tokens_T, borders))
         hidden = self._embed(features_VKH, tokens_T, borders) if self.pre_process else None
         output: torch.Tensor = self.language(
             input_ids=None,
@@ -97,6 +102,11 @@ class LanguageChunk(MegatronModule):
             padding_mask=self._padding(real_T, borders) if self.architecture.language.experts else None,
         )
         return output.reshape(-1, output.shape[-1]) if self.post_process else output  # GPTModel gives [1, L, W]
+
+    def _images(self, tokens_T: torch.Tensor, borders: torch.Tensor) -> dict[str, torch.Tensor]:
+        inputs, context = self.architecture.inputs, self.groups.context
+        is_visual_T = tokens_T == inputs.image_token_id
+        return images_in_row(is_visual_T, inputs.num_queries, borders, context.size(), context.rank())
 
     def _padding(self, real_T: torch.Tensor, borders: torch.Tensor) -> torch.Tensor:
         """Bool [1, S]: of the tokens that the layers of this rank see, those that do not count."""
@@ -112,7 +122,10 @@ class LanguageChunk(MegatronModule):
         tokens_L = local_part(tokens_T, borders, context.size(), context.rank())
         rows_L = local_part(rows_T, borders, context.size(), context.rank())
         embeddings_LH = self.language.embedding(input_ids=tokens_L[None], position_ids=None)[:, 0]
-        hidden_LKH = merge_features(embeddings_LH, features_VKH, rows_L, self.num_slots)
+        if self.architecture.gate_interval:
+            hidden_LKH = carry_features(embeddings_LH, features_VKH, rows_L)
+        else:
+            hidden_LKH = merge_features(embeddings_LH, features_VKH, rows_L, self.num_slots)
         if self.config.sequence_parallel:
             hidden_LKH = tensor_parallel.scatter_to_sequence_parallel_region(hidden_LKH, group=self.groups.tensor)
         return hidden_LKH.contiguous()

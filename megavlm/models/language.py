@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megavlm.models.architecture import LanguageArchitecture
 from megavlm.models.experts import experts_spec, finish_experts
+from megavlm.models.gated import GatedLayer
 from megavlm.models.rope import RotaryAngles
 from megavlm.models.specs import layer_spec
 
@@ -44,6 +45,7 @@ def build_language_model(
     post_process: bool,
     vp_stage: int | None,
     moe_aux_loss_coeff: float = 0.0,
+    gate_interval: int = 0,
 ) -> GPTModel:
     """One chunk of the language model.
 
@@ -57,10 +59,14 @@ def build_language_model(
         post_process: whether it holds the final norm and the output layer.
         vp_stage: which virtual chunk of this pipeline rank it is; None without interleaving.
         moe_aux_loss_coeff: weight of the experts' load-balancing loss.
+        gate_interval: every so manieth layer reads the images by gated cross-attention; 0: none does.
     """
-    layer_class = DeepStackLayer if num_deepstack else TransformerLayer
+    layer_class: type[TransformerLayer] = DeepStackLayer if num_deepstack else TransformerLayer
+    params: dict[str, Any] = {}
+    if gate_interval:
+        layer_class, params = GatedLayer, {"provider": provider, "interval": gate_interval}
     mlp = None if architecture.experts is None else experts_spec(provider, moe_aux_loss_coeff)
-    spec = layer_spec(provider, AttnMaskType.causal, architecture.qk_norm, layer_class, mlp=mlp)
+    spec = layer_spec(provider, AttnMaskType.causal, architecture.qk_norm, layer_class, params, mlp)
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=groups.pp.rank())
     model = GPTModel(
         config=config,

@@ -15,6 +15,23 @@ def feature_rows(tokens_T: torch.Tensor, image_token_id: int) -> torch.Tensor:
     return torch.where(is_image_T, rows_T, -1)
 
 
+def carry_features(
+    embeddings_TH: torch.Tensor, features_VKH: torch.Tensor | None, rows_T: torch.Tensor
+) -> torch.Tensor:
+    """Hidden states [T, 2, H]: embeddings, and beside those of visual tokens their features (gated cross-attention).
+
+    Args:
+        embeddings_TH: word embeddings of the tokens.
+        features_VKH: features of the whole batch's images (K is 1), or None for a batch without any.
+        rows_T: from `feature_rows`, or the part of it that this rank holds.
+    """
+    if features_VKH is None:
+        return torch.stack((embeddings_TH, torch.zeros_like(embeddings_TH)), dim=1)
+    taken_TH = features_VKH[:, 0].to(embeddings_TH.dtype).index_select(0, rows_T.clamp(min=0))
+    beside_TH = torch.where((rows_T >= 0)[:, None], taken_TH, taken_TH.new_zeros(()))
+    return torch.stack((embeddings_TH, beside_TH), dim=1)
+
+
 def merge_features(
     embeddings_TH: torch.Tensor, features_VKH: torch.Tensor | None, rows_T: torch.Tensor, num_slots: int
 ) -> torch.Tensor:

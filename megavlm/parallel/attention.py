@@ -103,6 +103,12 @@ class _GatherRanks(torch.autograd.Function):
         return mine, None
 
 
+def gather_ranks(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """All ranks' tensors stacked on a new first axis; gradients go back to where they came from, added up."""
+    gathered: torch.Tensor = _GatherRanks.apply(tensor, group)
+    return gathered
+
+
 def all_gather_attention(
     query_THD: torch.Tensor,
     key_TGD: torch.Tensor,

@@ -69,7 +69,7 @@ def _chosen_mlp_flops(architecture: Architecture, connector: ConnectorArchitectu
 def _resampler_flops(architecture: Architecture, connector: ConnectorArchitecture, patches: int) -> int:
     """Forward FLOPs of a connector with learned queries on one frame."""
     tower, size, queries = architecture.vision.hidden_size, architecture.language.hidden_size, connector.num_queries
-    if connector.kind == "perceiver":
+    if connector.kind in ("perceiver", "gated_cross_attention"):
         middle = architecture.language.ffn_hidden_size
         wide = connector.num_heads * connector.head_dim
         narrow = connector.num_key_value_heads * connector.head_dim

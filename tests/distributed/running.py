@@ -80,7 +80,7 @@ def write_inputs(root: Path) -> Inputs:
     _sharpen(write_tiny_internvl(root / "internvl", seed=4))
     _sharpen(write_tiny_llava_next(root / "llava_next"))
     _sharpen(write_tiny_llava_onevision(root / "llava_onevision", seed=2))
-    for kind in ("perceiver", "qformer"):
+    for kind in ("perceiver", "qformer", "gated_cross_attention"):
         ComposedReference(kind).write(root / kind)
     (root / "images").mkdir()
     random = np.random.RandomState(5)

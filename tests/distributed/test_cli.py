@@ -117,7 +117,10 @@ SHARDED = [
 ]
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl", "llava_next", "llava_onevision", "perceiver", "qformer"])
+@pytest.mark.parametrize(
+    "family",
+    ["qwen2_5_vl", "internvl", "llava_next", "llava_onevision", "perceiver", "qformer", "gated_cross_attention"],
+)
 def test_every_family_trains(inputs: Inputs, workers: PoolKeeper, tmp_path: Path, family: str) -> None:
     words = inputs.train(tmp_path, "train.train_iters=1", f"model.hf_dir={inputs.model(family)}", "data.max_pixels=0")
     succeed(workers, 1, [*words, "--dry-run"])

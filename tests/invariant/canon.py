@@ -41,6 +41,7 @@ SENSITIVITY: dict[str, dict[str, float]] = {
     "internvl": {"multi_modal_projector": 5.0, "lm_head": 4.0, "language_model": 6.0},
     "internvl_6b": {"multi_modal_projector": 5.0, "lm_head": 4.0, "language_model": 6.0},
     "perceiver": {"language_model": 4.0},
+    "gated_cross_attention": {"language_model": 4.0, "gated_layers": 2.0},
     "qformer": {"cross_attention": 2.0, "language_model": 5.0},
 }
 
@@ -67,7 +68,7 @@ def write_inputs(root: Path) -> None:
     }
     for family, write in writers.items():
         _sharpen(write(root / family), SENSITIVITY[family])
-    for kind in ("perceiver", "qformer"):
+    for kind in ("perceiver", "qformer", "gated_cross_attention"):
         _sharpen(ComposedReference(kind).write(root / kind), SENSITIVITY[kind])
     random = np.random.RandomState(7)
     rows = [_row(root, number, random) for number in range(NUM_ROWS)]

@@ -76,6 +76,7 @@ REFERENCES: dict[str, Reference] = {
     "internvl": Reference("internvl"),
     "internvl_6b": Reference("internvl_6b"),
     "perceiver": Reference("perceiver"),
+    "gated_cross_attention": Reference("gated_cross_attention"),
     "qformer": Reference("qformer"),
     "frozen vision": Reference("qwen3_vl", {"freeze_vit": True}),
     "frozen encoder": Reference("qwen3_vl", {"freeze_vit": True, "freeze_aligner": True}),
@@ -117,6 +118,8 @@ MEMBERS: tuple[Member, ...] = (
     Member("micro batch 8: all rows packed into one", 1, micro_batch_size=8, quick=True),
     Member("packed by cost", 1, data=_PACKED, quick=True),
     Member("LLaVA, all rows packed into one", 1, micro_batch_size=8, against="llava"),
+    Member("gated cross-attention, all rows packed into one", 1, micro_batch_size=8, against="gated_cross_attention"),
+    Member("gated cross-attention, recompute full", 1, _FULL, True, "gated_cross_attention"),
     # recompute
     Member("recompute full, uniform", 1, _FULL),
     Member("recompute full, block", 1, _BLOCK, quick=True),
@@ -212,6 +215,20 @@ MEMBERS: tuple[Member, ...] = (
     Member("perceiver, TP2+SP", 2, layout(tp=2, sp=True), True, "perceiver"),
     Member("perceiver, encoder in bubbles, PP2", 2, layout(placement="bubble", pp=2), True, "perceiver"),
     Member("perceiver, encoder stage + PP1", 2, layout(placement="stage", pp=2), False, "perceiver"),
+    Member("gated cross-attention, TP2+SP", 2, layout(tp=2, sp=True), False, "gated_cross_attention"),
+    Member(
+        "gated cross-attention, CP2 all_gather", 2, layout(cp=2, cp_comm="all_gather"), True, "gated_cross_attention"
+    ),
+    Member("gated cross-attention, CP2 p2p", 2, layout(cp=2, cp_comm="p2p"), False, "gated_cross_attention"),
+    Member("gated cross-attention, PP2 x VPP2", 2, layout(pp=2, vpp=2), False, "gated_cross_attention"),
+    Member("gated cross-attention, DP2, overlap", 2, _OVERLAP_BOTH, False, "gated_cross_attention"),
+    Member(
+        "gated cross-attention, encoder in bubbles, PP2",
+        2,
+        layout(placement="bubble", pp=2),
+        False,
+        "gated_cross_attention",
+    ),
     Member("qformer, CP2 all_gather", 2, layout(cp=2, cp_comm="all_gather"), False, "qformer"),
     Member("qformer, encoder spread, PP2", 2, layout(placement="spread", pp=2), True, "qformer"),
     Member("qformer, encoder on own rank", 2, layout(placement="own_ranks"), False, "qformer"),
@@ -369,7 +386,11 @@ _HEADS_ONE, _HEADS_TP2 = (
 _HEADS_TP2_PLAIN = Member("TP2", 2, layout(tp=2) | _PLAIN, against="internvl_6b")
 _HEADS_ONE_PLAIN = Member("one process", 1, _PLAIN, against="internvl_6b")
 
+_GATED_ONE = Member("one process", 1, against="gated_cross_attention")
+_GATED_FOUR = Member("TP2+SP x PP2", 4, layout(tp=2, sp=True, pp=2), against="gated_cross_attention")
+
 SWITCHES: tuple[Switch, ...] = (
+    Switch("gated cross-attention: TP2+SP x PP2 to one process", _GATED_FOUR, _GATED_ONE, quick=True),
     Switch("InternVL 6B: TP2 to one process", _HEADS_TP2, _HEADS_ONE, quick=True),
     Switch("InternVL 6B: one process to TP2, optimizer not distributed", _HEADS_ONE_PLAIN, _HEADS_TP2_PLAIN),
     Switch("experts: one process to EP2 of TP2+SP x PP2", _EXPERTS_ONE, _EXPERTS_FOUR, quick=True),

@@ -23,6 +23,8 @@ from transformers import (
     Qwen3Config,
 )
 from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel
+from transformers.models.idefics.configuration_idefics import IdeficsConfig
+from transformers.models.idefics.modeling_idefics import IdeficsGatedCrossAttentionLayer
 from transformers.models.idefics2.configuration_idefics2 import Idefics2PerceiverConfig
 from transformers.models.idefics2.modeling_idefics2 import Idefics2MLP, Idefics2PerceiverResampler
 
@@ -39,6 +41,14 @@ CONNECTORS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "head_dim": 8,
     },
+    "gated_cross_attention": {
+        "num_queries": 6,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "cross_layer_interval": 3,
+    },
     "qformer": {
         "num_queries": 5,
         "num_hidden_layers": 3,
@@ -50,6 +60,7 @@ CONNECTORS: dict[str, dict[str, Any]] = {
 }
 # A connector and a kind of language model each; tied embeddings in one.
 COMPOSED = {"pixel_shuffle_mlp": ("llama", False), "perceiver": ("qwen3", True), "qformer": ("qwen2", False)}
+COMPOSED["gated_cross_attention"] = ("qwen2", False)
 
 _RENAMES = {
     "perceiver": {
@@ -63,6 +74,28 @@ _RENAMES = {
         "input_latents_norm": "latents_norm",
         "input_context_norm": "context_norm",
         "post_attention_layernorm": "mlp_norm",
+    },
+    "gated_cross_attention": {
+        "gated_layers": "GATED_LAYERS",
+        "perceiver_resampler.": "",
+        "modality_projection.": "projection.",
+        "cross_attn.": "",
+        "self_attn.q_proj": "query",
+        "self_attn.k_proj": "key",
+        "self_attn.v_proj": "value",
+        "self_attn.o_proj": "output",
+        "q_proj": "query",
+        "k_proj": "key",
+        "v_proj": "value",
+        "o_proj": "output",
+        "_proj.": ".",
+        "input_latents_norm": "latents_norm",
+        "input_context_norm": "context_norm",
+        "input_layernorm": "input_norm",
+        "post_attention_layernorm": "mlp_norm",
+        "alpha_cross_attn": "attention_gate",
+        "alpha_dense": "mlp_gate",
+        "GATED_LAYERS": "gated_layers",
     },
     "qformer": {
         "query_tokens": "queries",
@@ -85,6 +118,7 @@ class Perceiver(nn.Module):
     def __init__(self, keys: dict[str, Any], tower_size: int, text: PretrainedConfig) -> None:
         super().__init__()
         size = text.hidden_size
+        self.num_queries = keys["num_queries"]
         self.modality_projection = Idefics2MLP(tower_size, text.intermediate_size, size, "silu")
         config = Idefics2PerceiverConfig(
             hidden_size=size,
@@ -138,7 +172,54 @@ class PixelShuffle(nn.Sequential):
         return super().forward(merged.permute(0, 3, 4, 2, 1).flatten(3).flatten(1, 2))
 
 
+class Gated(Perceiver):
+    """A perceiver, and Idefics' layers in front of some of the decoder's."""
+
+    def __init__(self, keys: dict[str, Any], tower_size: int, text: PretrainedConfig) -> None:
+        super().__init__(keys, tower_size, text)
+        self.interval = keys["cross_layer_interval"]
+        config = IdeficsConfig(
+            hidden_size=text.hidden_size,
+            intermediate_size=text.intermediate_size,
+            num_attention_heads=text.num_attention_heads,
+            rms_norm_eps=text.rms_norm_eps,
+            vision_config={"embed_dim": text.hidden_size},
+            qk_layer_norms=False,
+            alpha_type="float",
+            dropout=0.0,
+            attn_implementation="eager",
+        )
+        config._attn_implementation = "eager"
+        numbers = range(0, text.num_hidden_layers, self.interval)
+        self.gated_layers = nn.ModuleDict({str(n): IdeficsGatedCrossAttentionLayer(config) for n in numbers})
+        for layer in self.gated_layers.values():
+            nn.init.constant_(layer.alpha_cross_attn, 0.7)
+            nn.init.constant_(layer.alpha_dense, -0.4)
+
+    def attach(self, decoder: nn.Module, is_image_S: torch.Tensor, features_IQH: torch.Tensor | None) -> list[Any]:
+        """Hooks on the decoder's layers; they are to be removed after."""
+        seen_S = (is_image_S.cumsum(0) - 1) // self.num_queries
+        features_1VH = torch.zeros(1, 1, 64) if features_IQH is None else features_IQH.flatten(0, 1)[None]
+        image_V = torch.arange(features_1VH.shape[1]) // self.num_queries
+        mask_SV = torch.where(seen_S[:, None] == image_V, 0.0, torch.finfo(torch.float32).min)
+        handles = []
+        for number, layer in self.gated_layers.items():
+
+            def read(_module: Any, args: tuple[Any, ...], layer: nn.Module = layer) -> tuple[Any, ...]:
+                hidden = layer(
+                    args[0],
+                    image_hidden_states=features_1VH,
+                    image_attention_mask=mask_SV[None, None],
+                    cross_attention_gate=(seen_S >= 0).float()[None],
+                )
+                return (hidden, *args[1:])
+
+            handles.append(decoder.layers[int(number)].register_forward_pre_hook(read))
+        return handles
+
+
 MODULES: dict[str, type[nn.Module]] = {
+    "gated_cross_attention": Gated,
     "perceiver": Perceiver,
     "qformer": QFormer,
     "pixel_shuffle_mlp": PixelShuffle,
@@ -206,6 +287,15 @@ class ComposedReference(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None = None) -> Any:
         embeddings = self.language_model.get_input_embeddings()(input_ids)
+        if isinstance(self.connector, Gated):
+            features = None if pixel_values is None else self.get_image_features(pixel_values).pooler_output
+            handles = self.connector.attach(
+                self.language_model.model, input_ids[0] == self.config.image_token_id, features
+            )
+            output = self.language_model(inputs_embeds=embeddings)
+            for handle in handles:
+                handle.remove()
+            return output
         if pixel_values is not None:
             features = self.get_image_features(pixel_values).pooler_output.flatten(0, 1)
             places = (input_ids == self.config.image_token_id)[..., None].expand_as(embeddings)

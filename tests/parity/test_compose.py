@@ -129,6 +129,7 @@ def test_the_template_takes_texts_and_parts(clip, tmp_path, compose):
     [
         ("pixel_shuffle_mlp", "scale_factor=2"),
         ("perceiver", "num_queries=3", "num_hidden_layers=1", "num_attention_heads=4", "num_key_value_heads=2"),
+        ("gated_cross_attention", "num_queries=3", "num_hidden_layers=1", "cross_layer_interval=2"),
         ("qformer", "num_queries=3", "num_hidden_layers=2", "hidden_size=24", "num_attention_heads=3"),
     ],
     ids=lambda words: words[0],

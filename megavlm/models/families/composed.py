@@ -17,16 +17,17 @@ from torch import nn
 
 from megavlm.config.inputs import InputSpec
 from megavlm.errors import use_error
-from megavlm.models.architecture import Architecture, ConnectorArchitecture
+from megavlm.models.architecture import Architecture, ConnectorArchitecture, LanguageArchitecture
 from megavlm.models.clip import build_tower, input_spec, read_tower, tower_entries
 from megavlm.models.decoders import decoder_entries, read_decoder
 from megavlm.models.families import llava
 from megavlm.models.family import ModelFamily
 from megavlm.models.projector import Connectors, PixelShuffleMLP
 from megavlm.models.resampler import PerceiverResampler, QFormer
-from megavlm.models.weight_map import Entry, direct
+from megavlm.models.weight_map import Entry, direct, gated
 
 MODEL_TYPE = "megavlm"
+_GATED_LAYERS = "gated_layers."
 
 # What each kind of connector takes beside `type`, with its default; None: follows from the language model.
 CONNECTORS: dict[str, dict[str, Any]] = {
@@ -40,6 +41,16 @@ CONNECTORS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "head_dim": 96,
         "rms_norm_eps": 1e-6,
+    },
+    # Flamingo's: Idefics2's perceiver, and the decoder layers that read it
+    "gated_cross_attention": {
+        "num_queries": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 96,
+        "rms_norm_eps": 1e-6,
+        "cross_layer_interval": 4,
     },
     # BLIP-2's
     "qformer": {
@@ -81,7 +92,7 @@ def read_connector(config: Mapping[str, Any]) -> ConnectorArchitecture:
         num_heads=values.get("num_attention_heads", 0),
         num_key_value_heads=values.get("num_key_value_heads", 0),
         head_dim=values.get("head_dim", 0),
-        cross_attention_frequency=values.get("cross_attention_frequency", 1),
+        cross_attention_frequency=values.get("cross_layer_interval", values.get("cross_attention_frequency", 1)),
         merge_size=values.get("scale_factor", 1),
         norm_epsilon=values.get("rms_norm_eps", values.get("layer_norm_eps", 1e-6)),
     )
@@ -118,7 +129,7 @@ def build_projector(
         side = int(vision.num_positions**0.5)
         sizes = (vision.hidden_size, language.hidden_size)
         main = PixelShuffleMLP(config, provider, groups, sizes, side, connector.merge_size, connector.norm_epsilon)
-    elif connector.kind == "perceiver":
+    elif connector.kind in ("perceiver", "gated_cross_attention"):
         widths = (vision.hidden_size, language.ffn_hidden_size, language.hidden_size)
         main = PerceiverResampler(config, connector, widths, vision.num_positions)
     else:
@@ -127,7 +138,10 @@ def build_projector(
 
 
 def connector_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """The connector's parameters by their names: after `projector.main.` here, after `connector.` on disk."""
+    """The connector's parameters by their names: after `projector.main.` here, after `connector.` on disk.
+
+    Those of decoder layers that read images are among them; here they are part of these layers.
+    """
     connector, tower, size = architecture.connector, architecture.vision.hidden_size, architecture.language.hidden_size
     assert connector is not None
     if connector.kind == "mlp":
@@ -139,6 +153,9 @@ def connector_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
         )
     if connector.kind == "perceiver":
         return _perceiver_shapes(connector, tower, architecture.language.ffn_hidden_size, size)
+    if connector.kind == "gated_cross_attention":
+        shapes = _perceiver_shapes(connector, tower, architecture.language.ffn_hidden_size, size)
+        return shapes | _gated_layer_shapes(architecture.language, architecture.gate_interval)
     return _qformer_shapes(connector, tower, size)
 
 
@@ -173,6 +190,35 @@ def _perceiver_shapes(
     return shapes | {"norm.weight": (size,)}
 
 
+def _gated_layer_shapes(language: LanguageArchitecture, interval: int) -> dict[str, tuple[int, ...]]:
+    size, width = language.hidden_size, language.num_attention_heads * language.head_dim
+    shapes: dict[str, tuple[int, ...]] = {}
+    for number in range(0, language.num_layers, interval):
+        layer = f"{_GATED_LAYERS}{number}."
+        shapes |= {f"{layer}attention_gate": (1,), f"{layer}mlp_gate": (1,)}
+        shapes |= {f"{layer}input_norm.weight": (size,), f"{layer}mlp_norm.weight": (size,)}
+        shapes |= {f"{layer}{name}.weight": (width, size) for name in ("query", "key", "value")}
+        shapes |= {f"{layer}output.weight": (size, width)} | _gated(f"{layer}mlp", size, language.ffn_hidden_size, size)
+    return shapes
+
+
+def _gated_layer_entries(language: LanguageArchitecture, interval: int) -> list[Entry]:
+    entries = []
+    for number in range(0, language.num_layers, interval):
+        ours, theirs = f"language.decoder.layers.{number}.cross.", f"connector.{_GATED_LAYERS}{number}."
+        entries += [
+            direct(f"{ours}gates.attention_gate", f"{theirs}attention_gate"),
+            direct(f"{ours}gates.mlp_gate", f"{theirs}mlp_gate"),
+            direct(f"{ours}input_layernorm.weight", f"{theirs}input_norm.weight"),
+            direct(f"{ours}pre_mlp_layernorm.weight", f"{theirs}mlp_norm.weight"),
+            *(direct(f"{ours}linear_{name}.weight", f"{theirs}{name}.weight") for name in ("query", "key", "value")),
+            direct(f"{ours}linear_proj.weight", f"{theirs}output.weight"),
+            gated(f"{ours}mlp.linear_fc1.weight", f"{theirs}mlp.gate.weight", f"{theirs}mlp.up.weight"),
+            direct(f"{ours}mlp.linear_fc2.weight", f"{theirs}mlp.down.weight"),
+        ]
+    return entries
+
+
 def _qformer_shapes(connector: ConnectorArchitecture, tower: int, size: int) -> dict[str, tuple[int, ...]]:
     width, ffn = connector.hidden_size, connector.ffn_hidden_size
     shapes: dict[str, tuple[int, ...]] = {"queries": (connector.num_queries, width)}
@@ -195,7 +241,11 @@ def weight_map(architecture: Architecture) -> list[Entry]:
     """Native names to those of a composed directory."""
     entries = decoder_entries(architecture.language, "language_model.model.", "language_model.lm_head.weight")
     entries += tower_entries(architecture)
-    return entries + [direct(f"projector.main.{name}", f"connector.{name}") for name in connector_shapes(architecture)]
+    names = [name for name in connector_shapes(architecture) if not name.startswith(_GATED_LAYERS)]
+    entries += [direct(f"projector.main.{name}", f"connector.{name}") for name in names]
+    if architecture.gate_interval:
+        entries += _gated_layer_entries(architecture.language, architecture.gate_interval)
+    return entries
 
 
 FAMILY = ModelFamily(

@@ -47,7 +47,7 @@ test-next:
 
 test-video:
 	@tools/setup_video_env.sh
-	$(TEST_ENV) MEGAVLM_NO_EVIDENCE=1 .venv-video/bin/python -m pytest tests/video $(PYTEST_ARGS)
+	$(TEST_ENV) PYTHONPATH=tests/serve MEGAVLM_NO_EVIDENCE=1 .venv-video/bin/python -m pytest tests/video $(PYTEST_ARGS)
 
 check: setup
 	@$(PYTHON) -m ruff check .

@@ -145,10 +145,10 @@ class SampleEncoder:
             )
 
     def _finish(self, sample: Sample, tokens_S: np.ndarray, weights_S: np.ndarray) -> EncodedSample:
-        for token_id, paths, word in (
-            (self.inputs.image_token_id, sample.images, "image"),
-            (self.inputs.video_token_id, sample.videos, "video"),
-        ):
+        kinds = [(self.inputs.image_token_id, sample.images, "image")]
+        if self.video is not None:  # else the id may be that of a word
+            kinds.append((self.inputs.video_token_id, sample.videos, "video"))
+        for token_id, paths, word in kinds:
             if int((tokens_S == token_id).sum()) != len(paths):
                 raise use_error(
                     "the chat template",

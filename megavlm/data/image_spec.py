@@ -109,8 +109,8 @@ def read_image_spec(hf_dir: str | Path, inputs: InputSpec, min_pixels: int = 0, 
         resize_px=resize_px,
         min_pixels=least,
         max_pixels=most,
-        mean=_three_floats(config, where, "image_mean", _CLIP_MEAN),
-        std=_three_floats(config, where, "image_std", _CLIP_STD),
+        mean=three_floats(config, where, "image_mean", _CLIP_MEAN),
+        std=three_floats(config, where, "image_std", _CLIP_STD),
         rescale=float(config.get("rescale_factor", 1 / 255)),
         resample=int(config.get("resample", _BICUBIC)),
         min_tiles=int(config.get("min_patches", 1)),
@@ -120,8 +120,17 @@ def read_image_spec(hf_dir: str | Path, inputs: InputSpec, min_pixels: int = 0, 
     )
 
 
-def _read_processor_config(hf_dir: Path) -> tuple[str, dict[str, Any]]:
-    for name, section in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+def find_processor_config(hf_dir: Path, *places: tuple[str, str | None]) -> tuple[str, dict[str, Any]] | None:
+    """The first of some places that has a processor's settings, and where that is; None: none has.
+
+    Args:
+        hf_dir: Hugging Face directory.
+        *places: file name, and the section of the file (None: the whole of it).
+
+    Raises:
+        UseError: a file that is no JSON.
+    """
+    for name, section in places:
         path = hf_dir / name
         if not path.is_file():
             continue
@@ -132,12 +141,21 @@ def _read_processor_config(hf_dir: Path) -> tuple[str, dict[str, Any]]:
         config = config.get(section) if section else config
         if isinstance(config, dict):
             return str(path), config
-    raise use_error(
-        str(hf_dir),
-        "no image processor",
-        "preprocessor_config.json, or processor_config.json with an image_processor section",
-        "copy them from the model's Hugging Face directory",
+    return None
+
+
+def _read_processor_config(hf_dir: Path) -> tuple[str, dict[str, Any]]:
+    found = find_processor_config(
+        hf_dir, ("preprocessor_config.json", None), ("processor_config.json", "image_processor")
     )
+    if found is None:
+        raise use_error(
+            str(hf_dir),
+            "no image processor",
+            "preprocessor_config.json, or processor_config.json with an image_processor section",
+            "copy them from the model's Hugging Face directory",
+        )
+    return found
 
 
 def _pixel_limits(config: dict[str, Any], where: str, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -217,9 +235,14 @@ def _check_tile_sizes(config: dict[str, Any], where: str, inputs: InputSpec) -> 
         )
 
 
-def _three_floats(
+def three_floats(
     config: dict[str, Any], where: str, key: str, default: tuple[float, float, float]
 ) -> tuple[float, float, float]:
+    """A setting of three numbers, one a colour.
+
+    Raises:
+        UseError: it is something else.
+    """
     values = config.get(key, default)
     if not isinstance(values, (list, tuple)) or len(values) != 3:
         raise use_error(f"{where} {key}", values, "three numbers", "use the model's own image processor")

@@ -5,9 +5,7 @@ defaults are those of Qwen's and LLaVA's own tools.
 """
 
 import dataclasses
-import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,11 @@ from typing import Any
 import numpy as np
 
 from megavlm.config.inputs import Grid, InputSpec
-from megavlm.data.image_spec import ImageSpec, target_grid
+from megavlm.data.image_spec import ImageSpec, find_processor_config, target_grid, three_floats
 from megavlm.errors import use_error
+
+FILTERS = {2: "bilinear", 3: "bicubic"}
+"""torch's name of a resampling filter, by PIL's number."""
 
 _STEPS = ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")
 
@@ -85,7 +86,8 @@ def read_video_spec(
     if inputs.video_kind == "none":
         return None
     limits = limits or VideoLimits()
-    where, found = _read_config(Path(hf_dir))
+    places = ("video_preprocessor_config.json", None), ("processor_config.json", "video_processor")
+    where, found = find_processor_config(Path(hf_dir), *places) or (str(hf_dir), {})
     config = {**_DEFAULTS[inputs.video_kind], **{key: value for key, value in found.items() if value is not None}}
     for key in _STEPS:
         if config.get(key, True) is not True:
@@ -109,23 +111,8 @@ def read_video_spec(
     return spec
 
 
-def _read_config(hf_dir: Path) -> tuple[str, Mapping[str, Any]]:
-    for name, section in (("video_preprocessor_config.json", None), ("processor_config.json", "video_processor")):
-        path = hf_dir / name
-        if not path.is_file():
-            continue
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise use_error(str(path), str(error), "a JSON object", "copy the file from the model again") from error
-        config = config.get(section) if section else config
-        if isinstance(config, dict):
-            return str(path), config
-    return str(hf_dir), {}
-
-
 def _frame_spec(
-    config: Mapping[str, Any], where: str, inputs: InputSpec, image: ImageSpec, limits: VideoLimits
+    config: dict[str, Any], where: str, inputs: InputSpec, image: ImageSpec, limits: VideoLimits
 ) -> ImageSpec:
     size = config["size"]
     numbers: dict[str, Any] = {}
@@ -148,14 +135,17 @@ def _frame_spec(
                 f"change them, or the size of {where}",
             )
         numbers = {"min_pixels": least, "max_pixels": most}
-    for key, name in (("image_mean", "mean"), ("image_std", "std")):
-        if key in config:
-            numbers[name] = tuple(float(value) for value in config[key])
-    if "resample" in config:
-        numbers["resample"] = int(config["resample"])
-    if "rescale_factor" in config:
-        numbers["rescale"] = float(config["rescale_factor"])
-    return dataclasses.replace(image, **numbers)
+    resample = int(config.get("resample", image.resample))
+    if resample not in FILTERS:
+        raise use_error(f"{where} resample", resample, "2 (bilinear) or 3 (bicubic)", "use the model's own processor")
+    return dataclasses.replace(
+        image,
+        mean=three_floats(config, where, "image_mean", image.mean),
+        std=three_floats(config, where, "image_std", image.std),
+        rescale=float(config.get("rescale_factor", image.rescale)),
+        resample=resample,
+        **numbers,
+    )
 
 
 def sampled_frames(spec: VideoSpec, num_frames: int, fps: float) -> np.ndarray:

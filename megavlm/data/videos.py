@@ -19,10 +19,8 @@ import torch.nn.functional as F
 from megavlm.config.inputs import Grid
 from megavlm.data.image_spec import ImageSpec
 from megavlm.data.sample import VideoClip
-from megavlm.data.video_spec import VideoSpec
+from megavlm.data.video_spec import FILTERS, VideoSpec
 from megavlm.errors import UseError, use_error
-
-_FILTERS = {2: "bilinear", 3: "bicubic"}
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,7 @@ def _resized(pixels_HWC: np.ndarray, size: tuple[int, int], spec: ImageSpec) -> 
     pixels_CHW = torch.from_numpy(pixels_HWC).permute(2, 0, 1)
     if pixels_CHW.shape[1:] == size:
         return pixels_CHW
-    mode = _FILTERS[spec.resample]
+    mode = FILTERS[spec.resample]
     return F.interpolate(pixels_CHW[None], size, mode=mode, antialias=True, align_corners=False)[0]
 
 

@@ -48,7 +48,7 @@ class LanguageChunk(MegatronModule):
     @property
     def num_slots(self) -> int:
         """K of the hidden states that leave the embedding."""
-        return 1 + self.architecture.num_deepstack
+        return 2 if self.architecture.gate_interval else 1 + self.architecture.num_deepstack
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Take the hidden states of the stage before: [S, K, H], possibly with slots that are no longer used."""

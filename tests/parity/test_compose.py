@@ -151,6 +151,10 @@ def test_other_connectors_are_models_that_load(words, tmp_path, rows_file, worke
     [
         (("--connector", "linear"), "connector_config type: got 'linear'"),
         (("--connector", "perceiver", "num_latents=4"), "got num_latents; expected keys among num_queries"),
+        (
+            ("--connector", "gated_cross_attention", "cross_layer_interval=0"),
+            "connector_config cross_layer_interval: got 0; expected at least 1",
+        ),
         (("--feature-layer", "-9"), "vision_feature_layer: got -9"),
         (("--image-token", "a b'"), "--image-token"),
     ],

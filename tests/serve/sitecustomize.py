@@ -1,4 +1,4 @@
-"""For the serving environment: torchvision from a package registry beside torch's CPU build.
+"""For environments of their own (serving, videos): torchvision from a package registry beside torch's CPU build.
 
 torchvision's compiled operators do not load there, and its import fails because it describes operators that nobody has
 declared. Image processors need none of them: declaring them is enough. Python imports this file by its name, before

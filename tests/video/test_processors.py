@@ -1,6 +1,5 @@
 """Video files against transformers' own video processors, which need torchvision (`make test-video`)."""
 
-import contextlib
 import importlib.util
 from pathlib import Path
 
@@ -8,24 +7,16 @@ import av
 import numpy as np
 import pytest
 import torch
+import transformers
+from transformers.video_utils import VideoMetadata
+
+from megavlm.data.image_spec import ImageSpec
+from megavlm.data.sample import VideoClip
+from megavlm.data.video_spec import VideoSpec, sampled_frames, video_grid
+from megavlm.data.videos import load_video_patches, read_video_header
+from tests.videos import write_video
 
 HAS_TORCHVISION = importlib.util.find_spec("torchvision") is not None
-if HAS_TORCHVISION:
-    # Its compiled part needs CUDA's libraries; without it, its import stops at operators that nothing here uses.
-    LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
-    for operator in ("nms", "qnms"):
-        with contextlib.suppress(RuntimeError):  # they are there where it could be loaded
-            LIBRARY.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-import transformers  # noqa: E402
-from transformers.video_utils import VideoMetadata  # noqa: E402
-
-from megavlm.data.image_spec import ImageSpec  # noqa: E402
-from megavlm.data.sample import VideoClip  # noqa: E402
-from megavlm.data.video_spec import VideoSpec, sampled_frames, video_grid  # noqa: E402
-from megavlm.data.videos import load_video_patches, read_video_header  # noqa: E402
-from tests.videos import write_video  # noqa: E402
-
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 LEAST, MOST = 3136, 300_000
 SPECS = {

@@ -83,6 +83,9 @@ def read_connector(config: Mapping[str, Any]) -> ConnectorArchitecture:
             "remove it",
         )
     values = {**CONNECTORS[kind], **config}
+    for key in ("cross_layer_interval", "cross_attention_frequency"):
+        if values.get(key, 1) < 1:
+            raise use_error(f"connector_config {key}", values[key], "at least 1", "raise it")
     return ConnectorArchitecture(
         kind=kind,
         num_queries=values.get("num_queries", 0),

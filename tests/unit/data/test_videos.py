@@ -208,3 +208,13 @@ def test_a_pooled_video_without_a_processor_has_the_towers_size(tmp_path):
     (tmp_path / "video_preprocessor_config.json").write_text(json.dumps({"size": {"height": 384, "width": 384}}))
     with pytest.raises(UseError, match="height and width 64"):
         read_video_spec(tmp_path, inputs, image)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [({"resample": 1}, "resample: got 1"), ({"image_mean": 0.5}, "image_mean: got 0.5")]
+)
+def test_a_strange_processor_is_one_line(tmp_path, change, message):
+    inputs = dataclasses.replace(QWEN_INPUTS, video_kind="stamped", video_token_id=9)
+    (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(change))
+    with pytest.raises(UseError, match=message):
+        read_video_spec(tmp_path, inputs, FRAME)

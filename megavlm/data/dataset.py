@@ -12,6 +12,7 @@ import torch
 from megavlm.config.inputs import Grid
 from megavlm.data.encode import SampleEncoder, TooLong
 from megavlm.data.images import load_patches
+from megavlm.data.media import media_name
 from megavlm.data.sample import EncodedSample, Sample, VideoClip
 from megavlm.data.videos import load_video_patches
 from megavlm.errors import UseError, use_error
@@ -145,12 +146,15 @@ def load_image_patches(sample: EncodedSample, number: int, encoder: SampleEncode
             assert encoder.video_spec is not None
             patches_PC = load_video_patches(source, grid, encoder.video_spec)
         else:
-            num_images = sum(isinstance(image, str) for image in sample.images)
+            num_images = sum(not isinstance(image, VideoClip) for image in sample.images)
             patches_PC = load_patches(source, encoder.image_spec, num_images)
         expected = grid[0] * grid[1] * grid[2]
         if len(patches_PC) != expected:
             raise use_error(
-                path, f"{len(patches_PC)} patches", f"{expected} by its header", "do not change images during a run"
+                media_name(path),
+                f"{len(patches_PC)} patches",
+                f"{expected} by its header",
+                "do not change images during a run",
             )
     except UseError as error:
         raise UseError(f"{sample.sample_id}: {error}") from error

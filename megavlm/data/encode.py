@@ -11,9 +11,10 @@ import numpy as np
 from megavlm.config.inputs import InputSpec
 from megavlm.data.encode_video import Inset, VideoEncoder
 from megavlm.data.images import ImageSpec, read_image_size, read_image_spec, target_grid
+from megavlm.data.media import media_name
 from megavlm.data.positions import linear_positions, mrope_positions
 from megavlm.data.readers import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
-from megavlm.data.sample import EncodedSample, Sample, Turn
+from megavlm.data.sample import EncodedSample, Media, Sample, Turn
 from megavlm.data.tokens import Tokenizer
 from megavlm.data.video_spec import VideoLimits, VideoSpec, read_video_spec
 from megavlm.errors import UseError, use_error
@@ -201,12 +202,12 @@ class SampleEncoder:
             start = place + 1
         return np.concatenate([*pieces, tokens_S[start:]]), np.concatenate([*weights, weights_S[start:]])
 
-    def _image(self, path: str, num_images: int) -> Inset:
+    def _image(self, path: Media, num_images: int) -> Inset:
         width_px, height_px = read_image_size(path)
         try:
             grid = target_grid(self.image_spec, width_px, height_px, num_images)
         except UseError as error:
-            raise UseError(f"{path}: {error}") from error
+            raise UseError(f"{media_name(path)}: {error}") from error
         tokens_S = np.full(self.inputs.num_image_tokens(grid), self.inputs.image_token_id, dtype=np.int64)
         if self.inputs.has_borders:
             before, after = np.array(self.tokenizer.image_borders).reshape(2, 1)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from megavlm.config.inputs import Grid, InputSpec
-from megavlm.data.sample import VideoClip
+from megavlm.data.media import media_name
+from megavlm.data.sample import Media, VideoClip
 from megavlm.data.tokens import Tokenizer
 from megavlm.data.video_spec import VideoSpec, sampled_frames, timestamps_s, video_grid
 from megavlm.data.videos import read_video_header
@@ -27,7 +28,7 @@ class Inset:
         by_frame: whether each frame's visual tokens stand on their own, with others in between.
     """
 
-    source: str | VideoClip
+    source: Media | VideoClip
     grid: Grid
     tokens_S: np.ndarray
     interval: float = 1.0
@@ -47,7 +48,7 @@ class VideoEncoder:
         token = tokenizer.token(inputs.video_token_id)
         self.token = token if tokenizer.encode_text(token).tolist() == [inputs.video_token_id] else ""
 
-    def inset(self, path: str) -> Inset:
+    def inset(self, path: Media) -> Inset:
         """A video's visual tokens, by its header.
 
         Raises:
@@ -58,7 +59,7 @@ class VideoEncoder:
         try:
             grid = video_grid(self.spec, len(frames), header.width_px, header.height_px)
         except UseError as error:
-            raise UseError(f"{path}: {error}") from error
+            raise UseError(f"{media_name(path)}: {error}") from error
         clip = VideoClip(path, tuple(frames.tolist()))
         visual_S = np.full(self.inputs.num_image_tokens(grid), self.inputs.image_token_id, dtype=np.int64)
         if self.spec.kind == "stamped":

@@ -10,7 +10,7 @@ Shape suffixes: P patches, C values of a flattened patch, HWC / CHW image axes.
 import contextlib
 import struct
 from collections.abc import Iterator
-from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from PIL import ExifTags, Image, ImageFile, ImageOps, PngImagePlugin
 from megavlm.data.anyres import cut_anyres, padded_square
 from megavlm.data.image_spec import ImageSpec, read_image_spec, target_grid
 from megavlm.data.image_tiles import cut_tiles
+from megavlm.data.media import media_name, open_media
+from megavlm.data.sample import Media
 from megavlm.errors import UseError, use_error
 
 __all__ = ["ImageSpec", "load_patches", "read_image_size", "read_image_spec", "target_grid"]
@@ -27,26 +29,26 @@ __all__ = ["ImageSpec", "load_patches", "read_image_size", "read_image_spec", "t
 _BROKEN_IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
-def read_image_size(path: str | Path) -> tuple[int, int]:
+def read_image_size(path: Media) -> tuple[int, int]:
     """(width, height) in pixels as the image will be seen, from the file's header: nothing is decoded.
 
     Raises:
         UseError: the file is missing or no image.
     """
     try:
-        with Image.open(path) as image:
+        with open_media(path) as file, Image.open(file) as image:
             width, height = image.size
-            swapped = _header_orientation(image, path) >= 5
+            swapped = _header_orientation(image, file) >= 5
     except _BROKEN_IMAGE_ERRORS as error:
         raise _broken_image(path, error) from error
     return (height, width) if swapped else (width, height)
 
 
-def _header_orientation(image: Image.Image, path: str | Path) -> int:
+def _header_orientation(image: Image.Image, file: BinaryIO) -> int:
     """EXIF orientation (1 to 8; from 5 on width and height swap) that decoding will still apply."""
     if image.format == "TIFF":
         return 1  # PIL gives a TIFF's size with its orientation applied already.
-    if isinstance(image, PngImagePlugin.PngImageFile) and not _png_has_late_metadata(path):
+    if isinstance(image, PngImagePlugin.PngImageFile) and not _png_has_late_metadata(file):
         # PngImageFile.getexif would decode the whole image to look behind the pixels.
         exif = Image.Image.getexif(image)
     else:
@@ -54,9 +56,10 @@ def _header_orientation(image: Image.Image, path: str | Path) -> int:
     return int(exif.get(ExifTags.Base.Orientation, 1))
 
 
-def _png_has_late_metadata(path: str | Path) -> bool:
+def _png_has_late_metadata(file: BinaryIO) -> bool:
     """Whether a PNG has EXIF or text chunks behind its pixels; reads chunk headers only."""
-    with open(path, "rb") as file:
+    before = file.tell()
+    try:
         file.seek(8)
         seen_pixels = False
         while len(header := file.read(8)) == 8:
@@ -65,14 +68,16 @@ def _png_has_late_metadata(path: str | Path) -> bool:
             if seen_pixels and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
                 return True
             file.seek(length + 4, 1)
-    return False
+        return False
+    finally:
+        file.seek(before)
 
 
-def load_patches(path: str | Path, spec: ImageSpec, num_images: int = 1) -> torch.Tensor:
+def load_patches(path: Media, spec: ImageSpec, num_images: int = 1) -> torch.Tensor:
     """Decode one image into patches.
 
     Args:
-        path: of the image.
+        path: where the image is.
         spec: of the family.
         num_images: of its row.
 
@@ -84,14 +89,14 @@ def load_patches(path: str | Path, spec: ImageSpec, num_images: int = 1) -> torc
         UseError: the file is missing, truncated or no image, or its aspect ratio is beyond the limit.
     """
     try:
-        with _whole_files_only(), Image.open(path) as opened:
+        with _whole_files_only(), open_media(path) as file, Image.open(file) as opened:
             image = ImageOps.exif_transpose(opened).convert("RGB")
     except _BROKEN_IMAGE_ERRORS as error:
         raise _broken_image(path, error) from error
     try:
         _, rows, columns = target_grid(spec, *image.size, num_images)[:3]
     except UseError as error:
-        raise UseError(f"{path}: {error}") from error
+        raise UseError(f"{media_name(path)}: {error}") from error
     if spec.kind == "dynamic":
         size = (columns * spec.patch_px, rows * spec.patch_px)
         frames = [np.asarray(image.resize(size, resample=spec.resample))]
@@ -126,9 +131,11 @@ def _whole_files_only() -> Iterator[None]:
         ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
-def _broken_image(path: str | Path, error: Exception) -> UseError:
+def _broken_image(path: Media, error: Exception) -> UseError:
     reason = str(error) or type(error).__name__
-    return use_error(str(path), f"unreadable image ({reason})", "a complete image file", "replace it or drop the row")
+    return use_error(
+        media_name(path), f"unreadable image ({reason})", "a complete image file", "replace it or drop the row"
+    )
 
 
 def _resize_and_crop(image: Image.Image, spec: ImageSpec) -> np.ndarray:

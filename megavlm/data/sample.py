@@ -5,7 +5,8 @@ N images, V visual tokens, 3 the (temporal, height, width) axes.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,26 +25,92 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class VideoClip:
-    """Frames of a video file: its path, and the numbers of the frames that the model sees, ascending."""
+class FileRange:
+    """Bytes inside an uncompressed file: a member of a tar shard."""
 
     path: str
+    offset: int
+    num_bytes: int
+    name: str
+    """Of the member, for messages."""
+
+
+@dataclass(frozen=True)
+class ZipMember:
+    """A member of a zip archive."""
+
+    path: str
+    name: str
+
+
+@dataclass(frozen=True)
+class InlineBytes:
+    """Bytes that travel with the row: a data URI, a cell of a table."""
+
+    data: bytes = field(repr=False)
+    name: str
+    """For messages."""
+
+
+Media = str | Path | FileRange | ZipMember | InlineBytes
+"""Where an image or a video is; in rows, text is the absolute path of a file, or a URL. `media.py` opens them."""
+
+
+@dataclass(frozen=True)
+class VideoClip:
+    """Frames of a video: where it is, and the numbers of the frames that the model sees, ascending."""
+
+    path: Media
     frames: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Box:
+    """A place in an image that a row names: `objects` of ms-swift rows.
+
+    `corners` are (x1, y1, x2, y2), or (x, y) of a point, in `unit`: pixels of the file's image (`real`), or shares of
+    its sides from 0 to 1 (`norm1`).
+    """
+
+    reference: str
+    corners: tuple[float, ...]
+    unit: Literal["real", "norm1"] = "real"
+    image: int = 0
+    """Number of the image in the row, from 0."""
 
 
 @dataclass(frozen=True)
 class Sample:
     """One row after reading: images and videos stay references, nothing is decoded.
 
-    `sample_id` is `<file>:<row number, from 1>`, which errors name; `images` and `videos` are absolute paths;
-    `extra` keeps the row's other columns (task, solution ...).
+    `sample_id` is `<file>:<row number, from 1>`, which errors name; `extra` keeps the row's other columns (task,
+    solution ...), which reward functions get.
+
+    Attributes:
+        turns: the conversation; of a preference row the chosen one.
+        rejected_turns: of a preference row the whole conversation that is worse; empty where only its images are.
+        rejected_images: images of the conversation that is worse; None: the same.
+        margin: by how much the chosen answer is better (reward models), where the row says so.
+        label: whether the answer is good (KTO rows), where the row says so.
+        boxes: what `<bbox>` and `<ref-object>` in the texts stand for, in order.
+        tools: JSON descriptions of functions that the template shows to the model; empty: none.
+        channel: the row's own name of its task or source; empty: none.
+        weight: of the row's loss.
     """
 
     sample_id: str
     turns: tuple[Turn, ...]
-    images: tuple[str, ...] = ()
-    videos: tuple[str, ...] = ()
+    images: tuple[Media, ...] = ()
+    videos: tuple[Media, ...] = ()
     extra: dict[str, Any] = field(default_factory=dict)
+    rejected_turns: tuple[Turn, ...] = ()
+    rejected_images: tuple[Media, ...] | None = None
+    margin: float | None = None
+    label: bool | None = None
+    boxes: tuple[Box, ...] = ()
+    tools: str = ""
+    channel: str = ""
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -58,7 +125,7 @@ class EncodedSample:
     tokens_S: np.ndarray
     loss_weights_S: np.ndarray
     position_ids_3S: np.ndarray
-    images: tuple[str | VideoClip, ...]
+    images: tuple[Media | VideoClip, ...]
     grids_thw: tuple[Grid, ...]
 
 

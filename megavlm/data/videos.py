@@ -9,7 +9,6 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,8 @@ import torch.nn.functional as F
 
 from megavlm.config.inputs import Grid
 from megavlm.data.image_spec import ImageSpec
-from megavlm.data.sample import VideoClip
+from megavlm.data.media import media_name, open_media
+from megavlm.data.sample import Media, VideoClip
 from megavlm.data.video_spec import FILTERS, VideoSpec
 from megavlm.errors import UseError, use_error
 
@@ -34,7 +34,7 @@ class VideoHeader:
 
 
 @functools.lru_cache(maxsize=1024)
-def read_video_header(path: str) -> VideoHeader:
+def read_video_header(path: Media) -> VideoHeader:
     """Number and size of a video's frames; decodes the first one, and counts packets where the file has no number.
 
     Raises:
@@ -43,7 +43,7 @@ def read_video_header(path: str) -> VideoHeader:
     import av
 
     try:
-        with av.open(path) as container:
+        with open_media(path) as file, av.open(file, "r") as container:
             stream = _stream(container, path)
             fps: Fraction | None = stream.average_rate or stream.guessed_rate
             first = next(container.decode(stream), None)
@@ -53,21 +53,23 @@ def read_video_header(path: str) -> VideoHeader:
             width, height = (first.height, first.width) if quarter_turn else (first.width, first.height)
             num_frames = int(stream.frames)
         if not num_frames:
-            with av.open(path) as container:
+            with open_media(path) as file, av.open(file, "r") as container:
                 num_frames = sum(packet.size > 0 for packet in container.demux(_stream(container, path)))
     except (av.FFmpegError, OSError) as error:
         raise _broken(path, str(error)) from error
     return VideoHeader(num_frames, float(fps), width, height)
 
 
-def _stream(container: Any, path: str) -> Any:
+def _stream(container: Any, path: Media) -> Any:
     if not container.streams.video:
         raise _broken(path, "no video in it")
     return container.streams.video[0]
 
 
-def _broken(path: str | Path, reason: str) -> UseError:
-    return use_error(str(path), f"unreadable video ({reason})", "a complete video file", "replace it or drop the row")
+def _broken(path: Media, reason: str) -> UseError:
+    return use_error(
+        media_name(path), f"unreadable video ({reason})", "a complete video file", "replace it or drop the row"
+    )
 
 
 def load_video_patches(clip: VideoClip, grid: Grid, spec: VideoSpec) -> torch.Tensor:
@@ -99,7 +101,7 @@ def _decoded(clip: VideoClip) -> Iterator[np.ndarray]:
 
     wanted, number = list(clip.frames), -1
     try:
-        with av.open(clip.path) as container:
+        with open_media(clip.path) as file, av.open(file, "r") as container:
             for number, frame in enumerate(container.decode(_stream(container, clip.path))):
                 while number == wanted[0]:
                     pixels_HWC = frame.to_ndarray(format="rgb24")

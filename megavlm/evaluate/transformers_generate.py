@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
+from megavlm.data.media import open_media
 from megavlm.data.readers import IMAGE_PLACEHOLDER
-from megavlm.data.sample import Sample
+from megavlm.data.sample import Media, Sample
 from megavlm.errors import RunError, UseError
 
 
@@ -92,7 +93,7 @@ def model_inputs(samples: Sequence[Sample], tokenizer: Any, processor: Any, mode
 
 def _pixels(samples: Sequence[Sample], processor: Any, model: Any) -> tuple[dict[str, Any], list[int]]:
     """What the image processor makes of all images, and how many tokens each becomes."""
-    rows = [[Image.open(path).convert("RGB") for path in sample.images] for sample in samples if sample.images]
+    rows = [[_image(media) for media in sample.images] for sample in samples if sample.images]
     images = [image for row in rows for image in row]
     config = model.config
     if not images:
@@ -107,6 +108,11 @@ def _pixels(samples: Sequence[Sample], processor: Any, model: Any) -> tuple[dict
     if "image_grid_thw" in pixels:
         return pixels, [int(grid.prod()) // processor.merge_size**2 for grid in pixels["image_grid_thw"]]
     return pixels, [config.image_seq_length] * len(images)
+
+
+def _image(media: Media) -> Image.Image:
+    with open_media(media) as file, Image.open(file) as image:
+        return image.convert("RGB")
 
 
 def _borders(tokenizer: Any, config: Any) -> tuple[str, str]:

@@ -1,13 +1,13 @@
 """The report's samples: held-out questions answered before and after training."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megavlm.data.media import relative_name
 from megavlm.data.readers import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 from megavlm.data.sample import Batch, Sample
 from megavlm.rollout.native import greedy_answers
@@ -79,7 +79,7 @@ def write_samples(path: Path, samples: list[Sample], before: list[str] | None, a
         rows.append(
             {
                 "id": sample.sample_id,
-                "images": [os.path.relpath(image, path.parent) for image in sample.images],
+                "images": [relative_name(image, path.parent) for image in sample.images],
                 "question": question.replace(IMAGE_PLACEHOLDER, "").replace(VIDEO_PLACEHOLDER, "").strip(),
                 "truth": sample.turns[-1].text,
                 "before": before[number] if before else None,

@@ -102,7 +102,18 @@ class DataConfig:
     packing_length: int = 0
     """Longest packed row in tokens; 0: max_length."""
     shuffle: bool = True
+    index_dir: str = ""
+    """Where the index of the rows is kept (token counts, image sizes, what is wrong with a row); empty: what
+    `megavlm data index` has put beside the rows is used, else it is made in the run folder."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """A row or an image that cannot be used: `stop` names it and trains nothing; `skip` leaves it out and counts it.
+    With `skip` every image is decoded once when the index is made, so that none can break the run later."""
+    check_images: bool = False
+    """Decode every image when the index is made, also with `stop`; otherwise only headers are read."""
     dataloader_num_workers: int = 0
+    """Processes of each rank that prepare microbatches ahead; 0: prepared in the rank itself when they are needed."""
+    dataloader_prefetch_factor: int = 2
+    """Microbatches that each worker prepares ahead."""
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ LEAST: dict[str, float] = {
     "data.video_max_pixels": 0,
     "data.packing_length": 0,
     "data.dataloader_num_workers": 0,
+    "data.dataloader_prefetch_factor": 1,
     "optimizer.lr": 0,
     "optimizer.min_lr": 0,
     "optimizer.vit_lr": -math.inf,

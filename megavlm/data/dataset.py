@@ -1,21 +1,16 @@
-"""Rows that encode themselves, and the one pass over them before training.
-
-Shape suffixes: P patches, C values of a flattened patch.
-"""
+"""Rows that encode themselves, and what is left of them after one look at all."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import torch
 
-from megavlm.config.inputs import Grid
-from megavlm.data.encode import SampleEncoder, TooLong
-from megavlm.data.images import load_patches
-from megavlm.data.media import media_name
-from megavlm.data.sample import EncodedSample, Sample, VideoClip
-from megavlm.data.videos import load_video_patches
-from megavlm.errors import UseError, use_error
+from megavlm.data.encode import SampleEncoder
+from megavlm.data.examine import examine
+from megavlm.data.index import GridTable, RowIndex, join
+from megavlm.data.sample import EncodedSample, InlineBytes, Sample
+from megavlm.errors import use_error
 
 CACHED_TOKENS = 4_000_000
 """Encoded samples are kept in memory up to this many tokens in all (about 36 bytes each)."""
@@ -23,13 +18,14 @@ CACHED_TOKENS = 4_000_000
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """What `Dataset.prepare` found.
+    """What one look at all rows found.
 
     Attributes:
         num_rows: rows that were read.
         num_kept: rows that are left.
         num_tokens: tokens of the rows that are left, images included.
-        dropped: sample ids of the rows that were dropped, by reason: `too_long`, `nothing_to_learn`.
+        dropped: of the rows that were dropped, by reason (`examine.REASONS`): their lines for the user, or their ids
+            where they have no mistake.
     """
 
     num_rows: int
@@ -39,7 +35,7 @@ class PrepareReport:
 
 
 class Dataset:
-    """Rows that encode themselves; `prepare` first, then `len` and `encoded` speak of the rows that are left."""
+    """Rows that encode themselves; `prepare` or `adopt` first, then `len` and `encoded` speak of the rows left."""
 
     def __init__(
         self, samples: Sequence[Sample], encoder: SampleEncoder, *, cached_tokens: int = CACHED_TOKENS
@@ -47,115 +43,90 @@ class Dataset:
         """Nothing is encoded yet.
 
         Args:
-            samples: the rows, as read.
+            samples: the rows, each read when it is asked for.
             encoder: for the model family.
             cached_tokens: how many tokens of encoded samples to keep; the rest is encoded again when needed.
         """
         self.encoder = encoder
-        self._samples = samples
-        self._cached_tokens = cached_tokens
+        self.samples = samples
+        self._room = cached_tokens
         self._cache: dict[int, EncodedSample] = {}
-        self._kept: list[int] | None = None
-        self.num_tokens_each = np.zeros(0, dtype=np.int64)
-        self.grids_each: list[tuple[Grid, ...]] = []
+        self._index: RowIndex | None = None
 
-    def prepare(self) -> PrepareReport:
-        """Encode every row once (image headers, no pixels), drop what cannot be trained on, and report it.
+    def __getstate__(self) -> dict[str, Any]:
+        """To a data worker goes nothing that was encoded."""
+        return {**self.__dict__, "_cache": {}}
 
-        Depends on nothing but the rows, so every rank gets the same result.
+    def prepare(self, *, check_images: bool = False, stop_at_mistake: bool = True) -> PrepareReport:
+        """Look at every row in this process (see `examine`), and keep nothing on the disk.
 
         Raises:
-            UseError: naming the row, for anything that is wrong rather than too long; or no row is left.
+            UseError: naming the row, for a row with a mistake, if it is to stop there; or no row is left.
         """
-        kept: list[int] = []
-        lengths: list[int] = []
-        grids: list[tuple[Grid, ...]] = []
-        dropped: dict[str, list[str]] = {"too_long": [], "nothing_to_learn": []}
-        num_cached = 0
+        assert self.samples
+        rows = range(len(self.samples))
+        part = examine(self.samples, self.encoder, rows, check_images=check_images, stop_at_mistake=stop_at_mistake)
+        index = join([part])
+        index.check(stop_at_mistake)
+        return self.adopt(index)
+
+    def adopt(self, index: RowIndex) -> PrepareReport:
+        """Take over what an index says of these rows."""
+        self._index = index
         self._cache = {}
-        for row, sample in enumerate(self._samples):
-            try:
-                encoded = self.encoder.encode(sample)
-            except TooLong:
-                dropped["too_long"].append(sample.sample_id)
-                continue
-            if not encoded.loss_weights_S[1:].any():
-                dropped["nothing_to_learn"].append(sample.sample_id)
-                continue
-            length = len(encoded.tokens_S)
-            kept.append(row)
-            lengths.append(length)
-            grids.append(encoded.grids_thw)
-            if num_cached + length <= self._cached_tokens:
-                self._cache[row] = encoded
-                num_cached += length
-        if not kept:
-            reasons = ", ".join(f"{len(ids)} {reason}" for reason, ids in dropped.items())
-            raise use_error(
-                "data", f"no row left of {len(self._samples)} ({reasons})", "at least one", "raise data.max_length"
-            )
-        self._kept = kept
-        self.num_tokens_each = np.array(lengths, dtype=np.int64)
-        self.grids_each = grids
         return PrepareReport(
-            num_rows=len(self._samples),
-            num_kept=len(kept),
-            num_tokens=sum(lengths),
-            dropped={reason: tuple(ids) for reason, ids in dropped.items() if ids},
+            num_rows=index.num_rows,
+            num_kept=len(index.kept_N),
+            num_tokens=int(index.num_tokens_N.sum()),
+            dropped={reason: rows.messages for reason, rows in index.dropped.items()},
         )
 
     def __len__(self) -> int:
-        """Rows that are left after `prepare`."""
-        return len(self._rows)
+        """Rows that are left."""
+        return len(self.index.kept_N)
 
     @property
-    def _rows(self) -> list[int]:
-        assert self._kept is not None, "prepare() comes first"
-        return self._kept
+    def index(self) -> RowIndex:
+        """What is known of the rows."""
+        assert self._index is not None, "prepare() or adopt() comes first"
+        return self._index
+
+    @property
+    def num_tokens_each(self) -> np.ndarray:
+        """Int64 lengths of the rows that are left."""
+        return self.index.num_tokens_N
+
+    @property
+    def grids_each(self) -> GridTable:
+        """Grids of the images of the rows that are left."""
+        return self.index.grids
 
     def sample(self, index: int) -> Sample:
         """The row behind an index of the rows that are left."""
-        return self._samples[self._rows[index]]
+        return self.samples[int(self.index.kept_N[index])]
+
+    def sample_id(self, index: int) -> str:
+        """What messages call a row that is left."""
+        return self.sample(index).sample_id
 
     def encoded(self, index: int) -> EncodedSample:
-        """The tokens of a row that is left."""
-        row = self._rows[index]
-        cached = self._cache.get(row)
-        return cached if cached is not None else self.encoder.encode(self._samples[row])
+        """The tokens of a row that is left.
 
-
-def load_sample_patches(sample: EncodedSample, encoder: SampleEncoder) -> list[torch.Tensor]:
-    """Decode all images and videos of a sample: float32 [P, C] each.
-
-    Raises:
-        UseError: as `load_image_patches`.
-    """
-    return [load_image_patches(sample, number, encoder) for number in range(len(sample.images))]
-
-
-def load_image_patches(sample: EncodedSample, number: int, encoder: SampleEncoder) -> torch.Tensor:
-    """Decode one image (or video) of a sample: float32 [P, C].
-
-    Raises:
-        UseError: naming the row, for an unreadable image, or one whose size changed since its header was read.
-    """
-    source, grid = sample.images[number], sample.grids_thw[number]
-    path = source.path if isinstance(source, VideoClip) else source
-    try:
-        if isinstance(source, VideoClip):
-            assert encoder.video_spec is not None
-            patches_PC = load_video_patches(source, grid, encoder.video_spec)
-        else:
-            num_images = sum(not isinstance(image, VideoClip) for image in sample.images)
-            patches_PC = load_patches(source, encoder.image_spec, num_images)
-        expected = grid[0] * grid[1] * grid[2]
-        if len(patches_PC) != expected:
+        Raises:
+            UseError: the row, or an image of it, is not what it was when the index was made.
+        """
+        if index in self._cache:
+            return self._cache[index]
+        encoded = self.encoder.encode(self.sample(index))
+        length, grids = int(self.num_tokens_each[index]), self.grids_each[index]
+        if len(encoded.tokens_S) != length or encoded.grids_thw != grids:
             raise use_error(
-                media_name(path),
-                f"{len(patches_PC)} patches",
-                f"{expected} by its header",
-                "do not change images during a run",
+                encoded.sample_id,
+                f"{len(encoded.tokens_S)} tokens and grids {encoded.grids_thw}",
+                f"{length} tokens and grids {grids}, as the index says",
+                "do not change rows or images during a run; make the index anew (megavlm data index --rebuild)",
             )
-    except UseError as error:
-        raise UseError(f"{sample.sample_id}: {error}") from error
-    return patches_PC
+        if length <= self._room and not any(isinstance(image, InlineBytes) for image in encoded.images):
+            self._cache[index] = encoded
+            self._room -= length
+        return encoded

@@ -3,6 +3,7 @@
 Shape suffixes: S tokens of one sample, 3 the (temporal, height, width) axes.
 """
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -89,6 +90,12 @@ class SampleEncoder:
         self.video_spec = video_spec
         video = VideoEncoder(inputs, video_spec, tokenizer) if video_spec is not None else None
         self.video = video if video is not None and video.token else None
+
+    @property
+    def fingerprint(self) -> str:
+        """Everything that decides about tokens, weights and grids, as hexadecimal digits."""
+        facts = (self.inputs, self.image_spec, self.video_spec, self.max_length, self.tokenizer.fingerprint)
+        return hashlib.sha256(repr(facts).encode()).hexdigest()
 
     def encode(self, sample: Sample) -> EncodedSample:
         """Tokens, weights and positions of a row with its answers.

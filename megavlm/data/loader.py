@@ -2,6 +2,7 @@
 
 import atexit
 import itertools
+import logging
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,10 +11,13 @@ from dataclasses import dataclass
 import torch
 import torch.utils.data
 
-from megavlm.data.dataset import Dataset, PrepareReport, load_image_patches
+from megavlm.data.dataset import Dataset, PrepareReport
 from megavlm.data.packing import pack
+from megavlm.data.pixels import load_image_patches
 from megavlm.data.sample import Microbatch, MicrobatchOrder
 from megavlm.errors import RunError, UseError
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["BatchLoader", "Dataset", "PrepareReport", "evaluation_rows"]
 
@@ -23,6 +27,10 @@ class _Failure:
     """A UseError on its way out of a worker: torch would wrap the exception in a traceback of the worker."""
 
     message: str
+
+
+class _WorkerDied(RunError):
+    """A worker process ended by itself, or was ended by somebody else."""
 
 
 class _MicrobatchBuilder(torch.utils.data.Dataset):
@@ -67,6 +75,7 @@ class BatchLoader:
         sample_multiple: int,
         total_multiple: int,
         num_workers: int = 0,
+        prefetch_factor: int = 2,
     ) -> None:
         """Nothing is loaded yet.
 
@@ -76,11 +85,13 @@ class BatchLoader:
             sample_multiple: see `packing.pack`.
             total_multiple: see `packing.pack`.
             num_workers: processes that prepare microbatches ahead; 0: prepared in this process when asked for.
+            prefetch_factor: microbatches that each of them prepares ahead.
         """
         self._dataset = dataset
         self._orders_of = orders_of
         self._build = (sample_multiple, total_multiple)
         self._num_workers = num_workers
+        self._prefetch_factor = prefetch_factor
         self._stream: Iterator[Microbatch] | None = None
         self._stream_next = (-1, -1)
         self._eval_loaders: dict[tuple[int, tuple[MicrobatchOrder, ...]], torch.utils.data.DataLoader] = {}
@@ -88,24 +99,42 @@ class BatchLoader:
     def batches(self, step: int) -> Iterator[Microbatch]:
         """The microbatches of this rank in a step; workers go on ahead to the steps that follow.
 
+        Workers that die (of memory, of a signal) are replaced, and the microbatch is prepared again.
+
         Raises:
             UseError: naming the row whose image cannot be read.
-            RunError: a worker process died.
+            RunError: the new workers died at the same microbatch; its samples are named.
         """
         orders = self._orders_of(step)
         if self._num_workers == 0:
             yield from self._in_this_process(self._dataset, orders)
             return
         for number in range(len(orders)):
-            if self._stream is None or self._stream_next != (step, number):
-                self._start_stream(step, number)
-            assert self._stream is not None
-            # Not known until the batch is out: a generator that is dropped halfway must not be gone on from.
-            self._stream_next = (-1, -1)
-            batch = next(self._stream)
+            batch = self._next_of_anybody(step, number, orders[number])
             done = number + 1 == len(orders)
             self._stream_next = (step + 1, 0) if done else (step, number + 1)
             yield batch
+
+    def _next_of_anybody(self, step: int, number: int, order: MicrobatchOrder) -> Microbatch:
+        """The next microbatch, of new workers if one has died."""
+        try:
+            return self._next(step, number)
+        except _WorkerDied as death:
+            logger.warning("%s; new ones take over", death)
+        # Not above: the handler's traceback would keep the others of the old workers alive.
+        try:
+            return self._next(step, number)
+        except _WorkerDied as death:
+            ids = dict.fromkeys(self._dataset.sample_id(index) for index in (*order.indices, *dict(order.images)))
+            raise RunError(f"{death}, again; step {step + 1}, at the latest sample(s) {', '.join(ids)}") from death
+
+    def _next(self, step: int, number: int) -> Microbatch:
+        if self._stream is None or self._stream_next != (step, number):
+            self._start_stream(step, number)
+        assert self._stream is not None
+        # Not known until the batch is out: a generator that is dropped halfway must not be gone on from.
+        self._stream_next = (-1, -1)
+        return next(self._stream)
 
     def eval_batches(self, held_out: Dataset, orders: Sequence[MicrobatchOrder]) -> Iterator[Microbatch]:
         """Microbatches of held-out rows (see `evaluation_rows`); their workers stay for the next evaluation.
@@ -150,6 +179,7 @@ class BatchLoader:
             batch_size=None,
             sampler=orders,
             num_workers=self._num_workers,
+            prefetch_factor=self._prefetch_factor,
             collate_fn=_unchanged,  # type: ignore[arg-type]
             worker_init_fn=_begin_worker if self._num_workers else None,
             # Not fork: this process has threads (of the collectives, of the CUDA runtime).
@@ -181,8 +211,10 @@ def _checked(stream: Iterator[Microbatch | _Failure]) -> Iterator[Microbatch]:
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker (pid"):
                 raise
-            raise RunError(
-                f"a data loader worker died ({str(error).splitlines()[0]}); is there enough memory?"
+            # Ends the others now: the traceback of the error would keep them alive.
+            del stream
+            raise _WorkerDied(
+                f"a data loader worker died ({str(error).splitlines()[0]}; is there enough memory?)"
             ) from error
         if isinstance(item, _Failure):
             # Ends the workers now: the traceback of the error would keep them alive.

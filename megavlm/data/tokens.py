@@ -7,6 +7,7 @@ tokens that lie in those spans get weights. The only place of the data room that
 Shape suffix: S tokens of one sample.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -24,6 +25,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _PROBE = "probe"
+_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
 
 
 class Tokenizer:
@@ -63,6 +73,16 @@ class Tokenizer:
         if self._loaded is None:
             self._loaded = load_tokenizer(Path(self._where))
         return self._loaded
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the directory's files that decide about tokens, as hexadecimal digits."""
+        state = hashlib.sha256()
+        for name in _FILES:
+            path = Path(self._where) / name
+            if path.is_file():
+                state.update(name.encode() + path.read_bytes())
+        return state.hexdigest()
 
     def __getstate__(self) -> dict[str, Any]:
         """To a data worker goes only the directory's name: most workers never need the tokenizer itself."""

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megavlm.data.dataset import load_sample_patches
 from megavlm.data.encode import SampleEncoder
 from megavlm.data.packing import pack
+from megavlm.data.pixels import load_sample_patches
 from megavlm.data.sample import Batch, EncodedSample
 from megavlm.parallel.context import zigzag_index
 from megavlm.parallel.groups import Groups

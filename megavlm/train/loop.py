@@ -52,9 +52,15 @@ def _graceful_stop() -> Iterator[_StopRequest]:
 
 def _any_rank(asked: bool, device: torch.device) -> bool:
     """Whether a rank was asked to stop; ranks must agree on the step after which they do."""
-    flag = torch.tensor([int(asked)], device=device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag.item())
+    return _largest([float(asked)], device)[0] > 0
+
+
+def _largest(values: list[float], device: torch.device) -> list[float]:
+    """Each value's largest over all ranks."""
+    found = torch.tensor(values, device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    largest: list[float] = found.tolist()
+    return largest
 
 
 class _Observer:
@@ -74,6 +80,7 @@ class _Observer:
 
     def _reset(self) -> None:
         self._since, self._tokens, self._images, self._steps = time.perf_counter(), 0, 0, 0
+        self._data_wait_s = 0.0
 
     def event(self, event: str, text: str = "", **fields: Any) -> None:
         """Log that something happened, and say it."""
@@ -81,12 +88,13 @@ class _Observer:
             self.log.log_event(self.state.step, event, text, **fields)
             self.progress.note(f"{event}: {text}" if text else event)
 
-    def step_done(self, result: StepResult, rates: dict[str, float]) -> None:
-        """Take a step's figures in; log them when it is time."""
+    def step_done(self, result: StepResult, rates: dict[str, float], data_wait_s: float) -> None:
+        """Take a step's figures in, and how long the slowest rank waited for its data; log them when it is time."""
         state = self.state
         self._tokens += result.num_tokens
         self._images += result.num_images
         self._steps += 1
+        self._data_wait_s += data_wait_s
         if state.step % state.recipe.observe.log_steps and state.step != state.total_steps:
             return
         elapsed = time.perf_counter() - self._since
@@ -102,7 +110,8 @@ class _Observer:
             images_per_second=self._images / elapsed,
             step_s=elapsed / self._steps,
             consumed_samples=state.plan.num_consumed(state.step),
-            extra={} if balance is None else {"load_balancing_loss": balance},
+            extra={"data_wait_s": self._data_wait_s / self._steps}
+            | ({} if balance is None else {"load_balancing_loss": balance}),
         )
         if self.log is not None:
             self.log.log_train(metrics)
@@ -216,9 +225,10 @@ def _run(state: TrainState, observer: _Observer, request: _StopRequest, resumed_
         state.step += 1
         if recordings:
             record_timeline(state, recordings[0], state.step, layout_name(state))
-        observer.step_done(result, rates)
+        asked, data_wait_s = _largest([float(request.asked), result.data_wait_s], state.device)
+        stopping = asked > 0
+        observer.step_done(result, rates, data_wait_s)
         saver.poll()
-        stopping = _any_rank(request.asked, state.device)
         if _due(state.step, state.recipe.train.eval_steps) and state.eval_set is not None and not stopping:
             _evaluate(state, observer)
         if stopping or _due(state.step, state.recipe.checkpoint.save_steps):

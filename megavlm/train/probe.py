@@ -11,9 +11,9 @@ import torch
 
 from megavlm.checkpoint.convert import load_checkpoint_weights
 from megavlm.checkpoint.hf_io import HFDirectory, load_weights
-from megavlm.data.dataset import load_sample_patches
 from megavlm.data.encode import open_encoder
 from megavlm.data.packing import pack
+from megavlm.data.pixels import load_sample_patches
 from megavlm.data.sample import Batch, Sample
 from megavlm.evaluate.probe import Activations
 from megavlm.rollout.native import greedy_tokens

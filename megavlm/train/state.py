@@ -15,10 +15,11 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megavlm.checkpoint.hf_io import HFDirectory
 from megavlm.config.inputs import InputSpec
 from megavlm.config.layout import layers_per_stage
-from megavlm.config.schema import Recipe
+from megavlm.config.schema import DataConfig, Recipe
 from megavlm.data.balance import SampleCosts
 from megavlm.data.dataset import Dataset
 from megavlm.data.encode import SampleEncoder, open_encoder
+from megavlm.data.index_files import Builders, build_index, fingerprint, index_beside, is_complete
 from megavlm.data.loader import BatchLoader
 from megavlm.data.plan import GlobalBatchPlan
 from megavlm.data.readers import read_samples
@@ -81,6 +82,7 @@ class TrainState:
             lambda step: self.inputs(step).orders,
             *row_multiples(self.recipe),
             self.recipe.data.dataloader_num_workers,
+            self.recipe.data.dataloader_prefetch_factor,
         )
 
     @property
@@ -138,17 +140,47 @@ def encoder_of(recipe: Recipe, inputs: InputSpec) -> SampleEncoder:
     return open_encoder(recipe.model.hf_dir, inputs, data.max_length, data.min_pixels, data.max_pixels, videos)
 
 
-def build_dataset(paths: tuple[str, ...], recipe: Recipe, encoder: SampleEncoder) -> Dataset:
-    """Read and encode rows; says on rank 0 what was dropped.
+def build_dataset(
+    paths: tuple[str, ...], recipe: Recipe, encoder: SampleEncoder, builders: Builders | None = None
+) -> Dataset:
+    """Open rows, with the index that was made of them or is made now; says on rank 0 what was dropped.
+
+    Args:
+        paths: files of rows.
+        recipe: the run.
+        encoder: of the rows.
+        builders: the ranks, which make the index together in a folder that all of them see; None: an index that is not
+            there is made in memory.
 
     Raises:
         UseError: naming the row at fault.
     """
     dataset = Dataset(read_samples(paths, recipe.data.image_dir), encoder)
-    report = dataset.prepare()
-    for reason, ids in report.dropped.items():
-        logger.info("dropped %d of %d rows: %s (first: %s)", len(ids), report.num_rows, reason, ids[0])
+    folder = index_folder(paths, recipe, encoder)
+    if builders is None and not is_complete(folder):
+        report = dataset.prepare(**_look(recipe.data))
+    else:
+        report = dataset.adopt(build_index(folder, dataset.samples, encoder, **_look(recipe.data), builders=builders))
+    for reason, rows in report.dropped.items():
+        logger.info("dropped %d of %d rows: %s (first: %s)", len(rows), report.num_rows, reason, rows[0])
     return dataset
+
+
+def index_folder(paths: tuple[str, ...], recipe: Recipe, encoder: SampleEncoder) -> Path:
+    """Where the index of these rows is, or is to be made."""
+    files = [Path(path) for path in paths]
+    images = Path(recipe.data.image_dir).absolute() if recipe.data.image_dir else ""
+    name = fingerprint(files, encoder, f"{images} {_look(recipe.data)['check_images']}")
+    if recipe.data.index_dir:
+        return Path(recipe.data.index_dir) / name
+    beside = index_beside(files[0], name)
+    return beside if is_complete(beside) else run_path(recipe) / "index" / name
+
+
+def _look(data: DataConfig) -> dict[str, bool]:
+    """How closely rows are looked at."""
+    skips = data.on_error == "skip"
+    return {"check_images": data.check_images or skips, "stop_at_mistake": not skips}
 
 
 def build_state(recipe: Recipe, bucket_size: int = OVERLAP_BUCKET_PARAMETERS) -> TrainState:
@@ -159,9 +191,10 @@ def build_state(recipe: Recipe, bucket_size: int = OVERLAP_BUCKET_PARAMETERS) ->
     """
     directory = HFDirectory(recipe.model.hf_dir)
     encoder = build_encoder(recipe, directory)
-    train_set = build_dataset(recipe.data.train, recipe, encoder)
+    builders = Builders(dist.get_rank(), dist.get_world_size(), dist.barrier)
+    train_set = build_dataset(recipe.data.train, recipe, encoder, builders)
     _check_images(recipe, train_set)
-    eval_set = build_dataset(recipe.data.eval, recipe, encoder) if recipe.data.eval else None
+    eval_set = build_dataset(recipe.data.eval, recipe, encoder, builders) if recipe.data.eval else None
     groups = initialize(recipe.parallel)
     seed_everything(recipe.train.seed)
     parts = build_parts(recipe, directory, groups, bucket_size)

@@ -48,6 +48,8 @@ class StepResult:
     num_tokens: int
     num_images: int
     norms: GradientNorms
+    data_wait_s: float = 0.0
+    """How long this rank waited for its microbatches."""
     load_balancing_loss: float | None = None
     """Of models with experts, when it is learned: mean over tokens and layers; 1 where all are chosen alike."""
 
@@ -124,7 +126,9 @@ def train_step(state: TrainState, step: int, recordings: list[Recording] | None 
     for chunk in state.parts.wrapped:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
+    waits_since_s = time.perf_counter()
     rows = load_rows(state, step)
+    data_wait_s = time.perf_counter() - waits_since_s
     tally = Tally(
         num_tokens=sum(batch.num_real_tokens for batch in rows.batches),
         num_images=sum(len(batch.grid_thw_N3) for batch in rows.batches),
@@ -163,6 +167,7 @@ def train_step(state: TrainState, step: int, recordings: list[Recording] | None 
         num_tokens=round(num_tokens / context),
         num_images=round(num_images / context),
         norms=norms,
+        data_wait_s=data_wait_s,
         load_balancing_loss=balance.measure(state, rows.batches) if balances else None,
     )
 

@@ -1,6 +1,8 @@
 import dataclasses
 import itertools
+import os
 import pickle
+import signal
 import subprocess
 import sys
 
@@ -8,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from megavlm.data.dataset import load_image_patches
 from megavlm.data.encode import SampleEncoder
 from megavlm.data.images import read_image_spec
 from megavlm.data.loader import BatchLoader, Dataset, evaluation_rows
+from megavlm.data.pixels import load_image_patches
 from megavlm.data.plan import GlobalBatchPlan
 from megavlm.data.readers import iterate_samples, read_samples
 from megavlm.data.sample import EncodedSample, MicrobatchOrder
 from megavlm.data.tokens import Tokenizer
-from megavlm.errors import UseError
+from megavlm.errors import RunError, UseError
 from tests.unit.data.conftest import QWEN_INPUTS, draw_image, write_jsonl
 
 NUM_ROWS = 11
@@ -124,8 +126,10 @@ def test_data_ranks_share_the_global_batch(rows_path, encoder):
 
 def test_cache_makes_no_difference(rows_path, encoder):
     cached, _ = prepared(rows_path, encoder)
-    not_cached, _ = prepared(rows_path, encoder, cached_tokens=30)
-    assert not_cached.encoded(3) is not not_cached.encoded(3)
+    length = int(cached.num_tokens_each[3])
+    not_cached, _ = prepared(rows_path, encoder, cached_tokens=length)
+    assert not_cached.encoded(3) is not_cached.encoded(3)  # takes all the room there is
+    assert not_cached.encoded(4) is not not_cached.encoded(4)
     assert cached.encoded(3) is cached.encoded(3)
     for first, second in zip(make_loader(cached).batches(0), make_loader(not_cached).batches(0), strict=True):
         assert_same(first, second)
@@ -177,11 +181,16 @@ def test_image_that_breaks_behind_its_header_is_named(rows_path, encoder, tmp_pa
 
 
 def test_image_that_changed_its_size_is_named(rows_path, encoder, tmp_path):
-    dataset, _ = prepared(rows_path, encoder)
+    encoded_before, _ = prepared(rows_path, encoder)
+    encoded_before.encoded(4)
+    not_encoded, _ = prepared(rows_path, encoder)
     draw_image(tmp_path / "4_0.png", 250, 250)
     with pytest.raises(UseError, match=r"rows\.jsonl:5: .*4_0\.png: got \d+ patches; expected \d+ by its header"):
         for step in range(2):
-            list(make_loader(dataset).batches(step))
+            list(make_loader(encoded_before).batches(step))
+    with pytest.raises(UseError, match=r"rows\.jsonl:5: got \d+ tokens and grids .*, as the index says"):
+        for step in range(2):
+            list(make_loader(not_encoded).batches(step))
 
 
 def test_rank_that_encodes_no_image_reads_none(rows_path, encoder, tmp_path):
@@ -282,3 +291,34 @@ time.sleep(0.3)
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
+class _DeadlyEncoder(SampleEncoder):
+    """Ends the worker that encodes a certain row, as the system does when memory runs out; once, or every time."""
+
+    def __init__(self, encoder, deadly_row, marker, forever):
+        super().__init__(encoder.inputs, encoder.image_spec, encoder.tokenizer, encoder.max_length)
+        self.deadly_row, self.marker, self.forever = f":{deadly_row}", marker, forever
+
+    def encode(self, sample):
+        if sample.sample_id.endswith(self.deadly_row) and torch.utils.data.get_worker_info() is not None:
+            died_before = self.marker.exists()
+            self.marker.touch()
+            if self.forever or not died_before:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().encode(sample)
+
+
+@pytest.mark.parametrize("forever", [False, True])
+def test_a_worker_that_dies_is_replaced_once(rows_path, encoder, tmp_path, caplog, forever):
+    dataset, _ = prepared(rows_path, encoder)
+    expected = list(make_loader(dataset).batches(0))
+    deadly, _ = prepared(rows_path, _DeadlyEncoder(encoder, 4, tmp_path / "died", forever))
+    loader = make_loader(deadly, num_workers=1)
+    if forever:
+        with pytest.raises(RunError, match=r"worker died .* again; step \d+, at the latest sample\(s\) .*rows\.jsonl:"):
+            list(loader.batches(0)) and list(loader.batches(1))
+    else:
+        assert [one.batch.sample_ids for one in loader.batches(0)] == [one.batch.sample_ids for one in expected]
+        assert "new ones take over" in caplog.text
+    loader.close()

@@ -1,0 +1,124 @@
+"""One look at consecutive rows: what planning needs to know of each, and what is wrong with it.
+
+Shape suffixes: R rows looked at, G images and videos of the rows that are kept, K numbers of a grid.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megavlm.data.encode import SampleEncoder, TooLong
+from megavlm.data.pixels import load_image_patches
+from megavlm.data.sample import EncodedSample, Sample
+from megavlm.errors import UseError
+
+REASONS = ("too_long", "nothing_to_learn", "unreadable_row", "unusable_row", "broken_image")
+"""Why rows are left out. The first two are no mistakes; the others are, as reader, encoder and decoder say."""
+MISTAKES = REASONS[2:]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What was found out about consecutive rows.
+
+    Attributes:
+        start: number of the first row, from 0.
+        reasons_R: int8, 0: the row is kept; otherwise 1 + its place in REASONS.
+        num_tokens_R: int64 length in tokens, images included; 0 where the row is not kept.
+        num_images_R: int64 images and videos; 0 where the row is not kept.
+        digests_R: uint64 of tokens, weights and positions; 0 where the row is not kept.
+        grids_GK: int64 grids of images and videos, row by row.
+        messages: of the rows that are not kept, in order: the line for the user, of one without a mistake its id.
+    """
+
+    start: int
+    reasons_R: np.ndarray
+    num_tokens_R: np.ndarray
+    num_images_R: np.ndarray
+    digests_R: np.ndarray
+    grids_GK: np.ndarray
+    messages: tuple[str, ...]
+
+
+def examine(
+    samples: Sequence[Sample],
+    encoder: SampleEncoder,
+    rows: range,
+    *,
+    check_images: bool = False,
+    stop_at_mistake: bool = False,
+) -> Part:
+    """Read and encode rows; headers of images are read, their pixels only when asked for.
+
+    Args:
+        samples: all rows.
+        encoder: for the model family.
+        rows: which of them.
+        check_images: decode every image and video whole.
+        stop_at_mistake: look no further behind a row with a mistake; the part ends with it.
+    """
+    reasons, lengths, counts, digests = [], [], [], []
+    grids: list[tuple[int, ...]] = []
+    messages: list[str] = []
+    for row in rows:
+        found = _examine_row(samples, encoder, row, check_images)
+        if isinstance(found, EncodedSample):
+            reasons.append(0)
+            lengths.append(len(found.tokens_S))
+            counts.append(len(found.grids_thw))
+            digests.append(digest(found))
+            grids.extend(found.grids_thw)
+            continue
+        reason, message = found
+        reasons.append(1 + REASONS.index(reason))
+        lengths.append(0)
+        counts.append(0)
+        digests.append(0)
+        messages.append(message)
+        if stop_at_mistake and reason in MISTAKES:
+            break
+    return Part(
+        start=rows.start,
+        reasons_R=np.array(reasons, dtype=np.int8),
+        num_tokens_R=np.array(lengths, dtype=np.int64),
+        num_images_R=np.array(counts, dtype=np.int64),
+        digests_R=np.array(digests, dtype=np.uint64),
+        grids_GK=np.array(grids, dtype=np.int64).reshape(len(grids), len(grids[0]) if grids else 0),
+        messages=tuple(messages),
+    )
+
+
+def _examine_row(
+    samples: Sequence[Sample], encoder: SampleEncoder, row: int, check_images: bool
+) -> EncodedSample | tuple[str, str]:
+    """The encoded row, or why it is left out: the reason, and the line for the user."""
+    try:
+        sample = samples[row]
+    except UseError as error:
+        return "unreadable_row", str(error)
+    try:
+        encoded = encoder.encode(sample)
+    except TooLong as error:
+        return "too_long", error.sample_id
+    except UseError as error:
+        return "unusable_row", str(error)
+    if not encoded.loss_weights_S[1:].any():
+        return "nothing_to_learn", sample.sample_id
+    if check_images:
+        try:
+            for number in range(len(encoded.images)):
+                load_image_patches(encoded, number, encoder)
+        except UseError as error:
+            return "broken_image", str(error)
+    return encoded
+
+
+def digest(sample: EncodedSample) -> int:
+    """64 bits of what a row became: tokens, weights, positions, grids."""
+    state = hashlib.blake2b(digest_size=8)
+    for array in (sample.tokens_S, sample.loss_weights_S, sample.position_ids_3S):
+        state.update(np.ascontiguousarray(array).data)
+    state.update(repr(sample.grids_thw).encode())
+    return int.from_bytes(state.digest(), "little")

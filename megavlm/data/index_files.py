@@ -1,0 +1,171 @@
+"""The index on the disk, made once: by one process or by many together, in parts, each of which is kept.
+
+A folder belongs to one fingerprint: of the rows' files, of what encodes them, of this format. Parts are written under
+another name and renamed, so that an interrupted build goes on where it was, also with another number of processes.
+"""
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from megavlm import __version__
+from megavlm.data.encode import SampleEncoder
+from megavlm.data.examine import REASONS, Part, examine
+from megavlm.data.index import RowIndex, join
+from megavlm.data.sample import Sample
+from megavlm.errors import UseError, use_error
+
+FORMAT = 1
+PART_ROWS = 1024
+DESCRIPTION = "index.json"
+MISTAKES_FILE = "mistakes.txt"
+_ARRAYS = ("reasons_R", "num_tokens_R", "num_images_R", "digests_R", "grids_GK")
+
+
+@dataclass(frozen=True)
+class Builders:
+    """The processes that make an index together.
+
+    Attributes:
+        number: of this one.
+        count: how many there are.
+        wait: returns when all have come there.
+    """
+
+    number: int = 0
+    count: int = 1
+    wait: Callable[[], None] = lambda: None
+
+
+def fingerprint(files: Iterable[Path], encoder: SampleEncoder, options: str) -> str:
+    """What an index depends on, as 16 hexadecimal digits.
+
+    Args:
+        files: that hold the rows; their names, sizes and times of change count, not their content.
+        encoder: of the rows; everything that decides about tokens and grids counts.
+        options: whatever else decides what is read.
+    """
+    state = hashlib.sha256(f"{FORMAT} {__version__} {encoder.fingerprint} {options} {REASONS}".encode())
+    for file in files:
+        found = file.stat()
+        state.update(f"{file.name} {found.st_size} {found.st_mtime_ns}".encode())
+    return state.hexdigest()[:16]
+
+
+def index_beside(file: Path, name: str) -> Path:
+    """Where the index of rows lies by default: in a folder beside the first of their files."""
+    return file.absolute().parent / ".megavlm_index" / name
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether an index was made there, to its end."""
+    return (folder / DESCRIPTION).is_file()
+
+
+def build_index(
+    folder: Path,
+    samples: Sequence[Sample],
+    encoder: SampleEncoder,
+    *,
+    check_images: bool = False,
+    stop_at_mistake: bool = False,
+    builders: Builders | None = None,
+) -> RowIndex:
+    """The index that lies in a folder, made or completed where it must be.
+
+    Args:
+        folder: of the rows' fingerprint.
+        samples: all rows.
+        encoder: for the model family.
+        check_images: decode every image whole.
+        stop_at_mistake: whether a row with a mistake is an error.
+        builders: who builds it; each calls this.
+
+    Returns:
+        The index, alike for all builders.
+
+    Raises:
+        UseError: the folder cannot be written; or, with `stop_at_mistake`, a row's line, the same for all builders.
+    """
+    builders = builders or Builders()
+    starts = range(0, len(samples), PART_ROWS)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if builders.number == 0:
+            for path in folder.glob("stopped_*"):
+                path.unlink()
+        builders.wait()
+        for start in starts[builders.number :: builders.count]:
+            if _part_path(folder, start).is_file():
+                continue
+            rows = range(start, min(start + PART_ROWS, len(samples)))
+            part = examine(samples, encoder, rows, check_images=check_images, stop_at_mistake=stop_at_mistake)
+            if len(part.reasons_R) < len(rows):
+                _write_text(folder / f"stopped_{start:012d}", part.messages[-1])
+                break
+            _write(_part_path(folder, start), functools.partial(_save_part, part))
+        builders.wait()
+        stopped = sorted(folder.glob("stopped_*"))
+        if stopped:
+            raise UseError(stopped[0].read_text(encoding="utf-8"))
+        index = join([_load_part(_part_path(folder, start), start) for start in starts])
+        if builders.number == 0:
+            _describe(folder, index)
+    except OSError as error:
+        raise use_error(
+            str(folder), str(error), "a folder for the index of the rows, which all ranks share", "set data.index_dir"
+        ) from error
+    index.check(stop_at_mistake)
+    return index
+
+
+def _part_path(folder: Path, start: int) -> Path:
+    return folder / f"part_{start:012d}.npz"
+
+
+def _write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
+    """A file that is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            fill(file)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_text(path: Path, text: str) -> None:
+    _write(path, lambda file: file.write(text.encode()))
+
+
+def _save_part(part: Part, file: BinaryIO) -> None:
+    arrays = {name: vars(part)[name] for name in _ARRAYS}
+    np.savez(file, **arrays, messages=np.frombuffer(json.dumps(part.messages).encode(), dtype=np.uint8))
+
+
+def _load_part(path: Path, start: int) -> Part:
+    with np.load(path, allow_pickle=False) as arrays:
+        messages = tuple(json.loads(arrays["messages"].tobytes()))
+        reasons_R, num_tokens_R, num_images_R, digests_R, grids_GK = (arrays[name] for name in _ARRAYS)
+    return Part(start, reasons_R, num_tokens_R, num_images_R, digests_R, grids_GK, messages)
+
+
+def _describe(folder: Path, index: RowIndex) -> None:
+    """What a person wants to know of it; the lines of the rows with mistakes are in a file of their own."""
+    facts = {
+        "format": FORMAT,
+        "rows": index.num_rows,
+        "kept": len(index.kept_N),
+        "tokens": int(index.num_tokens_N.sum()),
+        "images": len(index.grids.grids_GK),
+        "dropped": {reason: len(rows.messages) for reason, rows in index.dropped.items()},
+    }
+    _write_text(folder / MISTAKES_FILE, "".join(message + "\n" for message in index.mistakes))
+    _write_text(folder / DESCRIPTION, json.dumps(facts, indent=1) + "\n")

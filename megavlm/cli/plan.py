@@ -78,7 +78,7 @@ def _samples(recipe: "Recipe", architecture: "Architecture", lengths: str) -> "l
     if lengths:
         return read_lengths(lengths, architecture.inputs)
     from megavlm.config.validate import validate_recipe
-    from megavlm.train.state import build_dataset, encoder_of
+    from megavlm.train.datasets import build_dataset, encoder_of
 
     validate_recipe(recipe)
     dataset = build_dataset(recipe.data.train, recipe, encoder_of(recipe, architecture.inputs))

@@ -103,14 +103,10 @@ def build_index(
                 path.unlink()
         builders.wait()
         for start in starts[builders.number :: builders.count]:
-            if _part_path(folder, start).is_file():
-                continue
-            rows = range(start, min(start + PART_ROWS, len(samples)))
-            part = examine(samples, encoder, rows, check_images=check_images, stop_at_mistake=stop_at_mistake)
-            if len(part.reasons_R) < len(rows):
-                _write_text(folder / f"stopped_{start:012d}", part.messages[-1])
+            if not _part_path(folder, start).is_file() and not make_part(
+                folder, samples, encoder, check_images, start, stop_at_mistake=stop_at_mistake
+            ):
                 break
-            _write(_part_path(folder, start), functools.partial(_save_part, part))
         builders.wait()
         stopped = sorted(folder.glob("stopped_*"))
         if stopped:
@@ -124,6 +120,31 @@ def build_index(
         ) from error
     index.check(stop_at_mistake)
     return index
+
+
+def missing_parts(folder: Path, num_rows: int) -> list[int]:
+    """The first rows of the parts that are still to be made."""
+    return [start for start in range(0, num_rows, PART_ROWS) if not _part_path(folder, start).is_file()]
+
+
+def make_part(
+    folder: Path,
+    samples: Sequence[Sample],
+    encoder: SampleEncoder,
+    check_images: bool,
+    start: int,
+    *,
+    stop_at_mistake: bool = False,
+) -> bool:
+    """Look at the rows of a part and keep what was found; returns whether it came to the end of them."""
+    rows = range(start, min(start + PART_ROWS, len(samples)))
+    part = examine(samples, encoder, rows, check_images=check_images, stop_at_mistake=stop_at_mistake)
+    folder.mkdir(parents=True, exist_ok=True)
+    if len(part.reasons_R) < len(rows):
+        _write_text(folder / f"stopped_{start:012d}", part.messages[-1])
+        return False
+    _write(_part_path(folder, start), functools.partial(_save_part, part))
+    return True
 
 
 def _part_path(folder: Path, start: int) -> Path:

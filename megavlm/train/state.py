@@ -13,18 +13,14 @@ from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megavlm.checkpoint.hf_io import HFDirectory
-from megavlm.config.inputs import InputSpec
 from megavlm.config.layout import layers_per_stage
-from megavlm.config.schema import DataConfig, Recipe
+from megavlm.config.schema import Recipe
 from megavlm.data.balance import SampleCosts
 from megavlm.data.dataset import Dataset
-from megavlm.data.encode import SampleEncoder, open_encoder
-from megavlm.data.index_files import Builders, build_index, fingerprint, index_beside, is_complete
+from megavlm.data.index_files import Builders
 from megavlm.data.loader import BatchLoader
 from megavlm.data.plan import GlobalBatchPlan
-from megavlm.data.readers import read_samples
 from megavlm.data.sample import Batch
-from megavlm.data.video_spec import VideoLimits
 from megavlm.errors import use_error
 from megavlm.models.names import COMPONENTS, Part
 from megavlm.parallel.groups import Groups, initialize
@@ -32,6 +28,7 @@ from megavlm.parallel.wrap import OVERLAP_BUCKET_PARAMETERS
 from megavlm.pipeline.actions import Payload
 from megavlm.pipeline.exchange import make_payload_groups
 from megavlm.platform.seeds import seed_everything
+from megavlm.train.datasets import build_dataset, build_encoder
 from megavlm.train.freeze import frozen_components
 from megavlm.train.inputs import CostModel, StepInputs, step_inputs
 from megavlm.train.optim import build_optimizer
@@ -124,63 +121,6 @@ class TrainState:
 
 # Steps whose inputs are kept: the loader's workers go on ahead of the step that is trained.
 _KEPT_STEPS = 16
-
-
-def build_encoder(recipe: Recipe, directory: HFDirectory) -> SampleEncoder:
-    """What turns rows into tokens for this model."""
-    return encoder_of(recipe, directory.architecture.inputs)
-
-
-def encoder_of(recipe: Recipe, inputs: InputSpec) -> SampleEncoder:
-    """What turns a recipe's rows into tokens."""
-    data = recipe.data
-    videos = VideoLimits(
-        data.fps, data.fps_min_frames, data.fps_max_frames, data.video_min_pixels, data.video_max_pixels
-    )
-    return open_encoder(recipe.model.hf_dir, inputs, data.max_length, data.min_pixels, data.max_pixels, videos)
-
-
-def build_dataset(
-    paths: tuple[str, ...], recipe: Recipe, encoder: SampleEncoder, builders: Builders | None = None
-) -> Dataset:
-    """Open rows, with the index that was made of them or is made now; says on rank 0 what was dropped.
-
-    Args:
-        paths: files of rows.
-        recipe: the run.
-        encoder: of the rows.
-        builders: the ranks, which make the index together in a folder that all of them see; None: an index that is not
-            there is made in memory.
-
-    Raises:
-        UseError: naming the row at fault.
-    """
-    dataset = Dataset(read_samples(paths, recipe.data.image_dir), encoder)
-    folder = index_folder(paths, recipe, encoder)
-    if builders is None and not is_complete(folder):
-        report = dataset.prepare(**_look(recipe.data))
-    else:
-        report = dataset.adopt(build_index(folder, dataset.samples, encoder, **_look(recipe.data), builders=builders))
-    for reason, rows in report.dropped.items():
-        logger.info("dropped %d of %d rows: %s (first: %s)", len(rows), report.num_rows, reason, rows[0])
-    return dataset
-
-
-def index_folder(paths: tuple[str, ...], recipe: Recipe, encoder: SampleEncoder) -> Path:
-    """Where the index of these rows is, or is to be made."""
-    files = [Path(path) for path in paths]
-    images = Path(recipe.data.image_dir).absolute() if recipe.data.image_dir else ""
-    name = fingerprint(files, encoder, f"{images} {_look(recipe.data)['check_images']}")
-    if recipe.data.index_dir:
-        return Path(recipe.data.index_dir) / name
-    beside = index_beside(files[0], name)
-    return beside if is_complete(beside) else run_path(recipe) / "index" / name
-
-
-def _look(data: DataConfig) -> dict[str, bool]:
-    """How closely rows are looked at."""
-    skips = data.on_error == "skip"
-    return {"check_images": data.check_images or skips, "stop_at_mistake": not skips}
 
 
 def build_state(recipe: Recipe, bucket_size: int = OVERLAP_BUCKET_PARAMETERS) -> TrainState:

@@ -1,0 +1,81 @@
+"""The rows of a recipe as data sets, with the index that says what is in them."""
+
+import logging
+from pathlib import Path
+
+from megavlm.checkpoint.hf_io import HFDirectory
+from megavlm.config.inputs import InputSpec
+from megavlm.config.schema import DataConfig, Recipe
+from megavlm.data.dataset import Dataset
+from megavlm.data.encode import SampleEncoder, open_encoder
+from megavlm.data.index_files import Builders, build_index, fingerprint, index_beside, is_complete
+from megavlm.data.readers import read_samples
+from megavlm.data.video_spec import VideoLimits
+
+logger = logging.getLogger(__name__)
+
+
+def build_encoder(recipe: Recipe, directory: HFDirectory) -> SampleEncoder:
+    """What turns rows into tokens for this model."""
+    return encoder_of(recipe, directory.architecture.inputs)
+
+
+def encoder_of(recipe: Recipe, inputs: InputSpec) -> SampleEncoder:
+    """What turns a recipe's rows into tokens."""
+    data = recipe.data
+    videos = VideoLimits(
+        data.fps, data.fps_min_frames, data.fps_max_frames, data.video_min_pixels, data.video_max_pixels
+    )
+    return open_encoder(recipe.model.hf_dir, inputs, data.max_length, data.min_pixels, data.max_pixels, videos)
+
+
+def build_dataset(
+    paths: tuple[str, ...], recipe: Recipe, encoder: SampleEncoder, builders: Builders | None = None
+) -> Dataset:
+    """Open rows, with the index that was made of them or is made now; says on rank 0 what was dropped.
+
+    Args:
+        paths: files of rows.
+        recipe: the run.
+        encoder: of the rows.
+        builders: the ranks, which make the index together in a folder that all of them see; None: an index that is not
+            there is made in memory.
+
+    Raises:
+        UseError: naming the row at fault.
+    """
+    dataset = Dataset(read_samples(paths, recipe.data.image_dir), encoder)
+    folder = index_folder(paths, recipe, encoder)
+    if builders is None and not is_complete(folder):
+        report = dataset.prepare(**_look(recipe.data))
+    else:
+        report = dataset.adopt(build_index(folder, dataset.samples, encoder, **_look(recipe.data), builders=builders))
+    for reason, rows in report.dropped.items():
+        logger.info("dropped %d of %d rows: %s (first: %s)", len(rows), report.num_rows, reason, rows[0])
+    return dataset
+
+
+def index_folder(paths: tuple[str, ...], recipe: Recipe, encoder: SampleEncoder) -> Path:
+    """Where the index of these rows is, or is to be made."""
+    look = _look(recipe.data)
+    names = [index_name(paths, recipe, encoder, True)]  # an index that knows more will do
+    if not look["check_images"]:
+        names.insert(0, index_name(paths, recipe, encoder, False))
+    kept = Path(recipe.data.index_dir) if recipe.data.index_dir else None
+    places = [kept / name if kept else index_beside(Path(paths[0]), name) for name in names]
+    found = next((place for place in places if is_complete(place)), None)
+    if found is not None:
+        return found
+    return kept / names[0] if kept else Path(recipe.run_dir) / "index" / names[0]
+
+
+def index_name(paths: tuple[str, ...], recipe: Recipe, encoder: SampleEncoder, check_images: bool) -> str:
+    """The fingerprint of these rows, as this recipe encodes them."""
+    images = Path(recipe.data.image_dir).absolute() if recipe.data.image_dir else ""
+    return fingerprint([Path(path) for path in paths], encoder, f"{images} {check_images}")
+
+
+def _look(data: DataConfig) -> dict[str, bool]:
+    """How closely rows are looked at."""
+    skips = data.on_error == "skip"
+    return {"check_images": data.check_images or skips, "stop_at_mistake": not skips}

@@ -35,6 +35,26 @@ def test_sigterm_saves_and_the_run_goes_on(
     assert events == ["start", "save", "stop", "resume", "save", "end"]
 
 
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_killed_without_warning_it_goes_on_exactly_with_other_data_ranks(
+    inputs: Inputs, workers: PoolKeeper, tmp_path: Path, before: int, after: int
+) -> None:
+    """SIGKILL to every process, data workers too: the samples and losses that follow are those of a run never killed."""
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    knobs = ["checkpoint.save_steps=2", "checkpoint.keep_last=0", "data.dataloader_num_workers=1"]
+    words = inputs.train(killed, "train.train_iters=100000", *knobs)
+    with started([*words, *(["--nproc", str(before)] if before > 1 else [])], tmp_path) as run:
+        run.wait_for(lambda: max(losses(killed), default=0) >= 3)
+        run.kill()
+    saved = max(int(name.removeprefix("step_")) for name in checkpoints(killed) if name.startswith("step_"))
+    for folder, processes in ((killed, after), (whole, before)):
+        succeed(workers, processes, inputs.train(folder, f"train.train_iters={saved + 3}", *knobs))
+    [resumed] = [row for row in log_rows(killed) if row.get("event") == "resume"]
+    assert resumed["step"] == saved
+    assert losses(killed) == pytest.approx(losses(whole), rel=1e-5)
+    assert sorted(losses(whole)) == list(range(1, saved + 4))
+
+
 def test_sigterm_before_training_has_begun(inputs: Inputs, tmp_path: Path) -> None:
     with started([*inputs.train(tmp_path), "--nproc", "2"], tmp_path) as run:
         run.wait_for(lambda: len(run.ranks()) == 2)

@@ -21,7 +21,8 @@ from megavlm.data.dataset import Dataset
 from megavlm.data.encode import SampleEncoder, open_encoder
 from megavlm.data.loader import BatchLoader
 from megavlm.data.plan import GlobalBatchPlan
-from megavlm.data.readers import read_samples
+from megavlm.data.row_options import row_options
+from megavlm.data.rows import Rows
 from megavlm.data.sample import Batch
 from megavlm.data.video_spec import VideoLimits
 from megavlm.errors import use_error
@@ -135,7 +136,16 @@ def encoder_of(recipe: Recipe, inputs: InputSpec) -> SampleEncoder:
     videos = VideoLimits(
         data.fps, data.fps_min_frames, data.fps_max_frames, data.video_min_pixels, data.video_max_pixels
     )
-    return open_encoder(recipe.model.hf_dir, inputs, data.max_length, data.min_pixels, data.max_pixels, videos)
+    return open_encoder(
+        recipe.model.hf_dir,
+        inputs,
+        data.max_length,
+        data.min_pixels,
+        data.max_pixels,
+        videos,
+        data.box_format,
+        data.max_image_pixels,
+    )
 
 
 def build_dataset(paths: tuple[str, ...], recipe: Recipe, encoder: SampleEncoder) -> Dataset:
@@ -144,7 +154,7 @@ def build_dataset(paths: tuple[str, ...], recipe: Recipe, encoder: SampleEncoder
     Raises:
         UseError: naming the row at fault.
     """
-    dataset = Dataset(read_samples(paths, recipe.data.image_dir), encoder)
+    dataset = Dataset(Rows.open(paths, row_options(recipe.data)), encoder)
     report = dataset.prepare()
     for reason, ids in report.dropped.items():
         logger.info("dropped %d of %d rows: %s (first: %s)", len(ids), report.num_rows, reason, ids[0])

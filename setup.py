@@ -28,6 +28,9 @@ INSTALL_REQUIRES = [
     "pillow>=10.0.1",
     # Videos. 14.1 is the first that knows a frame's rotation.
     "av>=14.1",
+    # Parquet files and Hugging Face datasets; URLs in rows.
+    "pyarrow>=15.0",
+    "fsspec>=2024.2",
     "pyyaml>=6.0",
     "rich>=13.7",
     "jinja2>=3.1",

@@ -23,7 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from examples.data.handwriting import all_texts, write_dataset  # noqa: E402
 from examples.data.tiny_qwen3vl import write_model_dir  # noqa: E402
 from megavlm.config.load import load_recipe  # noqa: E402
-from megavlm.data.readers import read_samples  # noqa: E402
+from megavlm.data.rows import Rows  # noqa: E402
 from megavlm.evaluate.metrics import exact_match, exact_match_by_task  # noqa: E402
 from megavlm.evaluate.transformers_generate import generate_answers  # noqa: E402
 from megavlm.observe.metrics import KEEP_ALL, RunLog  # noqa: E402
@@ -65,7 +65,7 @@ def prepare(folder: Path, seed: int) -> tuple[Path, Path]:
 
 def score(hf_dir: Path, heldout: Path) -> Score:
     """Ask transformers' own model every held-out question."""
-    samples = read_samples([str(heldout)])
+    samples = list(Rows.open([str(heldout)]))
     truths = [sample.turns[-1].text for sample in samples]
     tasks = [str(sample.extra["task"]) for sample in samples]
     answers = generate_answers(hf_dir, samples, max_new_tokens=8)

@@ -78,11 +78,30 @@ class DataConfig:
     """Rows, images and how they become batches."""
 
     train: tuple[str, ...] = ()
-    """JSON or JSONL files of training rows."""
+    """Training rows: JSON, JSONL, parquet and WebDataset tar files, folders of them or of `save_to_disk`, patterns."""
     eval: tuple[str, ...] = ()
     """Held-out rows: evaluation loss, and the samples of the report."""
     image_dir: str = ""
     """Root of relative image paths; empty: the folder of the row's file."""
+    root: str = ""
+    """Folder that no image or video of a row may be outside of, symbolic links followed; empty: anywhere."""
+    allow_remote: bool = False
+    """Rows may name URLs of images and videos (s3://, gs://, https:// ...), which are read through fsspec."""
+    max_row_bytes: int = 16 << 20
+    """Longest row of a JSON, JSONL or tar file, pictures inside it included; longer ones are refused."""
+    max_member_bytes: int = 1 << 30
+    """Largest image or video inside a zip archive, unpacked, as the archive states it."""
+    max_image_pixels: int = 89_478_485
+    """Largest image; PIL's own limit, of which it only warns. At most twice as much."""
+    caption_prompt: str = "Describe the image."
+    """The question that a caption answers, where a WebDataset shard has nothing but captions (`.txt`)."""
+    frames_fps: float = 2.0
+    """Frames a second of videos that rows give as lists of pictures."""
+    box_format: Literal["", "qwen_tokens_1000", "qwen_tokens_pixels", "json_1000", "json_pixels", "numbers"] = ""
+    """How `objects` of rows are written. `qwen_tokens_1000`: <|box_start|>(x1,y1),(x2,y2)<|box_end|>, thousandths of
+    the image's sides (Qwen2-VL); `qwen_tokens_pixels`: the same in pixels of the image as the model sees it;
+    `json_1000` (Qwen3-VL) and `json_pixels` (Qwen2.5-VL): {"bbox_2d": [x1, y1, x2, y2], "label": ...}; `numbers`:
+    [x1, y1, x2, y2] as in the row. Empty: rows with `objects` are refused."""
     max_length: int = 4096
     """Longest sample in tokens, images included; longer rows are dropped, counted and reported."""
     min_pixels: int = 0

@@ -5,6 +5,7 @@ recipe and the disk, `validate_layout` the world size, `validate_model` the size
 importable from here). Each raises on the first mistake that it finds, before anything is built.
 """
 
+import glob
 import math
 import re
 from pathlib import Path
@@ -13,12 +14,13 @@ from megavlm.config.fit import validate_layout, validate_model
 from megavlm.config.layout import divisors, language_pipeline_size, parse_pipeline_layout
 from megavlm.config.load import recipe_to_dict
 from megavlm.config.placement import check_placement
-from megavlm.config.schema import ParallelConfig, Recipe
+from megavlm.config.schema import DataConfig, ParallelConfig, Recipe
 from megavlm.errors import UseError, use_error
 
 __all__ = ["LEAST", "RECOMPUTE_MODULES", "validate_layout", "validate_model", "validate_recipe"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_MOST_IMAGE_PIXELS = 2 * 89_478_485  # PIL raises DecompressionBombError above it
 RECOMPUTE_MODULES = ("core_attn", "mlp", "moe", "layernorm")
 
 # Least value of every number; those of vit_lr and aligner_lr are free, as a negative one means `lr`.
@@ -39,6 +41,10 @@ LEAST: dict[str, float] = {
     "parallel.vision_extra_microbatches_in_flight": 0,
     "parallel.recompute_num_layers": 1,
     "data.max_length": 2,  # one token read, one predicted
+    "data.max_row_bytes": 1,
+    "data.max_member_bytes": 1,
+    "data.max_image_pixels": 1,
+    "data.frames_fps": 0,
     "data.min_pixels": 0,
     "data.max_pixels": 0,
     "data.fps": 0,
@@ -86,7 +92,7 @@ _BELOW_ONE = (
     "optimizer.adam_beta2",
     "optimizer.lr_warmup_fraction",
 )
-_ABOVE_ZERO = ("optimizer.lr", "optimizer.adam_eps")
+_ABOVE_ZERO = ("data.frames_fps", "optimizer.lr", "optimizer.adam_eps")
 
 
 def validate_recipe(recipe: Recipe) -> None:
@@ -107,6 +113,7 @@ def validate_recipe(recipe: Recipe) -> None:
     _check_schedule(recipe)
     _check_freezing(recipe)
     _check_data(recipe)
+    _check_media_limits(recipe.data)
     _check_paths(recipe)
 
 
@@ -333,18 +340,34 @@ def _check_data(recipe: Recipe) -> None:
             )
 
 
+def _check_media_limits(data: DataConfig) -> None:
+    if data.max_image_pixels > _MOST_IMAGE_PIXELS:
+        raise use_error(
+            "data.max_image_pixels",
+            data.max_image_pixels,
+            f"at most {_MOST_IMAGE_PIXELS}, from where PIL refuses images",
+            f"set data.max_image_pixels={_MOST_IMAGE_PIXELS}, and shrink larger images",
+        )
+    if data.root and data.image_dir and not Path(data.image_dir).resolve().is_relative_to(Path(data.root).resolve()):
+        raise use_error(
+            "data.image_dir", f"`{data.image_dir}`, outside of data.root `{data.root}`", "a folder in it", "correct one"
+        )
+
+
 def _check_paths(recipe: Recipe) -> None:
     """What the recipe names is there, and of the right kind; relative paths start at the working directory."""
     folders = {"model.hf_dir": recipe.model.hf_dir}
     folders |= {"data.image_dir": recipe.data.image_dir} if recipe.data.image_dir else {}
+    folders |= {"data.root": recipe.data.root} if recipe.data.root else {}
     folders |= {"checkpoint.load_dir": recipe.checkpoint.load_dir} if recipe.checkpoint.load_dir else {}
     for key, folder in folders.items():
         if not Path(folder).is_dir():
             raise _path_error(key, folder, "a directory")
     for key, files in (("data.train", recipe.data.train), ("data.eval", recipe.data.eval)):
         for number, file in enumerate(files):
-            if not Path(file).is_file():
-                raise _path_error(f"{key}[{number}]", file, "a JSON or JSONL file")
+            # What is in a folder, and of which kind files are, is found when they are read.
+            if not Path(file).exists() and not (glob.has_magic(file) and glob.glob(file, recursive=True)):
+                raise _path_error(f"{key}[{number}]", file, "a file or folder of rows, or a pattern of such names")
     for folder in (recipe.output_dir, recipe.run_dir):
         if Path(folder).exists() and not Path(folder).is_dir():
             raise _path_error("output_dir", folder, "a folder, or nothing yet")

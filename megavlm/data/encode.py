@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from megavlm.config.inputs import InputSpec
+from megavlm.config.schema import DataConfig
+from megavlm.data.boxes import write_boxes
 from megavlm.data.encode_video import Inset, VideoEncoder
 from megavlm.data.images import ImageSpec, read_image_size, read_image_spec, target_grid
 from megavlm.data.media import media_name
 from megavlm.data.positions import linear_positions, mrope_positions
 from megavlm.data.readers import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
-from megavlm.data.sample import EncodedSample, Media, Sample, Turn
+from megavlm.data.sample import EncodedSample, FrameFiles, Media, Sample, Turn
 from megavlm.data.tokens import Tokenizer
 from megavlm.data.video_spec import VideoLimits, VideoSpec, read_video_spec
 from megavlm.errors import UseError, use_error
@@ -43,6 +45,8 @@ def open_encoder(
     min_pixels: int = 0,
     max_pixels: int = 0,
     videos: VideoLimits | None = None,
+    box_format: str = "",
+    max_image_pixels: int = DataConfig.max_image_pixels,
 ) -> "SampleEncoder":
     """The encoder of a Hugging Face directory.
 
@@ -53,13 +57,16 @@ def open_encoder(
         min_pixels: least area of an image; 0: what the directory says.
         max_pixels: largest area of an image; 0: what the directory says.
         videos: what the recipe says of videos.
+        box_format: how `objects` of rows are written; empty: rows with them are refused.
+        max_image_pixels: largest image, before it is resized.
 
     Raises:
         UseError: one of them is missing, or unlike the model.
     """
     image_spec = read_image_spec(hf_dir, inputs, min_pixels, max_pixels)
     tokenizer = Tokenizer(hf_dir, inputs.image_token_id, inputs.has_borders)
-    return SampleEncoder(inputs, image_spec, tokenizer, max_length, read_video_spec(hf_dir, inputs, image_spec, videos))
+    video_spec = read_video_spec(hf_dir, inputs, image_spec, videos)
+    return SampleEncoder(inputs, image_spec, tokenizer, max_length, video_spec, box_format, max_image_pixels)
 
 
 class SampleEncoder:
@@ -72,6 +79,8 @@ class SampleEncoder:
         tokenizer: Tokenizer,
         max_length: int,
         video_spec: VideoSpec | None = None,
+        box_format: str = "",
+        max_image_pixels: int = DataConfig.max_image_pixels,
     ) -> None:
         """Put the parts together.
 
@@ -81,6 +90,8 @@ class SampleEncoder:
             tokenizer: made for the same image placeholder.
             max_length: longest sample in tokens, images included.
             video_spec: how it takes frames of videos; None: it takes none.
+            box_format: how `objects` of rows are written; empty: rows with them are refused.
+            max_image_pixels: largest image, before it is resized.
         """
         assert tokenizer.image_token_id == inputs.image_token_id
         self.inputs = inputs
@@ -88,13 +99,23 @@ class SampleEncoder:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.video_spec = video_spec
+        self.box_format = box_format
+        self.max_image_pixels = max_image_pixels
         video = VideoEncoder(inputs, video_spec, tokenizer) if video_spec is not None else None
         self.video = video if video is not None and video.token else None
 
     @property
     def fingerprint(self) -> str:
         """Everything that decides about tokens, weights and grids, as hexadecimal digits."""
-        facts = (self.inputs, self.image_spec, self.video_spec, self.max_length, self.tokenizer.fingerprint)
+        facts = (
+            self.inputs,
+            self.image_spec,
+            self.video_spec,
+            self.max_length,
+            self.box_format,
+            self.max_image_pixels,
+            self.tokenizer.fingerprint,
+        )
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
     def encode(self, sample: Sample) -> EncodedSample:
@@ -108,6 +129,7 @@ class SampleEncoder:
         try:
             self._check_text(sample.turns)
             self._check_videos(sample)
+            sample = self.with_boxes(sample)
             tokens_S, weights_S = self.tokenizer.encode_chat(sample.turns)
             return self._finish(sample, tokens_S, weights_S)
         except UseError as error:
@@ -120,14 +142,35 @@ class SampleEncoder:
             UseError: as in `encode`.
             TooLong: as in `encode`.
         """
-        turns = sample.turns[:-1] if sample.turns[-1].role == "assistant" else sample.turns
         try:
+            sample = self.with_boxes(sample)
+            turns = sample.turns[:-1] if sample.turns[-1].role == "assistant" else sample.turns
             self._check_text(turns)
             self._check_videos(sample)
             tokens_S = self.tokenizer.encode_prompt(turns)
             return self._finish(sample, tokens_S, np.zeros(len(tokens_S), dtype=np.float32))
         except UseError as error:
             raise UseError(f"{sample.sample_id}: {error}") from error
+
+    def with_boxes(self, sample: Sample) -> Sample:
+        """The row with what its `objects` say written into its texts, as the recipe's `data.box_format` has it.
+
+        Raises:
+            UseError: no format is chosen, a box is outside of its image, or an image is unreadable.
+        """
+        if not sample.boxes:
+            return sample
+        sizes = [self._image_size(image) for image in sample.images]
+        grids = [target_grid(self.image_spec, *size, len(sizes)) for size in sizes]
+        patch_px = self.image_spec.patch_px
+        # Of images that are cut into tiles or padded no model was trained with pixels.
+        is_resized = self.image_spec.kind == "dynamic"
+        if self.box_format.endswith("pixels") and not is_resized:
+            raise use_error(
+                "data.box_format", self.box_format, "thousandths or numbers with this family", "set e.g. json_1000"
+            )
+        seen = [(grid[2] * patch_px, grid[1] * patch_px) for grid in grids]
+        return write_boxes(sample, self.box_format, sizes, seen)
 
     def _check_text(self, turns: Sequence[Turn]) -> None:
         tokens = {self.tokenizer.image_token: IMAGE_PLACEHOLDER}
@@ -153,7 +196,7 @@ class SampleEncoder:
             )
 
     def _finish(self, sample: Sample, tokens_S: np.ndarray, weights_S: np.ndarray) -> EncodedSample:
-        kinds = [(self.inputs.image_token_id, sample.images, "image")]
+        kinds: list[tuple[int, Sequence[object], str]] = [(self.inputs.image_token_id, sample.images, "image")]
         if self.video is not None:  # else the id may be that of a word
             kinds.append((self.inputs.video_token_id, sample.videos, "video"))
         for token_id, paths, word in kinds:
@@ -171,7 +214,10 @@ class SampleEncoder:
                 insets.append(self._image(next(images), len(sample.images)))
             else:
                 assert self.video is not None
-                insets.append(self.video.inset(next(videos)))
+                video = next(videos)
+                for frame in video.files if isinstance(video, FrameFiles) else ():
+                    self._image_size(frame)
+                insets.append(self.video.inset(video))
         tokens_S, weights_S = self._filled(sample, tokens_S, weights_S, insets)
         if tokens_S.max() >= self.inputs.vocab_size:
             raise use_error(
@@ -210,7 +256,7 @@ class SampleEncoder:
         return np.concatenate([*pieces, tokens_S[start:]]), np.concatenate([*weights, weights_S[start:]])
 
     def _image(self, path: Media, num_images: int) -> Inset:
-        width_px, height_px = read_image_size(path)
+        width_px, height_px = self._image_size(path)
         try:
             grid = target_grid(self.image_spec, width_px, height_px, num_images)
         except UseError as error:
@@ -220,6 +266,17 @@ class SampleEncoder:
             before, after = np.array(self.tokenizer.image_borders).reshape(2, 1)
             tokens_S = np.concatenate((before, tokens_S, after))
         return Inset(path, grid, tokens_S)
+
+    def _image_size(self, path: Media) -> tuple[int, int]:
+        width_px, height_px = read_image_size(path)
+        if width_px * height_px > self.max_image_pixels:
+            raise use_error(
+                media_name(path),
+                f"an image of {width_px}x{height_px} pixels",
+                f"at most data.max_image_pixels {self.max_image_pixels:,} of them",
+                "shrink the image, or raise data.max_image_pixels",
+            )
+        return width_px, height_px
 
     def _positions(self, tokens_S: np.ndarray, insets: Sequence[Inset]) -> np.ndarray:
         if self.inputs.position_kind == "linear":

@@ -9,7 +9,7 @@ import numpy as np
 
 from megavlm.config.inputs import Grid, InputSpec
 from megavlm.data.media import media_name
-from megavlm.data.sample import Media, VideoClip
+from megavlm.data.sample import FrameFiles, Media, Video, VideoClip
 from megavlm.data.tokens import Tokenizer
 from megavlm.data.video_spec import VideoSpec, sampled_frames, timestamps_s, video_grid
 from megavlm.data.videos import read_video_header
@@ -48,14 +48,18 @@ class VideoEncoder:
         token = tokenizer.token(inputs.video_token_id)
         self.token = token if tokenizer.encode_text(token).tolist() == [inputs.video_token_id] else ""
 
-    def inset(self, path: Media) -> Inset:
+    def inset(self, path: Video) -> Inset:
         """A video's visual tokens, by its header.
 
         Raises:
             UseError: the file is unreadable, or its sides are too different.
         """
         header = read_video_header(path)
-        frames = sampled_frames(self.spec, header.num_frames, header.fps)
+        if isinstance(path, FrameFiles):
+            # Whoever cut a video into pictures has chosen: as in transformers, the model sees all of them.
+            frames = np.arange(header.num_frames)
+        else:
+            frames = sampled_frames(self.spec, header.num_frames, header.fps)
         try:
             grid = video_grid(self.spec, len(frames), header.width_px, header.height_px)
         except UseError as error:

@@ -88,11 +88,7 @@ def load_patches(path: Media, spec: ImageSpec, num_images: int = 1) -> torch.Ten
     Raises:
         UseError: the file is missing, truncated or no image, or its aspect ratio is beyond the limit.
     """
-    try:
-        with _whole_files_only(), open_media(path) as file, Image.open(file) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
-    except _BROKEN_IMAGE_ERRORS as error:
-        raise _broken_image(path, error) from error
+    image = load_rgb(path)
     try:
         _, rows, columns = target_grid(spec, *image.size, num_images)[:3]
     except UseError as error:
@@ -112,6 +108,19 @@ def load_patches(path: Media, spec: ImageSpec, num_images: int = 1) -> torch.Ten
     else:
         frames = [_resize_and_crop(image, spec)]
     return torch.cat([_to_patches(pixels_HWC, spec, rows, columns) for pixels_HWC in frames])
+
+
+def load_rgb(path: Media) -> Image.Image:
+    """Decode one image, turned as its EXIF orientation says.
+
+    Raises:
+        UseError: the file is missing, truncated or no image.
+    """
+    try:
+        with _whole_files_only(), open_media(path) as file, Image.open(file) as opened:
+            return ImageOps.exif_transpose(opened).convert("RGB")
+    except _BROKEN_IMAGE_ERRORS as error:
+        raise _broken_image(path, error) from error
 
 
 def _to_patches(pixels_HWC: np.ndarray, spec: ImageSpec, rows: int, columns: int) -> torch.Tensor:

@@ -48,14 +48,15 @@ def fingerprint(files: Iterable[Path], encoder: SampleEncoder, options: str) -> 
     """What an index depends on, as 16 hexadecimal digits.
 
     Args:
-        files: that hold the rows; their names, sizes and times of change count, not their content.
+        files: that hold the rows, or folders of such; their names, sizes and times of change count, not what is in them.
         encoder: of the rows; everything that decides about tokens and grids counts.
         options: whatever else decides what is read.
     """
     state = hashlib.sha256(f"{FORMAT} {__version__} {encoder.fingerprint} {options} {REASONS}".encode())
-    for file in files:
-        found = file.stat()
-        state.update(f"{file.name} {found.st_size} {found.st_mtime_ns}".encode())
+    for path in files:
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            found = file.stat()
+            state.update(f"{path.name} {file.name} {found.st_size} {found.st_mtime_ns}".encode())
     return state.hexdigest()[:16]
 
 

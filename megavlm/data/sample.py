@@ -57,19 +57,32 @@ Media = str | Path | FileRange | ZipMember | InlineBytes
 
 
 @dataclass(frozen=True)
+class FrameFiles:
+    """A video as a list of pictures of one size, all of which the model sees."""
+
+    files: tuple[Media, ...]
+    fps: float
+    """Pictures a second."""
+
+
+Video = Media | FrameFiles
+
+
+@dataclass(frozen=True)
 class VideoClip:
     """Frames of a video: where it is, and the numbers of the frames that the model sees, ascending."""
 
-    path: Media
+    path: Video
     frames: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Box:
-    """A place in an image that a row names: `objects` of ms-swift rows.
+    """A thing in an image that a row names: `objects` of ms-swift rows.
 
-    `corners` are (x1, y1, x2, y2), or (x, y) of a point, in `unit`: pixels of the file's image (`real`), or shares of
-    its sides from 0 to 1 (`norm1`).
+    `reference` is its name, for a `<ref-object>`. `corners`, for a `<bbox>`, are (x1, y1, x2, y2), or (x, y) of a
+    point, in `unit`: pixels of the file's image (`real`), or shares of its sides from 0 to 1 (`norm1`). Either may be
+    empty: a row may have more names than boxes, or fewer.
     """
 
     reference: str
@@ -92,7 +105,8 @@ class Sample:
         rejected_images: images of the conversation that is worse; None: the same.
         margin: by how much the chosen answer is better (reward models), where the row says so.
         label: whether the answer is good (KTO rows), where the row says so.
-        boxes: what `<bbox>` and `<ref-object>` in the texts stand for, in order.
+        boxes: what the placeholders in the texts stand for: the i-th `<ref-object>` for the name of the i-th, the
+            i-th `<bbox>` for its corners; counted anew in the rejected conversation. `boxes.py` writes them.
         tools: JSON descriptions of functions that the template shows to the model; empty: none.
         channel: the row's own name of its task or source; empty: none.
         weight: of the row's loss.
@@ -101,7 +115,7 @@ class Sample:
     sample_id: str
     turns: tuple[Turn, ...]
     images: tuple[Media, ...] = ()
-    videos: tuple[Media, ...] = ()
+    videos: tuple[Video, ...] = ()
     extra: dict[str, Any] = field(default_factory=dict)
     rejected_turns: tuple[Turn, ...] = ()
     rejected_images: tuple[Media, ...] | None = None

@@ -1,4 +1,4 @@
-"""Frames of video files, decoded by PyAV, as patches.
+"""Frames of videos as patches: of video files, decoded by PyAV, and of lists of pictures, decoded by PIL.
 
 Frames are resized by torch's antialiased filter on bytes, which is what transformers' video processors call.
 
@@ -17,8 +17,9 @@ import torch.nn.functional as F
 
 from megavlm.config.inputs import Grid
 from megavlm.data.image_spec import ImageSpec
+from megavlm.data.images import load_rgb, read_image_size
 from megavlm.data.media import media_name, open_media
-from megavlm.data.sample import Media, VideoClip
+from megavlm.data.sample import FrameFiles, InlineBytes, Media, Video, VideoClip
 from megavlm.data.video_spec import FILTERS, VideoSpec
 from megavlm.errors import UseError, use_error
 
@@ -33,13 +34,33 @@ class VideoHeader:
     height_px: int
 
 
-@functools.lru_cache(maxsize=1024)
-def read_video_header(path: Media) -> VideoHeader:
+def read_video_header(video: Video) -> VideoHeader:
     """Number and size of a video's frames; decodes the first one, and counts packets where the file has no number.
 
     Raises:
-        UseError: the file is missing or holds no video.
+        UseError: the file is missing or holds no video; pictures of different sizes.
     """
+    if isinstance(video, FrameFiles):
+        return _pictures_header(video)
+    # What brings its bytes along would stay in memory, with its header.
+    return _read_file_header(video) if isinstance(video, InlineBytes) else _kept_file_header(video)
+
+
+@functools.lru_cache(maxsize=1024)
+def _kept_file_header(path: Media) -> VideoHeader:
+    return _read_file_header(path)
+
+
+def _pictures_header(video: FrameFiles) -> VideoHeader:
+    sizes = [read_image_size(file) for file in video.files]
+    for file, size in zip(video.files, sizes, strict=True):
+        if size != sizes[0]:
+            got, expected = (f"{width}x{height} pixels" for width, height in (size, sizes[0]))
+            raise use_error(media_name(file), f"a frame of {got}", f"{expected}, as the video's first", "resize it")
+    return VideoHeader(len(sizes), video.fps, *sizes[0])
+
+
+def _read_file_header(path: Media) -> VideoHeader:
     import av
 
     try:
@@ -97,12 +118,17 @@ def load_video_patches(clip: VideoClip, grid: Grid, spec: VideoSpec) -> torch.Te
 
 def _decoded(clip: VideoClip) -> Iterator[np.ndarray]:
     """The frames that are asked for: uint8 [H, W, C]."""
+    if isinstance(clip.path, FrameFiles):
+        for number in clip.frames:
+            yield np.array(load_rgb(clip.path.files[number]))
+        return
     import av
 
+    path = clip.path
     wanted, number = list(clip.frames), -1
     try:
-        with open_media(clip.path) as file, av.open(file, "r") as container:
-            for number, frame in enumerate(container.decode(_stream(container, clip.path))):
+        with open_media(path) as file, av.open(file, "r") as container:
+            for number, frame in enumerate(container.decode(_stream(container, path))):
                 while number == wanted[0]:
                     pixels_HWC = frame.to_ndarray(format="rgb24")
                     yield np.rot90(pixels_HWC, int(frame.rotation) // 90 % 4).copy()
@@ -110,8 +136,8 @@ def _decoded(clip: VideoClip) -> Iterator[np.ndarray]:
                     if not wanted:
                         return
     except (av.FFmpegError, OSError) as error:
-        raise _broken(clip.path, str(error)) from error
-    raise _broken(clip.path, f"{number + 1} frames, but frame {wanted[0]} is needed")
+        raise _broken(path, str(error)) from error
+    raise _broken(path, f"{number + 1} frames, but frame {wanted[0]} is needed")
 
 
 def _resized(pixels_HWC: np.ndarray, size: tuple[int, int], spec: ImageSpec) -> torch.Tensor:

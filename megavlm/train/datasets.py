@@ -9,7 +9,8 @@ from megavlm.config.schema import DataConfig, Recipe
 from megavlm.data.dataset import Dataset
 from megavlm.data.encode import SampleEncoder, open_encoder
 from megavlm.data.index_files import Builders, build_index, fingerprint, index_beside, is_complete
-from megavlm.data.readers import read_samples
+from megavlm.data.row_options import row_options
+from megavlm.data.rows import Rows
 from megavlm.data.video_spec import VideoLimits
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,16 @@ def encoder_of(recipe: Recipe, inputs: InputSpec) -> SampleEncoder:
     videos = VideoLimits(
         data.fps, data.fps_min_frames, data.fps_max_frames, data.video_min_pixels, data.video_max_pixels
     )
-    return open_encoder(recipe.model.hf_dir, inputs, data.max_length, data.min_pixels, data.max_pixels, videos)
+    return open_encoder(
+        recipe.model.hf_dir,
+        inputs,
+        data.max_length,
+        data.min_pixels,
+        data.max_pixels,
+        videos,
+        data.box_format,
+        data.max_image_pixels,
+    )
 
 
 def build_dataset(
@@ -44,35 +54,36 @@ def build_dataset(
     Raises:
         UseError: naming the row at fault.
     """
-    dataset = Dataset(read_samples(paths, recipe.data.image_dir), encoder)
-    folder = index_folder(paths, recipe, encoder)
+    rows = Rows.open(paths, row_options(recipe.data))
+    dataset = Dataset(rows, encoder)
+    folder = index_folder(rows, recipe, encoder)
     if builders is None and not is_complete(folder):
         report = dataset.prepare(**_look(recipe.data))
     else:
-        report = dataset.adopt(build_index(folder, dataset.samples, encoder, **_look(recipe.data), builders=builders))
-    for reason, rows in report.dropped.items():
-        logger.info("dropped %d of %d rows: %s (first: %s)", len(rows), report.num_rows, reason, rows[0])
+        report = dataset.adopt(build_index(folder, rows, encoder, **_look(recipe.data), builders=builders))
+    for reason, lines in report.dropped.items():
+        logger.info("dropped %d of %d rows: %s (first: %s)", len(lines), report.num_rows, reason, lines[0])
     return dataset
 
 
-def index_folder(paths: tuple[str, ...], recipe: Recipe, encoder: SampleEncoder) -> Path:
+def index_folder(rows: Rows, recipe: Recipe, encoder: SampleEncoder) -> Path:
     """Where the index of these rows is, or is to be made."""
     look = _look(recipe.data)
-    names = [index_name(paths, recipe, encoder, True)]  # an index that knows more will do
+    names = [index_name(rows, encoder, True)]  # an index that knows more will do
     if not look["check_images"]:
-        names.insert(0, index_name(paths, recipe, encoder, False))
+        names.insert(0, index_name(rows, encoder, False))
     kept = Path(recipe.data.index_dir) if recipe.data.index_dir else None
-    places = [kept / name if kept else index_beside(Path(paths[0]), name) for name in names]
+    places = [kept / name if kept else index_beside(Path(rows.paths[0]), name) for name in names]
     found = next((place for place in places if is_complete(place)), None)
     if found is not None:
         return found
     return kept / names[0] if kept else Path(recipe.run_dir) / "index" / names[0]
 
 
-def index_name(paths: tuple[str, ...], recipe: Recipe, encoder: SampleEncoder, check_images: bool) -> str:
-    """The fingerprint of these rows, as this recipe encodes them."""
-    images = Path(recipe.data.image_dir).absolute() if recipe.data.image_dir else ""
-    return fingerprint([Path(path) for path in paths], encoder, f"{images} {check_images}")
+def index_name(rows: Rows, encoder: SampleEncoder, check_images: bool) -> str:
+    """The fingerprint of these rows."""
+    folder = Path(rows.options.image_dir).absolute() if rows.options.image_dir else ""
+    return fingerprint([Path(path) for path in rows.paths], encoder, f"{rows.options} {folder} {check_images}")
 
 
 def _look(data: DataConfig) -> dict[str, bool]:

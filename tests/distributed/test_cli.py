@@ -14,7 +14,7 @@ import torch
 from examples.tiny import FAMILIES as FAMILIES_OF_EXAMPLES
 from examples.tiny import write as write_example
 from megavlm.cli import main as frame
-from megavlm.data.readers import read_samples
+from megavlm.data.rows import Rows
 from megavlm.evaluate.transformers_generate import generate_answers, load_checked, model_inputs
 from tests.distributed.running import (
     REPO_DIR,
@@ -99,7 +99,7 @@ def native_logits(hf_dir: str, checkpoint: str, rows: str) -> tuple[list[int], t
     inputs = directory.architecture.inputs
     tokenizer = Tokenizer(hf_dir, inputs.image_token_id, inputs.has_borders)
     encoder = SampleEncoder(inputs, read_image_spec(hf_dir, inputs, 0, 0), tokenizer, 512)
-    row = encoder.encode_prompt(read_samples([rows])[0])
+    row = encoder.encode_prompt(Rows.open([rows])[0])
     sizes = {"sample_multiple": 1, "total_multiple": 1, "pad_token_id": 0, "patch_channels": inputs.patch_channels}
     batch = pack([row], load_sample_patches(row, encoder), **sizes)
     model = build_single(directory, "fp32")
@@ -207,7 +207,7 @@ def prompt_arguments(hf_dir: str, rows: str, model: Any) -> dict[str, Any]:
     from transformers import AutoImageProcessor, AutoTokenizer
 
     processor = AutoImageProcessor.from_pretrained(hf_dir)
-    return model_inputs(read_samples([rows])[:1], AutoTokenizer.from_pretrained(hf_dir), processor, model)
+    return model_inputs(Rows.open([rows])[:1], AutoTokenizer.from_pretrained(hf_dir), processor, model)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "qwen2_5_vl", "internvl", "llava_next", "llava_onevision"])
@@ -215,7 +215,7 @@ def test_generate_answers_as_transformers_does(
     inputs: Inputs, workers: PoolKeeper, tmp_path: Path, family: str
 ) -> None:
     hf_dir = str(inputs.model(family))
-    samples = read_samples([str(inputs.rows)])[:4]
+    samples = list(Rows.open([str(inputs.rows)]))[:4]
     expected = generate_answers(hf_dir, samples, NUM_NEW_TOKENS)
     assert len(set(expected)) > 1 and all(expected), "answers that are all alike would prove little"
     imported = str(tmp_path / "native")
@@ -250,7 +250,7 @@ def answers_in_layout(words: list[str]) -> list[str]:
 def test_answers_do_not_depend_on_the_layout(
     inputs: Inputs, workers: PoolKeeper, tmp_path: Path, family: str, layout: list[str]
 ) -> None:
-    samples = read_samples([str(inputs.rows)])
+    samples = list(Rows.open([str(inputs.rows)]))
     chosen = [samples[index] for index in (0, 3, 6, 9)]
     expected = generate_answers(str(inputs.model(family)), chosen, NUM_NEW_TOKENS)
     words = inputs.train(tmp_path, f"model.hf_dir={inputs.model(family)}", f"data.eval={inputs.rows}", *layout)[1:]

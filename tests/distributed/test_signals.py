@@ -39,7 +39,7 @@ def test_sigterm_saves_and_the_run_goes_on(
 def test_killed_without_warning_it_goes_on_exactly_with_other_data_ranks(
     inputs: Inputs, workers: PoolKeeper, tmp_path: Path, before: int, after: int
 ) -> None:
-    """SIGKILL to every process, data workers too: the samples and losses that follow are those of a run never killed."""
+    """SIGKILL to every process, data workers too: samples and losses that follow are those of a run never killed."""
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     knobs = ["checkpoint.save_steps=2", "checkpoint.keep_last=0", "data.dataloader_num_workers=1"]
     words = inputs.train(killed, "train.train_iters=100000", *knobs)

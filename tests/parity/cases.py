@@ -36,12 +36,12 @@ def encode_rows(hf_dir: Path, rows_file: Path) -> list[Item]:
     from megavlm.checkpoint.hf_io import HFDirectory
     from megavlm.data.images import read_image_size
     from megavlm.data.pixels import load_sample_patches
-    from megavlm.data.readers import read_samples
+    from megavlm.data.rows import Rows
     from megavlm.train.datasets import build_encoder
 
     encoder = build_encoder(recipe_of(hf_dir, {}), HFDirectory(hf_dir))
     items = []
-    for sample in read_samples((str(rows_file),), ""):
+    for sample in Rows.open([str(rows_file)]):
         encoded = encoder.encode(sample)
         patches = [torch.zeros(0, encoder.inputs.patch_channels), *load_sample_patches(encoded, encoder)]
         sizes = [read_image_size(path)[::-1] for path in encoded.images if isinstance(path, str)]

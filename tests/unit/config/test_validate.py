@@ -146,8 +146,10 @@ def test_contradictions_are_named(folder: Path, overrides: list[str], parts: lis
 
 
 def test_paths_of_the_wrong_kind(folder: Path) -> None:
-    with pytest.raises(UseError, match=r"data.train\[0\]: got .*, a directory; expected a JSON or JSONL file"):
-        validate_recipe(recipe_of(folder, f"data.train={folder}"))
+    for names in (str(folder), f"{folder}/*.jsonl"):  # what is in it is found when rows are read
+        validate_recipe(recipe_of(folder, f"data.train={names}"))
+    with pytest.raises(UseError, match=r"data.train\[0\]: got .*none\*`, which does not exist; expected a file or"):
+        validate_recipe(recipe_of(folder, f"data.train={folder}/none*"))
     with pytest.raises(UseError, match="model.hf_dir: got .*, a file; expected a directory"):
         validate_recipe(recipe_of(folder, f"model.hf_dir={folder}/rows.jsonl"))
     with pytest.raises(UseError, match="output_dir: got .*, a file"):

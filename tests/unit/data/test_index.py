@@ -11,7 +11,7 @@ from megavlm.data.dataset import Dataset
 from megavlm.data.encode import SampleEncoder
 from megavlm.data.images import read_image_spec
 from megavlm.data.index_files import Builders, build_index, fingerprint, is_complete
-from megavlm.data.readers import read_samples
+from megavlm.data.rows import Rows
 from megavlm.data.tokens import Tokenizer
 from megavlm.errors import UseError
 from tests.unit.data.conftest import QWEN_INPUTS, draw_image, write_jsonl
@@ -44,7 +44,7 @@ def rows(tmp_path):
             answer["loss"] = False
         rows.append({"messages": [{"role": "user", "content": "<image>" * len(names) + "what?"}, answer],
                      "images": names})  # fmt: skip
-    return read_samples([str(write_jsonl(tmp_path / "rows.jsonl", rows))])
+    return Rows.open([str(write_jsonl(tmp_path / "rows.jsonl", rows))])
 
 
 def same(left, right):

@@ -15,7 +15,7 @@ from megavlm.data.images import read_image_spec
 from megavlm.data.loader import BatchLoader, Dataset, evaluation_rows
 from megavlm.data.pixels import load_image_patches
 from megavlm.data.plan import GlobalBatchPlan
-from megavlm.data.readers import iterate_samples, read_samples
+from megavlm.data.rows import Rows
 from megavlm.data.sample import EncodedSample, MicrobatchOrder
 from megavlm.data.tokens import Tokenizer
 from megavlm.errors import RunError, UseError
@@ -49,7 +49,7 @@ def rows_path(tmp_path):
 
 
 def prepared(path, encoder, **kwargs):
-    dataset = Dataset(read_samples([str(path)]), encoder, **kwargs)
+    dataset = Dataset(Rows.open([str(path)]), encoder, **kwargs)
     return dataset, dataset.prepare()
 
 
@@ -215,7 +215,7 @@ def test_images_of_other_rows_come_in_the_order_that_they_were_asked_for(rows_pa
 
 
 def test_encoder_travels_to_another_process(rows_path, encoder):
-    (sample,) = itertools.islice(iterate_samples(str(rows_path)), 5, 6)
+    sample = Rows.open([str(rows_path)])[5]
     travelled = pickle.loads(pickle.dumps(encoder))
     for field in dataclasses.fields(EncodedSample):
         left, right = (getattr(each.encode(sample), field.name) for each in (encoder, travelled))

@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from megavlm.data.readers import iterate_samples, read_samples
+from megavlm.data.row_options import RowOptions
+from megavlm.data.rows import Rows
 from megavlm.data.sample import Turn
 from megavlm.errors import UseError
 from tests.unit.data.conftest import draw_image, write_jsonl
@@ -24,7 +25,11 @@ GOOD = {"messages": [question(), ANSWER], "images": ["a.png"]}
 
 
 def read_rows(folder, rows, **kwargs):
-    return read_samples([str(write_jsonl(folder / "rows.jsonl", rows))], **kwargs)
+    return read_files(write_jsonl(folder / "rows.jsonl", rows), **kwargs)
+
+
+def read_files(*paths, **kwargs):
+    return list(Rows.open([str(path) for path in paths], RowOptions(**kwargs)))
 
 
 def test_llava_row(folder):
@@ -87,28 +92,31 @@ def test_system_column_becomes_the_first_turn(folder):
 def test_image_dir_replaces_the_files_folder(folder, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     path = write_jsonl(elsewhere / "rows.jsonl", [GOOD])
-    (sample,) = read_samples([str(path)], image_dir=str(folder))
+    (sample,) = read_files(path, image_dir=str(folder))
     assert sample.images == (str(folder / "a.png"),)
     with pytest.raises(UseError, match=r"rows\.jsonl row 1: got no image file .*elsewhere"):
-        read_samples([str(path)])
+        read_files(path)
 
 
 def test_json_array_and_jsonl_give_the_same_rows(folder):
     rows = [GOOD, {"messages": [question("Hi"), ANSWER]}]
     (folder / "rows.json").write_text("\ufeff" + json.dumps(rows, indent=1) + "\n")
-    from_array = read_samples([str(folder / "rows.json")])
+    from_array = read_files(folder / "rows.json")
     assert [(s.turns, s.images) for s in from_array] == [(s.turns, s.images) for s in read_rows(folder, rows)]
     assert from_array[1].sample_id.endswith("rows.json:2")
 
 
-def test_jsonl_is_read_row_by_row_and_counts_lines(folder):
+def test_a_bad_row_stops_nobody_else_and_lines_are_counted(folder):
     good = json.dumps(GOOD)
-    (folder / "rows.jsonl").write_text(f"{good}\n\n{good}\n{{broken\n")
-    samples = iterate_samples(str(folder / "rows.jsonl"))
-    assert next(samples).sample_id.endswith(":1")
-    assert next(samples).sample_id.endswith(":3")  # the blank line counts, as in an editor
+    (folder / "rows.jsonl").write_text(f"\ufeff{good}\n\n{good}\n{{broken\n \t\n{good}")
+    rows = Rows.open([str(folder / "rows.jsonl")])
+    # Blank lines count, as in an editor.
+    assert [rows.sample_id(index).rpartition(":")[2] for index in range(len(rows))] == ["1", "3", "4", "6"]
+    assert rows[0].turns == rows[1].turns == rows[3].turns == rows[-1].turns
     with pytest.raises(UseError, match=r"rows\.jsonl row 4: got broken JSON"):
-        next(samples)
+        rows[2]
+    with pytest.raises(IndexError):
+        rows[4]
 
 
 def test_question_only_rows_on_request(folder):
@@ -125,7 +133,10 @@ def messages(*turns, **columns):
 BAD_ROWS = {
     "not an object": (["a", "list"], "got list; expected a JSON object"),
     "no turns": ({"images": ["a.png"]}, r"the keys \['images'\]; expected exactly one of `messages`"),
-    "both spellings": ({**GOOD, "conversations": []}, "exactly one of"),
+    "both spellings": (
+        {**GOOD, "conversations": []},
+        "which fit `messages` and `conversations`; expected exactly one of",
+    ),
     "turns no list": ({"messages": "hi"}, "a list of turns"),
     "turn no object": (messages("hi"), r"messages\[0\] of type str"),
     "unknown role": (messages(question("hi"), {"role": "tool", "content": "x"}), "by 'tool'"),
@@ -133,10 +144,9 @@ BAD_ROWS = {
     "too few images": ({**GOOD, "images": []}, "0 images and 1 <image> placeholders"),
     "too many images": ({**GOOD, "images": ["a.png", "b.png"]}, "2 images and 1 <image> placeholders"),
     "images, no placeholder": (messages(question("hi"), ANSWER, images=["a.png"]), "1 images and 0 <image>"),
-    "images no paths": ({**GOOD, "images": [{"bytes": "x"}]}, "a path or a list of paths"),
+    "images no paths": ({**GOOD, "images": [{"bytes": "x"}]}, "a path, a URL, a data URI, or bytes"),
     "missing image": ({**GOOD, "images": ["c.png"]}, r"no image file .*c\.png"),
-    "image from the net": ({**GOOD, "images": ["https://x.org/a.png"]}, "a path of a local file"),
-    "data URI": ({**GOOD, "images": ["data:image/png;base64,AAAA"]}, "a path of a local file"),
+    "image from the net": ({**GOOD, "images": ["https://x.org/a.png"]}, "data.allow_remote is false"),
     "no answer": (messages(question("hi")), "no answer at the end"),
     "no turns at all": (messages(), "no answer at the end"),
     "only a system turn": (messages({"role": "system", "content": "x"}), "no answer at the end"),
@@ -181,9 +191,12 @@ BAD_FILES = {
         (b'{"messages": []}', "a JSON array of rows"),
         (b"", "a JSON array of rows"),
         (b'[{"messages": [}]', "row 1: got broken JSON"),
-        (b"\xff", "got broken JSON"),
+        (b"\xff", "a JSON array of rows"),
     ],
-    "rows.parquet": [(b"PAR1", r"a name that ends in \.json or \.jsonl")],
+    "rows.parquet": [(b"PAR1", r"rows\.parquet: got unreadable parquet")],
+    "rows.csv": [(b"a,b", r"a name that ends in \.json, \.jsonl")],
+    "rows.tar": [(b"text", "unreadable tar file"), (b"\x1f\x8b\x08", "a compressed tar file")],
+    "rows.tar.gz": [(b"\x1f\x8b", "a compressed file")],
 }
 
 
@@ -191,17 +204,26 @@ BAD_FILES = {
 def test_bad_file(folder, name, content, message):
     (folder / name).write_bytes(content)
     with pytest.raises(UseError, match=message):
-        read_samples([str(folder / name)])
+        read_files(folder / name)
 
 
-@pytest.mark.parametrize(("behind", "message"), [("", "''"), (" GOOD", "'{'"), ("] x", "'x' behind the array")])
+@pytest.mark.parametrize(
+    ("behind", "message"),
+    [
+        ("", r"row 2: got broken JSON \(the file's end within it\)"),
+        (" GOOD]", "row 2: got broken JSON"),
+        (", ]", "row 3: got broken JSON"),
+        ("}", "row 2: got broken JSON .*'}' where another bracket is open"),
+        ("] x", "'x' behind the array"),
+    ],
+)
 def test_json_array_that_is_cut_or_goes_on(folder, behind, message):
     good = json.dumps(GOOD)
     (folder / "rows.json").write_text(f"[{good}, {good}{behind.replace('GOOD', good)}")
     with pytest.raises(UseError, match=message):
-        read_samples([str(folder / "rows.json")])
+        read_files(folder / "rows.json")
 
 
 def test_missing_file(folder):
     with pytest.raises(UseError, match=r"none\.jsonl: got no such file"):
-        read_samples([str(folder / "none.jsonl")])
+        read_files(folder / "none.jsonl")

@@ -48,7 +48,7 @@ def fingerprint(files: Iterable[Path], encoder: SampleEncoder, options: str) -> 
     """What an index depends on, as 16 hexadecimal digits.
 
     Args:
-        files: that hold the rows, or folders of such; their names, sizes and times of change count, not what is in them.
+        files: that hold the rows, or folders of such; names, sizes and times of change count, not what is in them.
         encoder: of the rows; everything that decides about tokens and grids counts.
         options: whatever else decides what is read.
     """

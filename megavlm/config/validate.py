@@ -14,6 +14,7 @@ from megavlm.config.layout import divisors, language_pipeline_size, parse_pipeli
 from megavlm.config.load import recipe_to_dict
 from megavlm.config.placement import check_placement
 from megavlm.config.schema import ParallelConfig, Recipe
+from megavlm.config.tokens import check_tokens
 from megavlm.errors import UseError, use_error
 
 __all__ = ["LEAST", "RECOMPUTE_MODULES", "validate_layout", "validate_model", "validate_recipe"]
@@ -107,6 +108,7 @@ def validate_recipe(recipe: Recipe) -> None:
     _check_schedule(recipe)
     _check_freezing(recipe)
     _check_data(recipe)
+    check_tokens(recipe.data)
     _check_paths(recipe)
 
 

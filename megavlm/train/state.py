@@ -24,6 +24,7 @@ from megavlm.data.loader import BatchLoader
 from megavlm.data.plan import GlobalBatchPlan
 from megavlm.data.readers import read_samples
 from megavlm.data.sample import Batch
+from megavlm.data.token_weights import token_schedule
 from megavlm.data.video_spec import VideoLimits
 from megavlm.errors import use_error
 from megavlm.models.names import COMPONENTS, Part
@@ -77,6 +78,7 @@ class TrainState:
 
     def __post_init__(self) -> None:
         self._inputs: dict[int, StepInputs] = {}
+        self.token_schedule = token_schedule(self.recipe.data)
         self.loader = BatchLoader(
             self.train_set,
             lambda step: self.inputs(step).orders,
@@ -118,7 +120,8 @@ class TrainState:
             ]
             while len(self._inputs) >= _KEPT_STEPS:
                 self._inputs.pop(next(iter(self._inputs)))
-            self._inputs[step] = step_inputs(topology, self.parts.rank, self.train_set, rows_D, self.costs)
+            weights = self.token_schedule.at(step, self.total_steps)
+            self._inputs[step] = step_inputs(topology, self.parts.rank, self.train_set, rows_D, self.costs, weights)
         return self._inputs[step]
 
 
@@ -137,13 +140,23 @@ def encoder_of(recipe: Recipe, inputs: InputSpec) -> SampleEncoder:
     videos = VideoLimits(
         data.fps, data.fps_min_frames, data.fps_max_frames, data.video_min_pixels, data.video_max_pixels
     )
-    return open_encoder(recipe.model.hf_dir, inputs, data.max_length, data.min_pixels, data.max_pixels, videos)
+    return open_encoder(
+        recipe.model.hf_dir,
+        inputs,
+        data.max_length,
+        data.min_pixels,
+        data.max_pixels,
+        videos,
+        data.template,
+        data.too_long,
+        token_schedule(data),
+    )
 
 
 def build_dataset(
     paths: tuple[str, ...], recipe: Recipe, encoder: SampleEncoder, builders: Builders | None = None
 ) -> Dataset:
-    """Open rows, with the index that was made of them or is made now; says on rank 0 what was dropped.
+    """Open rows, with the index that was made of them or is made now; says on rank 0 what was dropped or cut.
 
     Args:
         paths: files of rows.
@@ -163,6 +176,9 @@ def build_dataset(
         report = dataset.adopt(build_index(folder, dataset.samples, encoder, **_look(recipe.data), builders=builders))
     for reason, rows in report.dropped.items():
         logger.info("dropped %d of %d rows: %s (first: %s)", len(rows), report.num_rows, reason, rows[0])
+    for part, cut in report.cut.items():
+        first = dataset.samples[cut[0]].sample_id
+        logger.info("cut %d of %d rows that are too long: %s (first: %s)", len(cut), report.num_rows, part, first)
     return dataset
 
 
@@ -194,6 +210,11 @@ def build_state(recipe: Recipe, bucket_size: int = OVERLAP_BUCKET_PARAMETERS) ->
     builders = Builders(dist.get_rank(), dist.get_world_size(), dist.barrier)
     train_set = build_dataset(recipe.data.train, recipe, encoder, builders)
     _check_images(recipe, train_set)
+    if is_main_rank() and not encoder.tokenizer.end_of_turn_ids():
+        logger.warning(
+            "the chat template prints no token behind an answer, so the model does not learn to stop; "
+            "data.template=vicuna, or a .jinja file, does"
+        )
     eval_set = build_dataset(recipe.data.eval, recipe, encoder, builders) if recipe.data.eval else None
     groups = initialize(recipe.parallel)
     seed_everything(recipe.train.seed)

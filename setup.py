@@ -73,7 +73,9 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["megavlm", "megavlm.*"]),
-    package_data={"megavlm": ["**/*.j2", "**/*.css", "**/*.js", "config/presets/*.yaml"]},
+    package_data={
+        "megavlm": ["**/*.j2", "**/*.css", "**/*.js", "config/presets/*.yaml", "data/chat_templates/*.jinja"]
+    },
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     entry_points={"console_scripts": ["megavlm = megavlm.cli.main:main"]},

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.checkpoint import native, writing
-from megavlm.checkpoint.hf_io import DTYPE_NAMES, HFDirectory, copy_companions, make_empty
+from megavlm.checkpoint.hf_io import DTYPE_NAMES, HFDirectory, copy_companions, make_empty, write_chat_template
 from megavlm.checkpoint.stream import NativeReader, export_stream, import_stream
 from megavlm.errors import RunError, use_error
 from megavlm.models.names import Part
@@ -76,7 +76,8 @@ def export_checkpoint(folder: Path, directory: HFDirectory, out_dir: Path, dtype
 
     Args:
         folder: the checkpoint's step folder.
-        directory: the model it started from: config, tokenizer and processor files are copied from there.
+        directory: the model it started from: config, tokenizer and processor files are copied from there. Where the
+            run had a chat template of its own (`data.template`), that is written instead of the directory's.
         out_dir: new or empty.
         dtype: float32, bfloat16, float16, or None: what the directory's config says.
 
@@ -91,6 +92,8 @@ def export_checkpoint(folder: Path, directory: HFDirectory, out_dir: Path, dtype
     with finished(out_dir, num_bytes) as unfinished:
         export_stream(reader, directory, unfinished, wanted)
         copy_companions(directory.path, unfinished)
+        if common.get("chat_template"):  # else the directory's own, also in imports and older checkpoints
+            write_chat_template(unfinished, common["chat_template"], common["eos_token_ids"])
     return int(common["step"])
 
 

@@ -6,7 +6,7 @@ Tensors are read one at a time through safetensors (never pickle).
 import json
 import math
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -294,3 +294,27 @@ def copy_companions(source: Path, out_dir: Path) -> None:
     for name in COMPANIONS:
         if (source / name).is_file():
             shutil.copyfile(source / name, out_dir / name)
+
+
+def write_chat_template(out_dir: Path, template: str, eos_token_ids: Sequence[int]) -> None:
+    """Give a directory another chat template, so that it is asked as it was trained, and what then ends an answer.
+
+    Args:
+        out_dir: with copies of a model's files.
+        template: Jinja text.
+        eos_token_ids: what ends an answer.
+    """
+    (out_dir / "chat_template.jinja").write_text(template, encoding="utf-8")
+    # Files of older versions of transformers hold templates too; a second one must not contradict.
+    for name in ("chat_template.json", "tokenizer_config.json", "processor_config.json"):
+        if (out_dir / name).is_file():
+            content = read_json(out_dir / name)
+            if "chat_template" in content:
+                _write_json(out_dir / name, {**content, "chat_template": template})
+    path = out_dir / "generation_config.json"
+    content = read_json(path) if path.is_file() else {}
+    _write_json(path, {**content, "eos_token_id": list(eos_token_ids)})
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -230,6 +230,8 @@ def _build(section: type, tree: Any, prefix: str, source: str, places: Mapping[s
 
 def _convert(hint: Any, value: Any, key: str, where: str) -> Any:
     """Check one value against its field's type, and return it as that type."""
+    if _is_section(hint):
+        return _build(hint, value, f"{key}.", where, {})
     if get_origin(hint) is Literal:
         choices = get_args(hint)
         if value not in choices or isinstance(value, bool):

@@ -74,6 +74,32 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class TokenWeights:
+    """How much each kind of token weighs in the loss; a turn's `loss_scale` and a row's weight multiply it."""
+
+    special: float = 0.0
+    """What the chat template prints of its own: markers of roles and of the end of a question, tools."""
+    instruction: float = 0.0
+    """Texts of system, user and tool turns."""
+    response: float = 1.0
+    """Answers and calls of tools, with the marker that ends them."""
+    box: float = 0.0
+    """On top of `response`, for coordinates in answers: `<box>...</box>`, `<|box_start|>...<|box_end|>`,
+    `[x1, y1, x2, y2]`."""
+    entity: float = 0.0
+    """On top of `response`, for names in answers: `<ref>...</ref>`, `<|object_ref_start|>...<|object_ref_end|>`, names
+    of the row's boxes, and texts that the row lists as `entities`."""
+
+
+@dataclass(frozen=True)
+class TokenWeightPhase(TokenWeights):
+    """Weights from a point of the training on; what is left out has the default of TokenWeights."""
+
+    from_progress: float = 0.0
+    """Share of the optimizer steps that are done by then: 0 is the start, 0.5 the middle."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Rows, images and how they become batches."""
 
@@ -103,7 +129,17 @@ class DataConfig:
     `json_1000` (Qwen3-VL) and `json_pixels` (Qwen2.5-VL): {"bbox_2d": [x1, y1, x2, y2], "label": ...}; `numbers`:
     [x1, y1, x2, y2] as in the row. Empty: rows with `objects` are refused."""
     max_length: int = 4096
-    """Longest sample in tokens, images included; longer rows are dropped, counted and reported."""
+    """Longest sample in tokens, images included."""
+    too_long: Literal["drop", "cut_turns", "cut_answer", "stop"] = "drop"
+    """What becomes of longer rows; all are counted and reported. `cut_turns`: whole questions with their answers are
+    left out from the end, and with nothing left the row is dropped. `cut_answer`: the same, but the answer that the
+    limit falls into is kept up to there. `stop`: it is an error."""
+    template: str = ""
+    """Chat template: chatml, vicuna, llama2, llava_plain, or the path of a .jinja file; empty: that of hf_dir. An
+    exported directory gets it."""
+    token_weights: TokenWeights = field(default_factory=TokenWeights)
+    token_weight_schedule: tuple[TokenWeightPhase, ...] = ()
+    """Instead of token_weights: weights that change during training, e.g. from everything to answers alone."""
     min_pixels: int = 0
     """Least image area in pixels (dynamic resolution); 0: what the image processor of hf_dir says."""
     max_pixels: int = 0

@@ -15,6 +15,7 @@ from megavlm.config.layout import divisors, language_pipeline_size, parse_pipeli
 from megavlm.config.load import recipe_to_dict
 from megavlm.config.placement import check_placement
 from megavlm.config.schema import DataConfig, ParallelConfig, Recipe
+from megavlm.config.tokens import check_tokens
 from megavlm.errors import UseError, use_error
 
 __all__ = ["LEAST", "RECOMPUTE_MODULES", "validate_layout", "validate_model", "validate_recipe"]
@@ -114,6 +115,7 @@ def validate_recipe(recipe: Recipe) -> None:
     _check_freezing(recipe)
     _check_data(recipe)
     _check_media_limits(recipe.data)
+    check_tokens(recipe.data)
     _check_paths(recipe)
 
 

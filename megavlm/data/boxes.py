@@ -31,7 +31,7 @@ _SLACK_PX = 1.0
 
 
 def write_boxes(sample: Sample, box_format: str, sizes: Sequence[Size], seen: Sequence[Size]) -> Sample:
-    """The row with its boxes in its texts.
+    """The row with its boxes in its texts, where their placeholders were.
 
     Args:
         sample: with as many placeholders as `boxes` has names and corners.
@@ -54,7 +54,6 @@ def write_boxes(sample: Sample, box_format: str, sizes: Sequence[Size], seen: Se
         sample,
         turns=_written(sample.turns, sample.boxes, corners, box_format),
         rejected_turns=_written(sample.rejected_turns, sample.boxes, corners, box_format),
-        boxes=(),
     )
 
 

@@ -1,7 +1,7 @@
 """Rows that encode themselves, and what is left of them after one look at all."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from megavlm.data.sample import EncodedSample, InlineBytes, Sample
 from megavlm.errors import use_error
 
 CACHED_TOKENS = 4_000_000
-"""Encoded samples are kept in memory up to this many tokens in all (about 36 bytes each)."""
+"""Encoded samples are kept in memory up to this many tokens in all (about 37 bytes each)."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,15 @@ class PrepareReport:
         num_tokens: tokens of the rows that are left, images included.
         dropped: of the rows that were dropped, by reason (`examine.REASONS`): their lines for the user, or their ids
             where they have no mistake.
+        cut: numbers (from 0) of the rows that are too long and left in part, by what was left out: `turns`, `answer`
+            (the end of an answer, and what came behind it).
     """
 
     num_rows: int
     num_kept: int
     num_tokens: int
     dropped: dict[str, tuple[str, ...]]
+    cut: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 class Dataset:
@@ -79,6 +82,7 @@ class Dataset:
             num_kept=len(index.kept_N),
             num_tokens=int(index.num_tokens_N.sum()),
             dropped={reason: rows.messages for reason, rows in index.dropped.items()},
+            cut={part: tuple(rows.tolist()) for part, rows in index.cut.items()},
         )
 
     def __len__(self) -> int:
@@ -108,6 +112,10 @@ class Dataset:
     def sample_id(self, index: int) -> str:
         """What messages call a row that is left."""
         return self.sample(index).sample_id
+
+    def is_cut(self, index: int) -> bool:
+        """Whether only a part of a row is left, because it is too long."""
+        return bool(self.index.cuts_N[index])
 
     def encoded(self, index: int) -> EncodedSample:
         """The tokens of a row that is left.

@@ -3,28 +3,36 @@
 Shape suffixes: S tokens of one sample, 3 the (temporal, height, width) axes.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from megavlm.config.inputs import InputSpec
 from megavlm.config.schema import DataConfig
 from megavlm.data.boxes import write_boxes
+from megavlm.data.cut import exchange_ends, first_turns
 from megavlm.data.encode_video import Inset, VideoEncoder
 from megavlm.data.images import ImageSpec, read_image_size, read_image_spec, target_grid
 from megavlm.data.media import media_name
+from megavlm.data.messages import ANSWER_ROLES
+from megavlm.data.numbered_images import show_references
 from megavlm.data.positions import linear_positions, mrope_positions
 from megavlm.data.readers import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 from megavlm.data.sample import EncodedSample, FrameFiles, Media, Sample, Turn
-from megavlm.data.tokens import Tokenizer
+from megavlm.data.token_weights import DEFAULT_SCHEDULE, READ, RESPONSE, TokenSchedule
+from megavlm.data.tokens import EncodedChat, Tokenizer
 from megavlm.data.video_spec import VideoLimits, VideoSpec, read_video_spec
 from megavlm.errors import UseError, use_error
 
+TooLongRule = Literal["drop", "cut_turns", "cut_answer", "stop"]
+
 
 class TooLong(Exception):  # noqa: N818 - not an error: the row is dropped and counted
-    """A row with more tokens than `max_length`: to be dropped and counted, never cut.
+    """A row with more tokens than `max_length`, of which nothing is left: to be dropped and counted.
 
     Attributes:
         sample_id: the row.
@@ -45,8 +53,12 @@ def open_encoder(
     min_pixels: int = 0,
     max_pixels: int = 0,
     videos: VideoLimits | None = None,
+    *,
     box_format: str = "",
     max_image_pixels: int = DataConfig.max_image_pixels,
+    template: str = "",
+    too_long: TooLongRule = "drop",
+    schedule: TokenSchedule = DEFAULT_SCHEDULE,
 ) -> "SampleEncoder":
     """The encoder of a Hugging Face directory.
 
@@ -59,14 +71,26 @@ def open_encoder(
         videos: what the recipe says of videos.
         box_format: how `objects` of rows are written; empty: rows with them are refused.
         max_image_pixels: largest image, before it is resized.
+        template: chat template instead of the directory's own, see `templates.template_text`.
+        too_long: what becomes of a row that is longer than max_length.
+        schedule: weights of the kinds of tokens.
 
     Raises:
         UseError: one of them is missing, or unlike the model.
     """
     image_spec = read_image_spec(hf_dir, inputs, min_pixels, max_pixels)
-    tokenizer = Tokenizer(hf_dir, inputs.image_token_id, inputs.has_borders)
-    video_spec = read_video_spec(hf_dir, inputs, image_spec, videos)
-    return SampleEncoder(inputs, image_spec, tokenizer, max_length, video_spec, box_format, max_image_pixels)
+    tokenizer = Tokenizer(hf_dir, inputs.image_token_id, inputs.has_borders, template, schedule.reads_prompts)
+    return SampleEncoder(
+        inputs,
+        image_spec,
+        tokenizer,
+        max_length,
+        read_video_spec(hf_dir, inputs, image_spec, videos),
+        box_format=box_format,
+        max_image_pixels=max_image_pixels,
+        too_long=too_long,
+        schedule=schedule,
+    )
 
 
 class SampleEncoder:
@@ -79,8 +103,11 @@ class SampleEncoder:
         tokenizer: Tokenizer,
         max_length: int,
         video_spec: VideoSpec | None = None,
+        *,
         box_format: str = "",
         max_image_pixels: int = DataConfig.max_image_pixels,
+        too_long: TooLongRule = "drop",
+        schedule: TokenSchedule = DEFAULT_SCHEDULE,
     ) -> None:
         """Put the parts together.
 
@@ -92,6 +119,8 @@ class SampleEncoder:
             video_spec: how it takes frames of videos; None: it takes none.
             box_format: how `objects` of rows are written; empty: rows with them are refused.
             max_image_pixels: largest image, before it is resized.
+            too_long: what becomes of longer ones.
+            schedule: weights of the kinds of tokens over a training.
         """
         assert tokenizer.image_token_id == inputs.image_token_id
         self.inputs = inputs
@@ -101,6 +130,8 @@ class SampleEncoder:
         self.video_spec = video_spec
         self.box_format = box_format
         self.max_image_pixels = max_image_pixels
+        self.too_long = too_long
+        self.token_schedule = schedule
         video = VideoEncoder(inputs, video_spec, tokenizer) if video_spec is not None else None
         self.video = video if video is not None and video.token else None
 
@@ -115,42 +146,114 @@ class SampleEncoder:
             self.box_format,
             self.max_image_pixels,
             self.tokenizer.fingerprint,
+            self.too_long,
+            self.token_schedule,
         )
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
     def encode(self, sample: Sample) -> EncodedSample:
-        """Tokens, weights and positions of a row with its answers.
+        """Tokens, their kinds and positions of a row with its answers; a row that is too long may be cut.
 
         Raises:
             UseError: naming the row: an unreadable image, an image placeholder typed into the text, a template that
-                does not fit, a token id that the model does not have.
-            TooLong: the row has more than `max_length` tokens.
+                does not fit, a token id that the model does not have, or a row that is too long where that is an error.
+            TooLong: nothing of the row fits into `max_length` tokens.
         """
         try:
+            sample = show_references(self.with_boxes(sample))
             self._check_text(sample.turns)
             self._check_videos(sample)
-            sample = self.with_boxes(sample)
-            tokens_S, weights_S = self.tokenizer.encode_chat(sample.turns)
-            return self._finish(sample, tokens_S, weights_S)
+            encoded = self._encode(sample)
+            num_tokens = len(encoded.tokens_S)
+            if num_tokens <= self.max_length:
+                return encoded
+            if self.too_long == "stop":
+                raise use_error(
+                    "the row",
+                    f"{num_tokens} tokens",
+                    f"at most data.max_length {self.max_length}",
+                    "raise data.max_length, or let data.too_long drop or cut such rows",
+                )
+            cut = self._cut(sample) if self.too_long != "drop" else None
         except UseError as error:
             raise UseError(f"{sample.sample_id}: {error}") from error
+        if cut is None:
+            raise TooLong(sample.sample_id, num_tokens, self.max_length)
+        return cut
+
+    def learns(self, encoded: EncodedSample) -> bool:
+        """Whether anything of a row is learned at some time of the training."""
+        return any(encoded.loss_weights_S(weights)[1:].any() for weights in self.token_schedule.all)
 
     def encode_prompt(self, sample: Sample) -> EncodedSample:
-        """The row without its final answer, up to where a model would write one; all weights are 0.
+        """The row without its final answer, up to where a model would write one; nothing of it is learned.
 
         Raises:
             UseError: as in `encode`.
-            TooLong: as in `encode`.
+            TooLong: it has more than `max_length` tokens.
         """
         try:
-            sample = self.with_boxes(sample)
-            turns = sample.turns[:-1] if sample.turns[-1].role == "assistant" else sample.turns
+            sample = show_references(self.with_boxes(sample))
+            turns = sample.turns
+            while turns[-1].role in ANSWER_ROLES:
+                turns = turns[:-1]
             self._check_text(turns)
             self._check_videos(sample)
-            tokens_S = self.tokenizer.encode_prompt(turns)
-            return self._finish(sample, tokens_S, np.zeros(len(tokens_S), dtype=np.float32))
+            tokens_S = self.tokenizer.encode_prompt(turns, sample.tools)
+            chat = EncodedChat(tokens_S, np.full(len(tokens_S), READ, np.int8), np.ones(len(tokens_S), np.float32))
+            encoded = self._finish(sample, chat)
         except UseError as error:
             raise UseError(f"{sample.sample_id}: {error}") from error
+        if len(encoded.tokens_S) > self.max_length:
+            raise TooLong(sample.sample_id, len(encoded.tokens_S), self.max_length)
+        return encoded
+
+    def _encode(self, sample: Sample) -> EncodedSample:
+        listed = sample.extra.get("entities")
+        names = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
+        names += [box.reference for box in sample.boxes]
+        chat = self.tokenizer.encode_chat(sample.turns, sample.tools, names)
+        encoded = self._finish(sample, chat)
+        return dataclasses.replace(encoded, scales_S=encoded.scales_S * np.float32(sample.weight))
+
+    def _cut(self, sample: Sample) -> EncodedSample | None:
+        """As many whole exchanges as fit, and with `cut_answer` a part of the next answer; None: nothing fits."""
+        ends = exchange_ends(sample.turns)
+        fitting: EncodedSample | None = None
+        if not ends:
+            return None
+        low, high = 0, len(ends) + (ends[-1] < len(sample.turns))  # the first `low` fit, the first `high` do not
+        while high - low > 1:
+            middle = (low + high) // 2
+            encoded = self._encode(first_turns(sample, ends[middle - 1]))
+            if len(encoded.tokens_S) <= self.max_length:
+                low, fitting = middle, dataclasses.replace(encoded, cut="turns")
+            else:
+                high = middle
+        if self.too_long == "cut_answer":
+            start = ends[low - 1] if low else 0
+            for number in range(start, ends[low] if low < len(ends) else start):
+                if sample.turns[number].role == "assistant":
+                    begun = self._cut_answer(self._encode(first_turns(sample, number + 1)))
+                    if begun is not None:
+                        return begun
+        return fitting
+
+    def _cut_answer(self, encoded: EncodedSample) -> EncodedSample | None:
+        """The row up to `max_length`, if that falls into its last answer."""
+        length = self.max_length
+        answer_S = np.flatnonzero(encoded.token_classes_S >= RESPONSE)
+        between_S = encoded.token_classes_S[length - 1 : answer_S[-1] + 1]
+        if len(between_S) < 2 or not (between_S >= RESPONSE).all():
+            return None
+        return dataclasses.replace(
+            encoded,
+            tokens_S=encoded.tokens_S[:length],
+            token_classes_S=encoded.token_classes_S[:length],
+            scales_S=encoded.scales_S[:length],
+            position_ids_3S=encoded.position_ids_3S[:, :length],
+            cut="answer",
+        )
 
     def with_boxes(self, sample: Sample) -> Sample:
         """The row with what its `objects` say written into its texts, as the recipe's `data.box_format` has it.
@@ -195,7 +298,8 @@ class SampleEncoder:
                 "leave the row out",
             )
 
-    def _finish(self, sample: Sample, tokens_S: np.ndarray, weights_S: np.ndarray) -> EncodedSample:
+    def _finish(self, sample: Sample, chat: EncodedChat) -> EncodedSample:
+        tokens_S = chat.tokens_S
         kinds: list[tuple[int, Sequence[object], str]] = [(self.inputs.image_token_id, sample.images, "image")]
         if self.video is not None:  # else the id may be that of a word
             kinds.append((self.inputs.video_token_id, sample.videos, "video"))
@@ -218,7 +322,7 @@ class SampleEncoder:
                 for frame in video.files if isinstance(video, FrameFiles) else ():
                     self._image_size(frame)
                 insets.append(self.video.inset(video))
-        tokens_S, weights_S = self._filled(sample, tokens_S, weights_S, insets)
+        tokens_S, classes_S, scales_S = self._filled(chat, insets)
         if tokens_S.max() >= self.inputs.vocab_size:
             raise use_error(
                 "the tokenizer",
@@ -229,7 +333,8 @@ class SampleEncoder:
         return EncodedSample(
             sample_id=sample.sample_id,
             tokens_S=tokens_S,
-            loss_weights_S=weights_S,
+            token_classes_S=classes_S,
+            scales_S=scales_S,
             position_ids_3S=self._positions(tokens_S, insets),
             images=tuple(inset.source for inset in insets),
             grids_thw=tuple(inset.grid for inset in insets),
@@ -239,21 +344,21 @@ class SampleEncoder:
         found_S: np.ndarray = tokens_S == self.inputs.image_token_id
         return found_S | (tokens_S == self.inputs.video_token_id) if self.video is not None else found_S
 
-    def _filled(
-        self, sample: Sample, tokens_S: np.ndarray, weights_S: np.ndarray, insets: Sequence[Inset]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and weights with every placeholder replaced by what stands for it."""
-        is_placeholder = self._is_placeholder(tokens_S)
-        assert not weights_S[is_placeholder].any(), "images are never learned"
-        num_tokens = len(tokens_S) + sum(len(inset.tokens_S) - 1 for inset in insets)
-        if num_tokens > self.max_length:
-            raise TooLong(sample.sample_id, num_tokens, self.max_length)
-        pieces, weights, start = [], [], 0
+    def _filled(self, chat: EncodedChat, insets: Sequence[Inset]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens, kinds and scales with every placeholder replaced by what stands for it, which is only read."""
+        is_placeholder = self._is_placeholder(chat.tokens_S)
+        assert not (chat.classes_S[is_placeholder] >= RESPONSE).any(), "images are never learned"
+        tokens, classes, scales, start = [], [], [], 0
         for place, inset in zip(np.flatnonzero(is_placeholder).tolist(), insets, strict=True):
-            pieces += [tokens_S[start:place], inset.tokens_S]
-            weights += [weights_S[start:place], np.zeros(len(inset.tokens_S), dtype=np.float32)]
+            tokens += [chat.tokens_S[start:place], inset.tokens_S]
+            classes += [chat.classes_S[start:place], np.full(len(inset.tokens_S), READ, dtype=np.int8)]
+            scales += [chat.scales_S[start:place], np.ones(len(inset.tokens_S), dtype=np.float32)]
             start = place + 1
-        return np.concatenate([*pieces, tokens_S[start:]]), np.concatenate([*weights, weights_S[start:]])
+        return (
+            np.concatenate([*tokens, chat.tokens_S[start:]]),
+            np.concatenate([*classes, chat.classes_S[start:]]),
+            np.concatenate([*scales, chat.scales_S[start:]]),
+        )
 
     def _image(self, path: Media, num_images: int) -> Inset:
         width_px, height_px = self._image_size(path)

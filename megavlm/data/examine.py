@@ -17,6 +17,8 @@ from megavlm.errors import UseError
 REASONS = ("too_long", "nothing_to_learn", "unreadable_row", "unusable_row", "broken_image")
 """Why rows are left out. The first two are no mistakes; the others are, as reader, encoder and decoder say."""
 MISTAKES = REASONS[2:]
+CUTS = ("turns", "answer")
+"""What was left out of rows that are too long, but not left out whole."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,9 @@ class Part:
         start: number of the first row, from 0.
         reasons_R: int8, 0: the row is kept; otherwise 1 + its place in REASONS.
         num_tokens_R: int64 length in tokens, images included; 0 where the row is not kept.
+        cuts_R: int8, 0: the row is not cut; otherwise 1 + its place in CUTS.
         num_images_R: int64 images and videos; 0 where the row is not kept.
-        digests_R: uint64 of tokens, weights and positions; 0 where the row is not kept.
+        digests_R: uint64 of tokens, their kinds and scales, and positions; 0 where the row is not kept.
         grids_GK: int64 grids of images and videos, row by row.
         messages: of the rows that are not kept, in order: the line for the user, of one without a mistake its id.
     """
@@ -36,6 +39,7 @@ class Part:
     start: int
     reasons_R: np.ndarray
     num_tokens_R: np.ndarray
+    cuts_R: np.ndarray
     num_images_R: np.ndarray
     digests_R: np.ndarray
     grids_GK: np.ndarray
@@ -59,7 +63,7 @@ def examine(
         check_images: decode every image and video whole.
         stop_at_mistake: look no further behind a row with a mistake; the part ends with it.
     """
-    reasons, lengths, counts, digests = [], [], [], []
+    reasons, lengths, cuts, counts, digests = [], [], [], [], []
     grids: list[tuple[int, ...]] = []
     messages: list[str] = []
     for row in rows:
@@ -67,6 +71,7 @@ def examine(
         if isinstance(found, EncodedSample):
             reasons.append(0)
             lengths.append(len(found.tokens_S))
+            cuts.append(1 + CUTS.index(found.cut) if found.cut else 0)
             counts.append(len(found.grids_thw))
             digests.append(digest(found))
             grids.extend(found.grids_thw)
@@ -74,6 +79,7 @@ def examine(
         reason, message = found
         reasons.append(1 + REASONS.index(reason))
         lengths.append(0)
+        cuts.append(0)
         counts.append(0)
         digests.append(0)
         messages.append(message)
@@ -83,6 +89,7 @@ def examine(
         start=rows.start,
         reasons_R=np.array(reasons, dtype=np.int8),
         num_tokens_R=np.array(lengths, dtype=np.int64),
+        cuts_R=np.array(cuts, dtype=np.int8),
         num_images_R=np.array(counts, dtype=np.int64),
         digests_R=np.array(digests, dtype=np.uint64),
         grids_GK=np.array(grids, dtype=np.int64).reshape(len(grids), len(grids[0]) if grids else 0),
@@ -104,7 +111,7 @@ def _examine_row(
         return "too_long", error.sample_id
     except UseError as error:
         return "unusable_row", str(error)
-    if not encoded.loss_weights_S[1:].any():
+    if not encoder.learns(encoded):
         return "nothing_to_learn", sample.sample_id
     if check_images:
         try:
@@ -116,9 +123,9 @@ def _examine_row(
 
 
 def digest(sample: EncodedSample) -> int:
-    """64 bits of what a row became: tokens, weights, positions, grids."""
+    """64 bits of what a row became: tokens, their kinds and scales, positions, grids."""
     state = hashlib.blake2b(digest_size=8)
-    for array in (sample.tokens_S, sample.loss_weights_S, sample.position_ids_3S):
+    for array in (sample.tokens_S, sample.token_classes_S, sample.scales_S, sample.position_ids_3S):
         state.update(np.ascontiguousarray(array).data)
     state.update(repr(sample.grids_thw).encode())
     return int.from_bytes(state.digest(), "little")

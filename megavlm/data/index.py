@@ -10,7 +10,7 @@ from typing import overload
 import numpy as np
 
 from megavlm.config.inputs import Grid
-from megavlm.data.examine import MISTAKES, REASONS, Part
+from megavlm.data.examine import CUTS, MISTAKES, REASONS, Part
 from megavlm.errors import UseError, use_error
 
 
@@ -59,6 +59,7 @@ class RowIndex:
         num_rows: that were read.
         kept_N: int64 numbers of the rows that are left.
         num_tokens_N: int64 their lengths, images included.
+        cuts_N: int8 what was left out of them (`examine.Part.cuts_R`).
         digests_N: uint64 of what they became (`examine.digest`).
         grids: of their images and videos.
         dropped: rows left out, by reason; only reasons that there are.
@@ -67,9 +68,16 @@ class RowIndex:
     num_rows: int
     kept_N: np.ndarray
     num_tokens_N: np.ndarray
+    cuts_N: np.ndarray
     digests_N: np.ndarray
     grids: GridTable
     dropped: dict[str, "DroppedRows"] = field(default_factory=dict)
+
+    @property
+    def cut(self) -> dict[str, np.ndarray]:
+        """Numbers of the rows of which only a part is left, by what was left out; only what there is."""
+        found = {part: self.kept_N[self.cuts_N == code] for code, part in enumerate(CUTS, 1)}
+        return {part: rows for part, rows in found.items() if len(rows)}
 
     @property
     def num_mistakes(self) -> int:
@@ -117,6 +125,7 @@ def join(parts: Sequence[Part]) -> RowIndex:
         num_rows=len(reasons_R),
         kept_N=kept_N,
         num_tokens_N=np.concatenate([part.num_tokens_R for part in parts])[kept_N],
+        cuts_N=np.concatenate([part.cuts_R for part in parts])[kept_N],
         digests_N=np.concatenate([part.digests_R for part in parts])[kept_N],
         grids=GridTable(
             np.concatenate(grids) if grids else np.zeros((0, 3), dtype=np.int64),

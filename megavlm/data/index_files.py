@@ -22,11 +22,11 @@ from megavlm.data.index import RowIndex, join
 from megavlm.data.sample import Sample
 from megavlm.errors import UseError, use_error
 
-FORMAT = 1
+FORMAT = 2
 PART_ROWS = 1024
 DESCRIPTION = "index.json"
 MISTAKES_FILE = "mistakes.txt"
-_ARRAYS = ("reasons_R", "num_tokens_R", "num_images_R", "digests_R", "grids_GK")
+_ARRAYS = ("reasons_R", "num_tokens_R", "cuts_R", "num_images_R", "digests_R", "grids_GK")
 
 
 @dataclass(frozen=True)
@@ -174,9 +174,8 @@ def _save_part(part: Part, file: BinaryIO) -> None:
 
 def _load_part(path: Path, start: int) -> Part:
     with np.load(path, allow_pickle=False) as arrays:
-        messages = tuple(json.loads(arrays["messages"].tobytes()))
-        reasons_R, num_tokens_R, num_images_R, digests_R, grids_GK = (arrays[name] for name in _ARRAYS)
-    return Part(start, reasons_R, num_tokens_R, num_images_R, digests_R, grids_GK, messages)
+        found = {name: arrays[name] for name in _ARRAYS}
+        return Part(start, messages=tuple(json.loads(arrays["messages"].tobytes())), **found)
 
 
 def _describe(folder: Path, index: RowIndex) -> None:
@@ -187,6 +186,7 @@ def _describe(folder: Path, index: RowIndex) -> None:
         "kept": len(index.kept_N),
         "tokens": int(index.num_tokens_N.sum()),
         "images": len(index.grids.grids_GK),
+        "cut": {part: len(rows) for part, rows in index.cut.items()},
         "dropped": {reason: len(rows.messages) for reason, rows in index.dropped.items()},
     }
     _write_text(folder / MISTAKES_FILE, "".join(message + "\n" for message in index.mistakes))

@@ -50,6 +50,7 @@ class _MicrobatchBuilder(torch.utils.data.Dataset):
             total_multiple=self.total_multiple,
             pad_token_id=encoder.tokenizer.pad_token_id,
             patch_channels=encoder.inputs.patch_channels,
+            token_weights=order.token_weights,
         )
         if order.filler:
             batch.loss_weights_T.zero_()

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 
 import torch
 
+from megavlm.config.schema import TokenWeights
 from megavlm.data.sample import Batch, EncodedSample
+from megavlm.data.token_weights import DEFAULT_WEIGHTS
 
 
 def pack(
@@ -20,6 +22,7 @@ def pack(
     total_multiple: int,
     pad_token_id: int,
     patch_channels: int,
+    token_weights: TokenWeights = DEFAULT_WEIGHTS,
 ) -> Batch:
     """Put samples one behind the other; labels and positions never look across a border.
 
@@ -32,6 +35,7 @@ def pack(
             of sample_multiple.
         pad_token_id: token of the padding, whose weight, label and position are 0.
         patch_channels: C, for a row without images.
+        token_weights: of the kinds of tokens.
     """
     assert samples, "a packed row needs a sample"
     assert total_multiple % sample_multiple == 0, (total_multiple, sample_multiple)
@@ -50,7 +54,7 @@ def pack(
         tokens_T[start : start + length] = sample_tokens
         real_T[start : start + length] = True
         labels_T[start : start + length - 1] = sample_tokens[1:]
-        loss_weights_T[start : start + length - 1] = torch.from_numpy(sample.loss_weights_S)[1:]
+        loss_weights_T[start : start + length - 1] = torch.from_numpy(sample.loss_weights_S(token_weights))[1:]
         position_ids_3T[:, start : start + length] = torch.from_numpy(sample.position_ids_3S)
     if total > borders[-1]:
         borders.append(total)

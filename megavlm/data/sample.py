@@ -12,11 +12,17 @@ import numpy as np
 import torch
 
 from megavlm.config.inputs import Grid
+from megavlm.config.schema import TokenWeights
+from megavlm.data.token_weights import DEFAULT_WEIGHTS, loss_weights
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One message. `text` keeps `<image>` or `<video>` where one stands; `loss` is None for the default of its role."""
+    """One message, by `system`, `user`, `assistant`, `tool_call` or `tool` (also `tool_response`).
+
+    `text` keeps `<image>` or `<video>` where one stands, of a `tool_call` it is JSON with name and arguments; `loss` is
+    None for the default of its role.
+    """
 
     role: str
     text: str
@@ -131,16 +137,24 @@ class Sample:
 class EncodedSample:
     """One sample as tokens, its image placeholders expanded; pixels still on disk.
 
-    `loss_weights_S[i]` weighs the prediction OF token i (0 for what is only read). `grids_thw` are the patch
-    grids (frames, rows, columns) that the images and videos will have, in the order in which they stand in the row.
+    `token_classes_S[i]` (int8, kinds of `token_weights.py`) and `scales_S[i]` (float32) make the weight of the
+    prediction OF token i, when the step is known. `grids_thw` are the patch grids (frames, rows, columns) that the
+    images and videos will have, in the order in which they stand in the row. `cut` says what was left out of a row
+    that is too long.
     """
 
     sample_id: str
     tokens_S: np.ndarray
-    loss_weights_S: np.ndarray
+    token_classes_S: np.ndarray
+    scales_S: np.ndarray
     position_ids_3S: np.ndarray
     images: tuple[Media | VideoClip, ...]
     grids_thw: tuple[Grid, ...]
+    cut: Literal["", "turns", "answer"] = ""
+
+    def loss_weights_S(self, weights: TokenWeights = DEFAULT_WEIGHTS) -> np.ndarray:
+        """The weight of predicting each token: float32 [S]."""
+        return loss_weights(self.token_classes_S, self.scales_S, weights)
 
 
 @dataclass
@@ -178,11 +192,13 @@ class MicrobatchOrder:
         images: (sample, number of the image in it) of the images whose pixels the rank wants, in order; they may
             belong to other rows.
         filler: whether all weights are to be 0.
+        token_weights: of the kinds of tokens in this step.
     """
 
     indices: tuple[int, ...]
     images: tuple[tuple[int, int], ...] = ()
     filler: bool = False
+    token_weights: TokenWeights = DEFAULT_WEIGHTS
 
 
 @dataclass(frozen=True)

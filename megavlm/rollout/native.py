@@ -17,6 +17,7 @@ from megavlm.data.encode import SampleEncoder
 from megavlm.data.packing import pack
 from megavlm.data.pixels import load_sample_patches
 from megavlm.data.sample import Batch, EncodedSample
+from megavlm.data.token_weights import RESPONSE
 from megavlm.parallel.context import zigzag_index
 from megavlm.parallel.groups import Groups
 
@@ -96,7 +97,8 @@ def _extended(prompt: EncodedSample, answer: list[int]) -> EncodedSample:
     return EncodedSample(
         sample_id=prompt.sample_id,
         tokens_S=np.concatenate((prompt.tokens_S, np.array(answer, dtype=np.int64))),
-        loss_weights_S=np.zeros(len(prompt.tokens_S) + len(answer), dtype=np.float32),
+        token_classes_S=np.concatenate((prompt.token_classes_S, np.full(len(answer), RESPONSE, dtype=np.int8))),
+        scales_S=np.concatenate((prompt.scales_S, np.ones(len(answer), dtype=np.float32))),
         position_ids_3S=np.concatenate((prompt.position_ids_3S, np.tile(following, (3, 1))), axis=1),
         images=prompt.images,
         grids_thw=prompt.grids_thw,

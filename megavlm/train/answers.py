@@ -67,8 +67,10 @@ def report_samples(state: TrainState) -> list[Sample]:
     number = state.recipe.observe.num_report_samples
     if not state.recipe.observe.report or state.eval_set is None or not number:
         return []
-    total = len(state.eval_set)
-    return [state.eval_set.sample(index * total // number) for index in range(min(number, total))]
+    # A row that was cut may be too long as a question, too.
+    whole = [index for index in range(len(state.eval_set)) if not state.eval_set.is_cut(index)]
+    total = len(whole)
+    return [state.eval_set.sample(whole[index * total // number]) for index in range(min(number, total))]
 
 
 def write_samples(path: Path, samples: list[Sample], before: list[str] | None, after: list[str] | None) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from megavlm.checkpoint.convert import load_checkpoint_weights
+from megavlm.checkpoint.convert import checked_common, load_checkpoint_weights
 from megavlm.checkpoint.hf_io import HFDirectory, load_weights
 from megavlm.checkpoint.native import find_checkpoint
 from megavlm.data.encode import open_encoder
@@ -46,13 +46,14 @@ def ask(
         text = text if num_named else placeholder * len(files) + text
     directory = HFDirectory(hf_dir)
     architecture = directory.architecture
-    encoder = open_encoder(hf_dir, architecture.inputs, architecture.language.max_positions)
+    folder = find_checkpoint(Path(checkpoint), required=True) if checkpoint else None
+    # Of the run, if it had a template of its own.
+    template = checked_common(folder, directory).get("chat_template", "") if folder is not None else ""
+    encoder = open_encoder(hf_dir, architecture.inputs, architecture.language.max_positions, template=template)
     turns = ((Turn("system", system),) if system else ()) + (Turn("user", text),)
     row = encoder.encode_prompt(Sample("prompt", turns, images, videos))
     model = build_single(directory, precision)
-    if checkpoint:
-        folder = find_checkpoint(Path(checkpoint), required=True)
-        assert folder is not None
+    if folder is not None:
         load_checkpoint_weights(folder, directory, model.parts, model.groups)
     else:
         load_weights(directory, model.parts)

@@ -11,6 +11,7 @@ from megavlm.data.encode import SampleEncoder, open_encoder
 from megavlm.data.index_files import Builders, build_index, fingerprint, index_beside, is_complete
 from megavlm.data.row_options import row_options
 from megavlm.data.rows import Rows
+from megavlm.data.token_weights import token_schedule
 from megavlm.data.video_spec import VideoLimits
 
 logger = logging.getLogger(__name__)
@@ -34,15 +35,18 @@ def encoder_of(recipe: Recipe, inputs: InputSpec) -> SampleEncoder:
         data.min_pixels,
         data.max_pixels,
         videos,
-        data.box_format,
-        data.max_image_pixels,
+        box_format=data.box_format,
+        max_image_pixels=data.max_image_pixels,
+        template=data.template,
+        too_long=data.too_long,
+        schedule=token_schedule(data),
     )
 
 
 def build_dataset(
     paths: tuple[str, ...], recipe: Recipe, encoder: SampleEncoder, builders: Builders | None = None
 ) -> Dataset:
-    """Open rows, with the index that was made of them or is made now; says on rank 0 what was dropped.
+    """Open rows, with the index that was made of them or is made now; says on rank 0 what was dropped or cut.
 
     Args:
         paths: files of rows.
@@ -63,6 +67,9 @@ def build_dataset(
         report = dataset.adopt(build_index(folder, rows, encoder, **_look(recipe.data), builders=builders))
     for reason, lines in report.dropped.items():
         logger.info("dropped %d of %d rows: %s (first: %s)", len(lines), report.num_rows, reason, lines[0])
+    for part, cut in report.cut.items():
+        first = rows.sample_id(int(cut[0]))
+        logger.info("cut %d of %d rows that are too long: %s (first: %s)", len(cut), report.num_rows, part, first)
     return dataset
 
 

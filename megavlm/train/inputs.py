@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megavlm.config.inputs import Grid
+from megavlm.config.schema import TokenWeights
 from megavlm.data.dataset import Dataset
 from megavlm.data.sample import MicrobatchOrder
+from megavlm.data.token_weights import DEFAULT_WEIGHTS
 from megavlm.models.architecture import Architecture
 from megavlm.parallel.topology import Replica, Topology
 from megavlm.planner.flops import decoder_layer_flops, head_flops, image_flops
@@ -66,7 +68,12 @@ def _image_flops(architecture: Architecture, grid: Grid) -> float:
 
 
 def step_inputs(
-    topology: Topology, rank: int, dataset: Dataset, rows_D: Sequence[Sequence[Row]], costs: CostModel
+    topology: Topology,
+    rank: int,
+    dataset: Dataset,
+    rows_D: Sequence[Sequence[Row]],
+    costs: CostModel,
+    token_weights: TokenWeights = DEFAULT_WEIGHTS,
 ) -> StepInputs:
     """Share out the images of some rows, and say what this rank loads.
 
@@ -76,6 +83,7 @@ def step_inputs(
         dataset: what the sample indices mean.
         rows_D: by data rank, its microbatches; as many for each.
         costs: of encoding and decoding.
+        token_weights: of the kinds of tokens in this step.
     """
     home = topology.loading_data_rank(rank)
     takes_all = topology.placement in ("spread", "own_ranks")
@@ -114,5 +122,5 @@ def step_inputs(
         if part is not None and part[1] == 0:  # only an encoder's first stage takes pixels
             keys = shares.microbatches[m].images_of(part[0].number)
             wanted = [images_MD[m][key.data][key.number] for key in keys]
-        orders.append(MicrobatchOrder(indices, tuple(wanted), filler))
+        orders.append(MicrobatchOrder(indices, tuple(wanted), filler, token_weights))
     return StepInputs(tuple(orders), shares, lengths)

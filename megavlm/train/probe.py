@@ -43,8 +43,14 @@ def probe_native(directory: HFDirectory, folder: Path | None, sample: Sample, ma
         load_weights(directory, model.parts)
     device = torch.device(torch.cuda.current_device())
     stages: dict[str, torch.Tensor] = {}
-    sizes = {"sample_multiple": 1, "total_multiple": 1, "pad_token_id": encoder.tokenizer.pad_token_id}
-    batch = pack([row], load_sample_patches(row, encoder), patch_channels=inputs.patch_channels, **sizes)
+    batch = pack(
+        [row],
+        load_sample_patches(row, encoder),
+        sample_multiple=1,
+        total_multiple=1,
+        pad_token_id=encoder.tokenizer.pad_token_id,
+        patch_channels=inputs.patch_channels,
+    )
     if row.grids_thw:
         features_VKH = model.encoder(batch.patches_PC.to(device), batch.grid_thw_N3.to(device))
         stages["features"] = features_VKH[:, 0].cpu()

@@ -31,6 +31,7 @@ def _layout(state: TrainState) -> dict[str, Any]:
 
 def _common(state: TrainState) -> dict[str, Any]:
     """What is the same on every rank and not sharded."""
+    tokenizer = state.train_set.encoder.tokenizer
     return {
         "step": state.step,
         "consumed_samples": state.plan.num_consumed(state.step),
@@ -41,6 +42,8 @@ def _common(state: TrainState) -> dict[str, Any]:
         "frozen": sorted(frozen_components(state.recipe.optimizer)),
         "layout": _layout(state),
         "scheduler": state.scheduler.state_dict(),
+        "chat_template": tokenizer.chosen_template,
+        "eos_token_ids": list(tokenizer.eos_token_ids),
     }
 
 

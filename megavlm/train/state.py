@@ -21,6 +21,7 @@ from megavlm.data.index_files import Builders
 from megavlm.data.loader import BatchLoader
 from megavlm.data.plan import GlobalBatchPlan
 from megavlm.data.sample import Batch
+from megavlm.data.token_weights import token_schedule
 from megavlm.errors import use_error
 from megavlm.models.names import COMPONENTS, Part
 from megavlm.parallel.groups import Groups, initialize
@@ -74,6 +75,7 @@ class TrainState:
 
     def __post_init__(self) -> None:
         self._inputs: dict[int, StepInputs] = {}
+        self.token_schedule = token_schedule(self.recipe.data)
         self.loader = BatchLoader(
             self.train_set,
             lambda step: self.inputs(step).orders,
@@ -115,7 +117,8 @@ class TrainState:
             ]
             while len(self._inputs) >= _KEPT_STEPS:
                 self._inputs.pop(next(iter(self._inputs)))
-            self._inputs[step] = step_inputs(topology, self.parts.rank, self.train_set, rows_D, self.costs)
+            weights = self.token_schedule.at(step, self.total_steps)
+            self._inputs[step] = step_inputs(topology, self.parts.rank, self.train_set, rows_D, self.costs, weights)
         return self._inputs[step]
 
 
@@ -134,6 +137,11 @@ def build_state(recipe: Recipe, bucket_size: int = OVERLAP_BUCKET_PARAMETERS) ->
     builders = Builders(dist.get_rank(), dist.get_world_size(), dist.barrier)
     train_set = build_dataset(recipe.data.train, recipe, encoder, builders)
     _check_images(recipe, train_set)
+    if is_main_rank() and not encoder.tokenizer.end_of_turn_ids():
+        logger.warning(
+            "the chat template prints no token behind an answer, so the model does not learn to stop; "
+            "data.template=vicuna, or a .jinja file, does"
+        )
     eval_set = build_dataset(recipe.data.eval, recipe, encoder, builders) if recipe.data.eval else None
     groups = initialize(recipe.parallel)
     seed_everything(recipe.train.seed)

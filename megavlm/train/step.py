@@ -233,7 +233,8 @@ def evaluate(state: TrainState) -> dict[str, float]:
     assert state.eval_set is not None
     topology, train = state.groups.topology, state.recipe.train
     rows_D = evaluation_rows(state.eval_set, train.micro_batch_size, topology.data, max_rounds=train.eval_iters)
-    inputs = step_inputs(topology, state.parts.rank, state.eval_set, rows_D, state.costs)
+    weights = state.token_schedule.last
+    inputs = step_inputs(topology, state.parts.rank, state.eval_set, rows_D, state.costs, weights)
     loaded = list(state.loader.eval_batches(state.eval_set, inputs.orders))
     rows = Rows([one.batch for one in loaded], [one.patches_PC for one in loaded], inputs.shares)
     local = torch.zeros(2, dtype=torch.float64, device=state.device)
@@ -247,4 +248,6 @@ def evaluate(state: TrainState) -> dict[str, float]:
     run_schedule(state, evaluation_schedule(state.layout, len(loaded)), rows, on_output)
     state.set_training(True)
     loss_sum, count = global_sums(local, _speaks(state)).tolist()
+    if not count > 0:
+        raise RunError("no token of the held-out rows has a weight by data.token_weights, or by the last phase")
     return {"loss": loss_sum / count, "num_tokens": count}

@@ -81,7 +81,7 @@ def reference(
     for item, arguments in zip(items, inputs, strict=True):
         out_SY = model(**arguments).logits[0]
         logits.append(out_SY.detach().float())
-        labels_S, weights_S = arguments["input_ids"][0], torch.from_numpy(item.encoded.loss_weights_S)
+        labels_S, weights_S = arguments["input_ids"][0], torch.from_numpy(item.encoded.loss_weights_S())
         losses = F.cross_entropy(out_SY[:-1].float(), labels_S[1:], reduction="none")
         loss_sums.append((losses * weights_S[1:]).sum())
         weights.append(weights_S[1:].sum())

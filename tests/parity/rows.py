@@ -16,6 +16,7 @@ from megavlm.data.anyres import anyres_grid
 from megavlm.data.packing import pack
 from megavlm.data.positions import linear_positions, mrope_positions
 from megavlm.data.sample import Batch, EncodedSample
+from megavlm.data.token_weights import RESPONSE
 
 # A number of text tokens, or an image: its patch rows and columns, or its tiles, and rows and columns of each; or, of
 # an image on tiles (anyres), its height and width in pixels.
@@ -69,7 +70,8 @@ def item_of(parts: Sequence[Part], inputs: InputSpec, generator: torch.Generator
     encoded = EncodedSample(
         sample_id=str(list(parts)),
         tokens_S=tokens_S,
-        loss_weights_S=torch.cat(weights).numpy(),
+        token_classes_S=np.full(len(tokens_S), RESPONSE, dtype=np.int8),
+        scales_S=torch.cat(weights).numpy(),
         position_ids_3S=_positions(tokens_S, inputs, grids),
         images=(),
         grids_thw=tuple(grids),

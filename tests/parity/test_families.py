@@ -151,7 +151,7 @@ def test_real_images_through_the_data_room(family, model_dirs, rows_file, worker
     hf_dir = model_dirs[family]
     items = workers(1).run(cases.encode_rows, hf_dir=hf_dir, rows_file=rows_file)[0]
     inputs = [conversation_inputs(hf_dir, rows_file, number) for number in range(len(CONVERSATIONS))]
-    assert any(item.encoded.loss_weights_S.any() for item in items)
+    assert any(item.encoded.loss_weights_S().any() for item in items)
     for item, arguments in zip(items, inputs, strict=True):
         assert item.encoded.tokens_S.tolist() == arguments["input_ids"][0].tolist()
     expected = reference(load_reference(hf_dir), items, inputs)

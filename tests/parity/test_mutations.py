@@ -70,7 +70,7 @@ def step_reference(model_dirs, rows_file, workers):
     """Loss and gradients of all rows by transformers, divided once."""
     hf_dir = model_dirs["qwen3_vl"]
     items = workers(1).run(cases.encode_rows, hf_dir=hf_dir, rows_file=rows_file)[0]
-    counts = [float(item.encoded.loss_weights_S.sum()) for item in items]
+    counts = [float(item.encoded.loss_weights_S().sum()) for item in items]
     assert len(set(counts)) == len(counts) and min(counts) > 0, "unequal counts, or the division would not matter"
     return reference(load_reference(hf_dir), items)
 

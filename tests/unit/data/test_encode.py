@@ -8,6 +8,7 @@ from transformers import Qwen3VLForConditionalGeneration
 from megavlm.data.encode import SampleEncoder, TooLong
 from megavlm.data.images import read_image_spec
 from megavlm.data.sample import Sample, Turn
+from megavlm.data.token_weights import loss_weights
 from megavlm.data.tokens import Tokenizer
 from megavlm.errors import UseError
 from tests.unit.data.conftest import LLAVA_INPUTS, QWEN_INPUTS, draw_image
@@ -45,10 +46,11 @@ def test_placeholders_become_as_many_tokens_as_the_grids_say(qwen, sample):
     is_image = encoded.tokens_S == QWEN_INPUTS.image_token_id
     runs = np.flatnonzero(np.diff(is_image.astype(int), prepend=0, append=0)).reshape(-1, 2)
     assert [int(end - start) for start, end in runs] == [6, 5]
-    assert encoded.tokens_S.shape == encoded.loss_weights_S.shape == encoded.position_ids_3S.shape[1:]
-    short_tokens, short_weights = qwen.tokenizer.encode_chat(sample.turns)
+    assert encoded.tokens_S.shape == encoded.loss_weights_S().shape == encoded.position_ids_3S.shape[1:]
+    short = qwen.tokenizer.encode_chat(sample.turns)
+    short_tokens, short_weights = short.tokens_S, loss_weights(short.classes_S, short.scales_S)
     assert encoded.tokens_S[~is_image].tolist() == short_tokens[short_tokens != QWEN_INPUTS.image_token_id].tolist()
-    assert encoded.loss_weights_S.sum() == short_weights.sum() > 0
+    assert encoded.loss_weights_S().sum() == short_weights.sum() > 0
     assert (encoded.sample_id, encoded.images) == (sample.sample_id, sample.images)
 
 
@@ -79,8 +81,8 @@ def test_prompt_is_the_row_up_to_its_last_answer(qwen, sample):
     length = len(prompt.tokens_S)
     assert prompt.tokens_S.tolist() == whole.tokens_S[:length].tolist()
     assert np.array_equal(prompt.position_ids_3S, whole.position_ids_3S[:, :length])
-    assert not prompt.loss_weights_S.any()
-    assert length == np.flatnonzero(whole.loss_weights_S)[0]
+    assert not prompt.loss_weights_S().any()
+    assert length == np.flatnonzero(whole.loss_weights_S())[0]
     question = dataclasses.replace(sample, turns=sample.turns[:1])
     assert qwen.encode_prompt(question).tokens_S.tolist() == prompt.tokens_S.tolist()
 

@@ -4,6 +4,7 @@ import torch
 
 from megavlm.data.packing import pack, pad_to
 from megavlm.data.sample import EncodedSample
+from megavlm.data.token_weights import RESPONSE
 
 
 def encoded(tokens, weights, grids=(), name="x:1"):
@@ -11,7 +12,8 @@ def encoded(tokens, weights, grids=(), name="x:1"):
     return EncodedSample(
         sample_id=name,
         tokens_S=np.array(tokens, dtype=np.int64),
-        loss_weights_S=np.array(weights, dtype=np.float32),
+        token_classes_S=np.full(len(tokens), RESPONSE, dtype=np.int8),
+        scales_S=np.array(weights, dtype=np.float32),
         position_ids_3S=np.stack([np.arange(length), np.arange(length) * 2, np.arange(length) * 3]),
         images=("unused.png",) * len(grids),
         grids_thw=tuple(grids),

@@ -7,6 +7,7 @@ from transformers import AutoTokenizer, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from megavlm.data.sample import Turn
+from megavlm.data.token_weights import loss_weights
 from megavlm.data.tokens import Tokenizer
 from megavlm.errors import UseError
 from tests.tiny import QWEN_TEMPLATE
@@ -31,6 +32,12 @@ def llava(llava_dir):
     return Tokenizer(llava_dir, LLAVA_INPUTS.image_token_id)
 
 
+def encode(tokenizer, turns):
+    """Tokens of a conversation and the weights that they have by default."""
+    chat = tokenizer.encode_chat(turns)
+    return chat.tokens_S, loss_weights(chat.classes_S, chat.scales_S)
+
+
 def learned(tokenizer, tokens, weights):
     """The stretches of tokens with one weight other than 0, as text."""
     stretches, previous = [], 0.0
@@ -44,7 +51,7 @@ def learned(tokenizer, tokens, weights):
 
 
 def test_answers_and_their_end_markers_are_learned(qwen):
-    tokens, weights = qwen.encode_chat(TURNS)
+    tokens, weights = encode(qwen, TURNS)
     assert tokens.dtype == np.int64 and weights.dtype == np.float32
     assert learned(qwen, tokens, weights) == [
         (1.0, "a red square<|im_end|>"),
@@ -63,7 +70,7 @@ def test_tokens_are_those_of_transformers(qwen, qwen_dir):
         {"role": "assistant", "content": [{"type": "text", "text": "a red square"}]},
     ]
     turns = [Turn("system", "Be brief."), Turn("user", "<image>what?"), Turn("assistant", "a red square")]
-    tokens, _ = qwen.encode_chat(turns)
+    tokens, _ = encode(qwen, turns)
     assert tokens.tolist() == hf.apply_chat_template(messages)["input_ids"]
     prompt = qwen.encode_prompt(turns[:-1])
     assert prompt.tolist() == hf.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]
@@ -85,7 +92,7 @@ def test_llava_tokens_are_those_of_the_processor(llava, llava_dir):
 
 
 def test_vicuna_style_template_learns_what_it_prints(llava):
-    tokens, weights = llava.encode_chat(TURNS[1:])
+    tokens, weights = encode(llava, TURNS[1:])
     assert learned(llava, tokens, weights) == [(1.0, " a red square"), (1.0, " blue circle, 12 \u00fc\u4e2d")]
     assert weights[0] == 0  # the start token
 
@@ -99,27 +106,25 @@ def test_line_break_behind_an_image_is_printed_once(llava, qwen):
 
 def test_loss_marks_of_a_turn_are_honoured(qwen):
     first, second = Turn("assistant", "a red square", loss=False), Turn("assistant", "blue", loss_scale=2.5)
-    tokens, weights = qwen.encode_chat([*TURNS[:2], first, TURNS[3], second])
+    tokens, weights = encode(qwen, [*TURNS[:2], first, TURNS[3], second])
     assert learned(qwen, tokens, weights) == [(2.5, "blue<|im_end|>")]
-    plain_tokens, _ = qwen.encode_chat(
-        [*TURNS[:2], Turn("assistant", "a red square"), TURNS[3], Turn("assistant", "blue")]
-    )
+    plain_tokens, _ = encode(qwen, [*TURNS[:2], Turn("assistant", "a red square"), TURNS[3], Turn("assistant", "blue")])
     assert tokens.tolist() == plain_tokens.tolist()
 
 
 def test_an_answer_that_repeats_the_question_is_found_where_it_stands(qwen):
-    tokens, weights = qwen.encode_chat([Turn("user", "red"), Turn("assistant", "red")])
+    tokens, weights = encode(qwen, [Turn("user", "red"), Turn("assistant", "red")])
     assert learned(qwen, tokens, weights) == [(1.0, "red<|im_end|>")]
     assert np.flatnonzero(weights).min() > len(tokens) // 2
 
 
 def test_white_space_inside_an_answer_is_learned(qwen):
-    tokens, weights = qwen.encode_chat([Turn("user", "hi"), Turn("assistant", "a\n\n  b")])
+    tokens, weights = encode(qwen, [Turn("user", "hi"), Turn("assistant", "a\n\n  b")])
     assert learned(qwen, tokens, weights) == [(1.0, "a\n\n  b<|im_end|>")]
 
 
 def test_images_are_one_token_each_and_in_order(qwen):
-    tokens, weights = qwen.encode_chat(TURNS)
+    tokens, weights = encode(qwen, TURNS)
     assert (tokens == QWEN_INPUTS.image_token_id).sum() == 2
     assert not weights[tokens == QWEN_INPUTS.image_token_id].any()
     text = qwen.decode(tokens, skip_special_tokens=False)

@@ -113,6 +113,11 @@ class Dataset:
         assert self._kept is not None, "prepare() comes first"
         return self._kept
 
+    @property
+    def kept_rows(self) -> np.ndarray:
+        """int64: which of the rows that were read are left, ascending."""
+        return np.array(self._rows, dtype=np.int64)
+
     def sample(self, index: int) -> Sample:
         """The row behind an index of the rows that are left."""
         return self._samples[self._rows[index]]

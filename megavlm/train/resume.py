@@ -35,6 +35,7 @@ def _common(state: TrainState) -> dict[str, Any]:
         "step": state.step,
         "consumed_samples": state.plan.num_consumed(state.step),
         "seed": state.recipe.train.seed,
+        "mixture": _mixture(state),
         "family": state.directory.family.model_type,
         "architecture": repr(state.directory.architecture),
         "use_distributed_optimizer": state.recipe.parallel.use_distributed_optimizer,
@@ -42,6 +43,10 @@ def _common(state: TrainState) -> dict[str, Any]:
         "layout": _layout(state),
         "scheduler": state.scheduler.state_dict(),
     }
+
+
+def _mixture(state: TrainState) -> str:
+    return "" if state.plan.mixture is None else state.plan.mixture.description
 
 
 def save(state: TrainState) -> Path:
@@ -162,4 +167,11 @@ def _check_run(state: TrainState, common: dict[str, Any], folder: Path) -> None:
             state.recipe.train.seed,
             f"{common['seed']}, as {folder} was written",
             "keep the seed: the order of the data comes from it",
+        )
+    if common.get("mixture", "") != _mixture(state):  # without one in checkpoints from before there were mixtures
+        raise use_error(
+            "data.mixture",
+            "another mixture or curriculum (or other rows in it)",
+            f"what {folder} was written with",
+            "keep it: the position in the data comes from it; to change it, start a new run from exported weights",
         )

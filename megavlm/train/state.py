@@ -1,5 +1,6 @@
 """Everything a run holds, and how it is put together from a recipe."""
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from megavlm.data.encode import SampleEncoder, open_encoder
 from megavlm.data.loader import BatchLoader
 from megavlm.data.plan import GlobalBatchPlan
 from megavlm.data.readers import read_samples
-from megavlm.data.sample import Batch
+from megavlm.data.sample import Batch, Sample
 from megavlm.data.video_spec import VideoLimits
 from megavlm.errors import use_error
 from megavlm.models.names import COMPONENTS, Part
@@ -34,6 +35,7 @@ from megavlm.platform.seeds import seed_everything
 from megavlm.train.freeze import frozen_components
 from megavlm.train.inputs import CostModel, StepInputs, step_inputs
 from megavlm.train.optim import build_optimizer
+from megavlm.train.order import build_plan, num_steps
 from megavlm.train.parts import Parts, build_parts
 from megavlm.train.scheduling import Layout, layout_of
 from megavlm.train.stages.sft import SupervisedFineTuning
@@ -144,7 +146,25 @@ def build_dataset(paths: tuple[str, ...], recipe: Recipe, encoder: SampleEncoder
     Raises:
         UseError: naming the row at fault.
     """
-    dataset = Dataset(read_samples(paths, recipe.data.image_dir), encoder)
+    return _prepared(read_samples(paths, recipe.data.image_dir), encoder)
+
+
+def build_train_set(recipe: Recipe, encoder: SampleEncoder) -> tuple[Dataset, tuple[int, ...]]:
+    """Read and encode all training rows; with them how many are left of each source of `data.mixture`.
+
+    Raises:
+        UseError: naming the row at fault.
+    """
+    data = recipe.data
+    paths_each = [source.paths for source in data.mixture] or [data.train]
+    rows_each = [read_samples(paths, data.image_dir) for paths in paths_each]
+    dataset = _prepared(list(itertools.chain(*rows_each)), encoder)
+    borders = np.cumsum([0, *(len(rows) for rows in rows_each)])
+    return dataset, tuple(np.diff(np.searchsorted(dataset.kept_rows, borders)).tolist())
+
+
+def _prepared(samples: Sequence[Sample], encoder: SampleEncoder) -> Dataset:
+    dataset = Dataset(samples, encoder)
     report = dataset.prepare()
     for reason, ids in report.dropped.items():
         logger.info("dropped %d of %d rows: %s (first: %s)", len(ids), report.num_rows, reason, ids[0])
@@ -159,7 +179,7 @@ def build_state(recipe: Recipe, bucket_size: int = OVERLAP_BUCKET_PARAMETERS) ->
     """
     directory = HFDirectory(recipe.model.hf_dir)
     encoder = build_encoder(recipe, directory)
-    train_set = build_dataset(recipe.data.train, recipe, encoder)
+    train_set, source_sizes = build_train_set(recipe, encoder)
     _check_images(recipe, train_set)
     eval_set = build_dataset(recipe.data.eval, recipe, encoder) if recipe.data.eval else None
     groups = initialize(recipe.parallel)
@@ -167,17 +187,15 @@ def build_state(recipe: Recipe, bucket_size: int = OVERLAP_BUCKET_PARAMETERS) ->
     parts = build_parts(recipe, directory, groups, bucket_size)
     costs = cost_model(recipe, directory, parts.trains_encoder)
     layout = layout_of(recipe.parallel, groups.topology, parts.trains_encoder)
-    plan = GlobalBatchPlan(
-        num_samples=len(train_set),
-        seed=recipe.train.seed,
-        global_batch_size=recipe.train.global_batch_size,
-        micro_batch_size=recipe.train.micro_batch_size,
+    plan = build_plan(
+        recipe,
+        train_set,
+        source_sizes,
         dp_size=groups.topology.data,
-        shuffle=recipe.data.shuffle,
         costs=sample_costs(recipe, train_set, costs) if recipe.data.packing else None,
         microbatches_multiple=groups.topology.pipeline if layout.num_chunks > 1 else 1,
     )
-    total_steps = recipe.train.train_iters or plan.num_steps(recipe.train.num_train_epochs)
+    total_steps = num_steps(recipe, plan)
     optimizer, scheduler = build_optimizer(recipe, parts, total_steps)
     parts.config.grad_scale_func = optimizer.scale_loss
     return TrainState(

@@ -206,7 +206,9 @@ def recipes(section: type) -> st.SearchStrategy[object]:
         elif get_origin(hint) is Literal:
             parts[item.name] = st.sampled_from(get_args(hint))
         elif get_origin(hint) is tuple:
-            parts[item.name] = st.lists(SCALARS[get_args(hint)[0]], max_size=3).map(tuple)
+            entry = get_args(hint)[0]
+            entries = recipes(entry) if is_dataclass(entry) else SCALARS[entry]  # type: ignore[arg-type]
+            parts[item.name] = st.lists(entries, max_size=3).map(tuple)
         else:
             parts[item.name] = SCALARS[hint]
     return st.builds(section, **parts)

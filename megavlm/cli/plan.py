@@ -78,10 +78,10 @@ def _samples(recipe: "Recipe", architecture: "Architecture", lengths: str) -> "l
     if lengths:
         return read_lengths(lengths, architecture.inputs)
     from megavlm.config.validate import validate_recipe
-    from megavlm.train.datasets import build_dataset, encoder_of
+    from megavlm.train.datasets import build_train_set, encoder_of
 
     validate_recipe(recipe)
-    dataset = build_dataset(recipe.data.train, recipe, encoder_of(recipe, architecture.inputs))
+    dataset, _ = build_train_set(recipe, encoder_of(recipe, architecture.inputs))
     return [
         Sample(int(length), grids) for length, grids in zip(dataset.num_tokens_each, dataset.grids_each, strict=True)
     ]

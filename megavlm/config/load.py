@@ -223,15 +223,32 @@ def _build(section: type, tree: Any, prefix: str, source: str, places: Mapping[s
         hint = types[name]
         if _is_section(hint):
             values[name] = _build(hint, value, f"{key}.", source, places)
+        elif _is_table_list(hint):
+            values[name] = _build_tables(hint, value, key, places.get(key, source))
         else:
             values[name] = _convert(hint, value, key, f"{places.get(key, source)}: {key}")
     return section(**values)
 
 
+def _is_table_list(hint: Any) -> bool:
+    return get_origin(hint) is tuple and _is_section(get_args(hint)[0])
+
+
+def _build_tables(hint: Any, value: Any, key: str, source: str) -> tuple[Any, ...]:
+    """Build the dataclasses of a list of mappings."""
+    if not isinstance(value, list | tuple):
+        keys = ", ".join(_field_types(get_args(hint)[0]))
+        raise use_error(
+            f"{source}: {key}",
+            _describe(value),
+            f"a list of mappings with keys out of {keys}",
+            f"write {key}: [{{...}}]",
+        )
+    return tuple(_build(get_args(hint)[0], item, f"{key}[{i}].", source, {}) for i, item in enumerate(value))
+
+
 def _convert(hint: Any, value: Any, key: str, where: str) -> Any:
     """Check one value against its field's type, and return it as that type."""
-    if _is_section(hint):
-        return _build(hint, value, f"{key}.", where, {})
     if get_origin(hint) is Literal:
         choices = get_args(hint)
         if value not in choices or isinstance(value, bool):

@@ -100,11 +100,67 @@ class TokenWeightPhase(TokenWeights):
 
 
 @dataclass(frozen=True)
+class MixtureSource:
+    """Rows that are mixed with those of other sources: an entry of data.mixture."""
+
+    name: str = ""
+    """In messages and logs."""
+    paths: tuple[str, ...] = ()
+    """Training rows, as data.train names them."""
+    weight: float = 1.0
+    """Its samples in a global batch are proportional to this (see data.mixture_temperature); 0: none, until
+    data.curriculum says otherwise."""
+    epochs: float = 0.0
+    """How often each of its rows is seen in one of train.num_train_epochs, in place of a weight; for all or none."""
+    task: str = ""
+    """A name out of data.mixture_tasks."""
+
+
+@dataclass(frozen=True)
+class MixtureTask:
+    """What sources of one kind share: an entry of data.mixture_tasks."""
+
+    name: str = ""
+    weight: float = 1.0
+    """Its samples in a global batch are proportional to this; its sources share them by their own weights."""
+
+
+@dataclass(frozen=True)
+class CurriculumPhase:
+    """What is drawn from a point of training on: an entry of data.curriculum."""
+
+    start_iters: int = 0
+    """Optimizer steps before it."""
+    start_fraction: float = 0.0
+    """Or the part of train.train_iters before it, rounded down to a step. Set at most one of the two."""
+    weights: tuple[float, ...] = ()
+    """One for each entry of data.mixture, in place of its weight; empty: its weight."""
+    max_length: int = 0
+    """Samples with more tokens are not drawn; 0: all are."""
+    order: Literal["default", "length"] = "default"
+    """`length`: each pass through a source goes from short to long samples; `default`: as data.shuffle says."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Rows, images and how they become batches."""
 
     train: tuple[str, ...] = ()
     """Training rows: JSON, JSONL, parquet and WebDataset tar files, folders of them or of `save_to_disk`, patterns."""
+    mixture: tuple[MixtureSource, ...] = ()
+    """Training rows by source, in place of `train`. After any number of samples each source is less than one sample
+    away from its share (with mixture_tasks less than two); within a source all rows are seen before one is seen
+    again."""
+    mixture_temperature: float = 0.0
+    """T above 0: a source's share is proportional to weight * rows ** (1 / T): 1 is by size, and the larger T is the
+    more often small sources are seen; 0: proportional to weight alone."""
+    mixture_tasks: tuple[MixtureTask, ...] = ()
+    """When set, every source names its task, and tasks share the samples of a global batch first."""
+    mixture_stop: Literal["first_exhausted", "all_exhausted", "never"] = "never"
+    """What one of train.num_train_epochs is: until the first source has been seen once, or until all have (smaller ones
+    several times by then); `never`: it is by the `epochs` of the sources, or train.train_iters ends the run."""
+    curriculum: tuple[CurriculumPhase, ...] = ()
+    """Phases of training by where they start, the first at 0; they need train.train_iters."""
     eval: tuple[str, ...] = ()
     """Held-out rows: evaluation loss, and the samples of the report."""
     image_dir: str = ""

@@ -13,6 +13,7 @@ from pathlib import Path
 from megavlm.config.fit import validate_layout, validate_model
 from megavlm.config.layout import divisors, language_pipeline_size, parse_pipeline_layout
 from megavlm.config.load import recipe_to_dict
+from megavlm.config.mixture import check_mixture
 from megavlm.config.placement import check_placement
 from megavlm.config.schema import DataConfig, ParallelConfig, Recipe
 from megavlm.config.tokens import check_tokens
@@ -54,6 +55,7 @@ LEAST: dict[str, float] = {
     "data.video_min_pixels": 0,
     "data.video_max_pixels": 0,
     "data.packing_length": 0,
+    "data.mixture_temperature": 0,
     "data.dataloader_num_workers": 0,
     "data.dataloader_prefetch_factor": 1,
     "optimizer.lr": 0,
@@ -113,6 +115,7 @@ def validate_recipe(recipe: Recipe) -> None:
     _check_duration(recipe)
     _check_schedule(recipe)
     _check_freezing(recipe)
+    check_mixture(recipe)
     _check_data(recipe)
     _check_media_limits(recipe.data)
     check_tokens(recipe.data)
@@ -304,8 +307,6 @@ def _check_freezing(recipe: Recipe) -> None:
 
 def _check_data(recipe: Recipe) -> None:
     data, train = recipe.data, recipe.train
-    if not data.train:
-        raise use_error("data.train", "nothing", "one file of training rows or more", "set data.train=rows.jsonl")
     if data.packing_length and not data.packing:
         raise use_error(
             "data.packing_length",
@@ -365,7 +366,9 @@ def _check_paths(recipe: Recipe) -> None:
     for key, folder in folders.items():
         if not Path(folder).is_dir():
             raise _path_error(key, folder, "a directory")
-    for key, files in (("data.train", recipe.data.train), ("data.eval", recipe.data.eval)):
+    lists = {"data.train": recipe.data.train, "data.eval": recipe.data.eval}
+    lists |= {f"data.mixture[{number}].paths": source.paths for number, source in enumerate(recipe.data.mixture)}
+    for key, files in lists.items():
         for number, file in enumerate(files):
             # What is in a folder, and of which kind files are, is found when they are read.
             if not Path(file).exists() and not (glob.has_magic(file) and glob.glob(file, recursive=True)):

@@ -6,8 +6,8 @@ fullest pack, so both costs are balanced at once, under a cap on the tokens of a
 
 Pure functions of the costs: every rank computes the same split without talking, if it is given the same costs.
 
-Shape suffixes: N samples of a global batch, K packs (data ranks times microbatches), V resources (encoder, language
-model).
+Shape suffixes: N samples of a global batch, G groups of them, K packs (data ranks times microbatches), V resources
+(encoder, language model).
 """
 
 from dataclasses import dataclass
@@ -71,7 +71,14 @@ class SampleCosts:
         )
 
 
-def split(costs: SampleCosts, num_data_ranks: int, *, num_microbatches: int | None = None, multiple: int = 1) -> Split:
+def split(
+    costs: SampleCosts,
+    num_data_ranks: int,
+    *,
+    num_microbatches: int | None = None,
+    multiple: int = 1,
+    groups_N: np.ndarray | None = None,
+) -> Split:
     """Split the samples of a global batch over data ranks and microbatches.
 
     No pack has more than `packing_length` tokens; every sample is in one pack; a pack is empty only where there are
@@ -82,6 +89,8 @@ def split(costs: SampleCosts, num_data_ranks: int, *, num_microbatches: int | No
         num_data_ranks: at least 1.
         num_microbatches: of each data rank; None: the fewest that the samples fit into.
         multiple: what `num_microbatches` is a multiple of, if it is to be found (interleaved pipelines).
+        groups_N: int64, for each sample what it belongs to: samples of a group are in one pack; None: each is on its
+            own.
 
     Returns:
         The samples of every microbatch of every data rank, within a microbatch in the order of the global batch. So are
@@ -90,8 +99,10 @@ def split(costs: SampleCosts, num_data_ranks: int, *, num_microbatches: int | No
         with the last one's.
 
     Raises:
-        UseError: the samples do not fit into so many microbatches.
+        UseError: the samples do not fit into so many microbatches, or a group not into a pack.
     """
+    if groups_N is not None:
+        return _split_groups(costs, groups_N, num_data_ranks, num_microbatches, multiple)
     assert num_data_ranks >= 1 and multiple >= 1 and len(costs.num_tokens_N)
     if num_microbatches is None:
         packs_N, num_packs = _into_fewest(costs, num_data_ranks * multiple)
@@ -117,6 +128,46 @@ def split(costs: SampleCosts, num_data_ranks: int, *, num_microbatches: int | No
     )
     ranks_K = _deal(costs_VN, packs_N, num_packs, num_data_ranks)
     return _as_split(costs, packs_N, ranks_K, num_data_ranks)
+
+
+def cost_of_groups(costs: SampleCosts, group_of_N: np.ndarray) -> SampleCosts:
+    """Groups in place of samples.
+
+    Args:
+        costs: of the samples.
+        group_of_N: int64, the group of each sample, from 0.
+
+    Raises:
+        UseError: a group is longer than a pack.
+    """
+    tokens_G, encoder_G, language_G = (
+        np.bincount(group_of_N, weights=each_N) for each_N in (costs.num_tokens_N, costs.encoder_N, costs.language_N)
+    )
+    if tokens_G.max() > costs.packing_length:
+        raise use_error(
+            "data.packing_length",
+            costs.packing_length,
+            f"at least {int(tokens_G.max())}, the tokens of all rows of the longest group, which stay together",
+            "raise data.packing_length, or lower data.max_length so that long rows are dropped",
+        )
+    return SampleCosts(tokens_G.astype(np.int64), encoder_G, language_G, costs.packing_length)
+
+
+def _split_groups(
+    costs: SampleCosts, groups_N: np.ndarray, num_data_ranks: int, num_microbatches: int | None, multiple: int
+) -> Split:
+    """The same with groups in place of samples, in the order of their first samples."""
+    _, firsts, found_N = np.unique(groups_N, return_index=True, return_inverse=True)
+    place = np.empty(len(firsts), dtype=np.int64)
+    place[np.argsort(firsts, kind="stable")] = np.arange(len(firsts))
+    group_of_N = place[found_N]
+    whole = cost_of_groups(costs, group_of_N)
+    parts = split(whole, num_data_ranks, num_microbatches=num_microbatches, multiple=multiple)
+    borders = np.cumsum(np.bincount(group_of_N))[:-1]
+    members = [part.tolist() for part in np.split(np.argsort(group_of_N, kind="stable"), borders)]
+    return tuple(
+        tuple(tuple(sorted(sample for group in pack for sample in members[group])) for pack in rank) for rank in parts
+    )
 
 
 def loads(costs: SampleCosts, packs: Split) -> np.ndarray:

@@ -4,6 +4,7 @@ Shape suffixes: N samples, S samples of at most half the capacity, A thresholds 
 """
 
 import bisect
+import heapq
 from collections.abc import Sequence
 
 import numpy as np
@@ -56,23 +57,45 @@ def fewest_packs(sizes: Sequence[int] | np.ndarray, capacity: int) -> np.ndarray
 def best_fit_decreasing(sizes: Sequence[int] | np.ndarray, capacity: int) -> np.ndarray:
     """The usual heuristic: the largest first, each into the fullest pack that has room (at most 11/9 of the fewest).
 
+    Packs are kept by their room, a whole number, and one bit of an integer says which rooms there are: the fullest pack
+    that takes a sample is behind the lowest bit from its size on. It takes all samples of this size that it has room
+    for, because no other pack has room for one and is fuller.
+
     Args:
-        sizes: integers, at most the capacity.
+        sizes: integers, at least 1 and at most the capacity.
         capacity: of a pack.
 
     Returns:
-        int64 pack of each sample [N], numbered from 0.
+        int64 pack of each sample [N], numbered from 0. Of packs that are as full the first is taken.
     """
     sizes_N = np.asarray(sizes, dtype=np.int64)
-    rooms: list[tuple[int, int]] = []
-    """(room, pack) of every pack, ascending."""
+    assert not len(sizes_N) or (sizes_N.min() >= 1 and sizes_N.max() <= capacity), (sizes_N.min(), sizes_N.max())
+    order_N = np.argsort(-sizes_N, kind="stable")
+    descending, counts = np.unique(sizes_N, return_counts=True)
+    packs_of_room: dict[int, list[int]] = {}
+    """Heaps."""
+    rooms, num_packs = 0, 0
+    chosen: list[int] = []
+    for size, count in zip(descending[::-1].tolist(), counts[::-1].tolist(), strict=True):
+        while count:
+            enough = rooms >> size
+            if enough:
+                room = size + (enough & -enough).bit_length() - 1
+                packs = packs_of_room[room]
+                pack = heapq.heappop(packs)
+                if not packs:
+                    rooms ^= 1 << room
+            else:
+                room, pack = capacity, num_packs
+                num_packs += 1
+            taken = min(room // size, count)
+            chosen += [pack] * taken
+            count -= taken
+            room -= taken * size
+            heapq.heappush(packs_of_room.setdefault(room, []), pack)
+            rooms |= 1 << room
     packs_N = np.empty(len(sizes_N), dtype=np.int64)
-    for sample in np.argsort(-sizes_N, kind="stable").tolist():
-        size = int(sizes_N[sample])
-        position = bisect.bisect_left(rooms, (size, -1))
-        room, pack = rooms.pop(position) if position < len(rooms) else (capacity, len(rooms))
-        packs_N[sample] = pack
-        bisect.insort(rooms, (room - size, pack))
+    packs_N[order_N] = chosen
     return packs_N
 
 

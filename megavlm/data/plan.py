@@ -3,7 +3,7 @@
 The set and the order of a global batch's samples depend on the data, the seed and the step only, never on the layout:
 that is what makes a run resume exactly after the layout changed. How it is cut into microbatches does depend on it:
 either into equal numbers of samples, in their order, or, where the costs of the samples are given, into packs of equal
-work.
+work. Rows of a group are never cut apart.
 """
 
 import functools
@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megavlm.data.balance import SampleCosts, Split, split
+from megavlm.data.balance import SampleCosts, Split, cost_of_groups, split
+from megavlm.data.groups import Groups
+from megavlm.data.mixture import Mixture, Stop
 from megavlm.errors import use_error
 
 
@@ -32,6 +34,8 @@ class GlobalBatchPlan:
             from step to step.
         microbatches_multiple: what the number of microbatches of a step split by cost is a multiple of: the pipeline
             size, for interleaved pipelines.
+        mixture: of the rows (with `groups`, of the groups), which then gives the order; None: all rows are drawn alike.
+        groups: rows that stay together: in a step, a microbatch, a pack; None: each is on its own.
     """
 
     num_samples: int
@@ -42,6 +46,8 @@ class GlobalBatchPlan:
     shuffle: bool = True
     costs: SampleCosts | None = None
     microbatches_multiple: int = 1
+    mixture: Mixture | None = None
+    groups: Groups | None = None
 
     def __post_init__(self) -> None:
         """Check the sizes.
@@ -56,6 +62,7 @@ class GlobalBatchPlan:
             raise use_error("data.train", "no rows that fit", "at least one", "raise data.max_length or add rows")
         if self.costs is not None:
             assert len(self.costs.num_tokens_N) == self.num_samples
+            self._check_groups()
             self._check_packs()
             return
         samples_a_round = self.micro_batch_size * self.dp_size
@@ -66,15 +73,34 @@ class GlobalBatchPlan:
                 f"a multiple of micro_batch_size * data parallel size = {self.micro_batch_size} * {self.dp_size}",
                 "change one of them",
             )
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        """Whole groups only, wherever samples are counted."""
+        if self.mixture is not None:
+            assert self.mixture.num_samples == self._num_units
+            assert self.mixture.batch_size * self._rows_a_unit == self.global_batch_size
+        if self.groups is None:
+            return
+        assert self.groups.members_GK.size == self.num_samples
+        if self.costs is not None:
+            cost_of_groups(self.costs, self.groups.group_of_N)
+        sizes = {"train.global_batch_size": self.global_batch_size}
+        if self.costs is None:
+            sizes["train.micro_batch_size"] = self.micro_batch_size
+        for key, size in sizes.items():
+            if size % self._rows_a_unit:
+                raise use_error(key, size, f"a multiple of the {self._rows_a_unit} rows of a group", "change it")
 
     def _check_packs(self) -> None:
-        least = self.dp_size * self.microbatches_multiple
+        unit = "sample" if self.groups is None else f"group of {self._rows_a_unit}"
+        least = self.dp_size * self.microbatches_multiple * self._rows_a_unit
         if self.global_batch_size < least:
             of = f" x a multiple of {self.microbatches_multiple} microbatches" if self.microbatches_multiple > 1 else ""
             raise use_error(
                 "train.global_batch_size",
                 self.global_batch_size,
-                f"at least {least}, one sample for every pack ({self.dp_size} data parallel ranks{of})",
+                f"at least {least}, one {unit} for every pack ({self.dp_size} data parallel ranks{of})",
                 "raise it, or start fewer processes",
             )
 
@@ -92,21 +118,40 @@ class GlobalBatchPlan:
         """Steps that see every sample `num_epochs` times; the last one reaches into the next epoch if it must."""
         return max(1, math.ceil(num_epochs * self.num_samples / self.global_batch_size))
 
+    def num_mixture_steps(self, num_epochs: float, stop: Stop) -> int:
+        """Steps of so many runs through the mixture's sources: no further than they reach for `first_exhausted`."""
+        assert self.mixture is not None
+        steps = num_epochs * self.mixture.num_draws(stop) / self.mixture.batch_size
+        return max(1, math.floor(steps) if stop == "first_exhausted" else math.ceil(steps))
+
     def num_consumed(self, step: int) -> int:
         """Samples that were consumed before `step`: the data cursor of a checkpoint."""
         return step * self.global_batch_size
 
     def global_batch_indices(self, step: int) -> np.ndarray:
         """Indices of the samples of `step` (from 0), in order, over the epochs' borders: int64 [global_batch_size]."""
-        cursor = self.num_consumed(step)
-        indices = np.empty(self.global_batch_size, dtype=np.int64)
+        units = self._stream(step) if self.mixture is None else self.mixture.indices(step)
+        return units if self.groups is None else self.groups.members_GK[units].ravel()
+
+    def _stream(self, step: int) -> np.ndarray:
+        """The samples (or groups) of a step, epoch after epoch."""
+        size = self.global_batch_size // self._rows_a_unit
+        units = np.empty(size, dtype=np.int64)
         filled = 0
-        while filled < self.global_batch_size:
-            epoch, offset = divmod(cursor + filled, self.num_samples)
-            taken = self._epoch_order(epoch)[offset : offset + self.global_batch_size - filled]
-            indices[filled : filled + len(taken)] = taken
+        while filled < size:
+            epoch, offset = divmod(step * size + filled, self._num_units)
+            taken = self._epoch_order(epoch)[offset : offset + size - filled]
+            units[filled : filled + len(taken)] = taken
             filled += len(taken)
-        return indices
+        return units
+
+    @property
+    def _rows_a_unit(self) -> int:
+        return 1 if self.groups is None else self.groups.members_GK.shape[1]
+
+    @property
+    def _num_units(self) -> int:
+        return self.num_samples // self._rows_a_unit
 
     def microbatches(self, step: int, dp_rank: int) -> list[tuple[int, ...]]:
         """The sample indices of each microbatch of one data rank.
@@ -125,8 +170,8 @@ class GlobalBatchPlan:
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         if not self.shuffle:
-            return np.arange(self.num_samples, dtype=np.int64)
-        return _permutation(self.num_samples, self.seed, epoch)
+            return np.arange(self._num_units, dtype=np.int64)
+        return _permutation(self._num_units, self.seed, epoch)
 
 
 @functools.lru_cache(maxsize=4)
@@ -143,5 +188,8 @@ def _split_by_cost(plan: GlobalBatchPlan, step: int) -> Split:
     """[data rank][microbatch]: indices of the samples. Kept for the last few steps: costs milliseconds to make."""
     assert plan.costs is not None
     indices = plan.global_batch_indices(step)
-    parts = split(plan.costs.take(indices), plan.dp_size, multiple=plan.microbatches_multiple)
+    groups_N = None
+    if plan.groups is not None:  # by place: over an epoch's border a group may be there twice
+        groups_N = np.arange(len(indices)) // plan.groups.members_GK.shape[1]
+    parts = split(plan.costs.take(indices), plan.dp_size, multiple=plan.microbatches_multiple, groups_N=groups_N)
     return tuple(tuple(tuple(int(indices[number]) for number in pack) for pack in rank) for rank in parts)

@@ -67,6 +67,11 @@ class Rows(Sequence[Sample]):
         """All rows."""
         return len(self._files)
 
+    @property
+    def num_rows_each_file(self) -> np.ndarray:
+        """Int64 rows of each of the files, in their order."""
+        return np.bincount(self._files, minlength=len(self.paths))
+
     @overload
     def __getitem__(self, index: int) -> Sample: ...
     @overload

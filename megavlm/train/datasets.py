@@ -3,6 +3,8 @@
 import logging
 from pathlib import Path
 
+import numpy as np
+
 from megavlm.checkpoint.hf_io import HFDirectory
 from megavlm.config.inputs import InputSpec
 from megavlm.config.schema import DataConfig, Recipe
@@ -11,6 +13,7 @@ from megavlm.data.encode import SampleEncoder, open_encoder
 from megavlm.data.index_files import Builders, build_index, fingerprint, index_beside, is_complete
 from megavlm.data.row_options import row_options
 from megavlm.data.rows import Rows
+from megavlm.data.sources import expand_paths
 from megavlm.data.token_weights import token_schedule
 from megavlm.data.video_spec import VideoLimits
 
@@ -58,7 +61,26 @@ def build_dataset(
     Raises:
         UseError: naming the row at fault.
     """
-    rows = Rows.open(paths, row_options(recipe.data))
+    return _dataset(Rows.open(paths, row_options(recipe.data)), recipe, encoder, builders)
+
+
+def build_train_set(
+    recipe: Recipe, encoder: SampleEncoder, builders: Builders | None = None
+) -> tuple[Dataset, tuple[int, ...]]:
+    """All training rows as `build_dataset` gives them, and how many are left of each source of `data.mixture`.
+
+    Raises:
+        UseError: naming the row at fault.
+    """
+    files_each = [expand_paths(source.paths) for source in recipe.data.mixture] or [expand_paths(recipe.data.train)]
+    rows = Rows.open([file for files in files_each for file in files], row_options(recipe.data))
+    dataset = _dataset(rows, recipe, encoder, builders)
+    first_files = np.cumsum([0, *(len(files) for files in files_each)])
+    first_rows = np.concatenate(([0], np.cumsum(rows.num_rows_each_file)))[first_files]
+    return dataset, tuple(np.diff(np.searchsorted(dataset.index.kept_N, first_rows)).tolist())
+
+
+def _dataset(rows: Rows, recipe: Recipe, encoder: SampleEncoder, builders: Builders | None) -> Dataset:
     dataset = Dataset(rows, encoder)
     folder = index_folder(rows, recipe, encoder)
     if builders is None and not is_complete(folder):

@@ -98,7 +98,6 @@ class _Observer:
         if state.step % state.recipe.observe.log_steps and state.step != state.total_steps:
             return
         elapsed = time.perf_counter() - self._since
-        balance = result.load_balancing_loss
         metrics = StepMetrics(
             step=state.step,
             loss=result.loss,
@@ -110,8 +109,7 @@ class _Observer:
             images_per_second=self._images / elapsed,
             step_s=elapsed / self._steps,
             consumed_samples=state.plan.num_consumed(state.step),
-            extra={"data_wait_s": self._data_wait_s / self._steps}
-            | ({} if balance is None else {"load_balancing_loss": balance}),
+            extra={"data_wait_s": self._data_wait_s / self._steps} | _extra(state, result),
         )
         if self.log is not None:
             self.log.log_train(metrics)
@@ -138,6 +136,17 @@ class _Observer:
         if self.state.recipe.observe.report:
             path = write_report(run_path(self.state.recipe))
             logger.info("report: %s", path)
+
+
+def _extra(state: TrainState, result: StepResult) -> dict[str, float]:
+    """Further figures of a step; `consumed/<source>` are samples since training began, earlier attempts included."""
+    extra = {"pad_share": result.pad_share}
+    if result.load_balancing_loss is not None:
+        extra["load_balancing_loss"] = result.load_balancing_loss
+    if state.plan.mixture is not None:
+        consumed = state.plan.mixture.consumed(state.step)
+        extra |= {f"consumed/{name}": float(count) for name, count in consumed.items()}
+    return extra
 
 
 def layout_name(state: TrainState) -> str:

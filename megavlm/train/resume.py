@@ -36,6 +36,7 @@ def _common(state: TrainState) -> dict[str, Any]:
         "step": state.step,
         "consumed_samples": state.plan.num_consumed(state.step),
         "seed": state.recipe.train.seed,
+        "mixture": _mixture(state),
         "family": state.directory.family.model_type,
         "architecture": repr(state.directory.architecture),
         "use_distributed_optimizer": state.recipe.parallel.use_distributed_optimizer,
@@ -45,6 +46,10 @@ def _common(state: TrainState) -> dict[str, Any]:
         "chat_template": tokenizer.chosen_template,
         "eos_token_ids": list(tokenizer.eos_token_ids),
     }
+
+
+def _mixture(state: TrainState) -> str:
+    return "" if state.plan.mixture is None else state.plan.mixture.description
 
 
 def save(state: TrainState) -> Path:
@@ -165,4 +170,11 @@ def _check_run(state: TrainState, common: dict[str, Any], folder: Path) -> None:
             state.recipe.train.seed,
             f"{common['seed']}, as {folder} was written",
             "keep the seed: the order of the data comes from it",
+        )
+    if common.get("mixture", "") != _mixture(state):  # without one in checkpoints from before there were mixtures
+        raise use_error(
+            "data.mixture",
+            "another mixture or curriculum (or other rows in it)",
+            f"what {folder} was written with",
+            "keep it: the position in the data comes from it; to change it, start a new run from exported weights",
         )

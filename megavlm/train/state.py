@@ -29,10 +29,11 @@ from megavlm.parallel.wrap import OVERLAP_BUCKET_PARAMETERS
 from megavlm.pipeline.actions import Payload
 from megavlm.pipeline.exchange import make_payload_groups
 from megavlm.platform.seeds import seed_everything
-from megavlm.train.datasets import build_dataset, build_encoder
+from megavlm.train.datasets import build_dataset, build_encoder, build_train_set
 from megavlm.train.freeze import frozen_components
 from megavlm.train.inputs import CostModel, StepInputs, step_inputs
 from megavlm.train.optim import build_optimizer
+from megavlm.train.order import build_plan, num_steps
 from megavlm.train.parts import Parts, build_parts
 from megavlm.train.scheduling import Layout, layout_of
 from megavlm.train.stages.sft import SupervisedFineTuning
@@ -135,7 +136,7 @@ def build_state(recipe: Recipe, bucket_size: int = OVERLAP_BUCKET_PARAMETERS) ->
     directory = HFDirectory(recipe.model.hf_dir)
     encoder = build_encoder(recipe, directory)
     builders = Builders(dist.get_rank(), dist.get_world_size(), dist.barrier)
-    train_set = build_dataset(recipe.data.train, recipe, encoder, builders)
+    train_set, source_sizes = build_train_set(recipe, encoder, builders)
     _check_images(recipe, train_set)
     if is_main_rank() and not encoder.tokenizer.end_of_turn_ids():
         logger.warning(
@@ -148,17 +149,15 @@ def build_state(recipe: Recipe, bucket_size: int = OVERLAP_BUCKET_PARAMETERS) ->
     parts = build_parts(recipe, directory, groups, bucket_size)
     costs = cost_model(recipe, directory, parts.trains_encoder)
     layout = layout_of(recipe.parallel, groups.topology, parts.trains_encoder)
-    plan = GlobalBatchPlan(
-        num_samples=len(train_set),
-        seed=recipe.train.seed,
-        global_batch_size=recipe.train.global_batch_size,
-        micro_batch_size=recipe.train.micro_batch_size,
+    plan = build_plan(
+        recipe,
+        train_set,
+        source_sizes,
         dp_size=groups.topology.data,
-        shuffle=recipe.data.shuffle,
         costs=sample_costs(recipe, train_set, costs) if recipe.data.packing else None,
         microbatches_multiple=groups.topology.pipeline if layout.num_chunks > 1 else 1,
     )
-    total_steps = recipe.train.train_iters or plan.num_steps(recipe.train.num_train_epochs)
+    total_steps = num_steps(recipe, plan)
     optimizer, scheduler = build_optimizer(recipe, parts, total_steps)
     parts.config.grad_scale_func = optimizer.scale_loss
     return TrainState(

@@ -37,6 +37,8 @@ class Tally:
     sample_ids: list[tuple[str, ...]] = field(default_factory=list)
     num_tokens: int = 0
     num_images: int = 0
+    num_padded_tokens: int = 0
+    """Tokens with those of the padding."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class StepResult:
     num_tokens: int
     num_images: int
     norms: GradientNorms
+    pad_share: float
+    """Padding tokens over all tokens of the packed rows."""
     data_wait_s: float = 0.0
     """How long this rank waited for its microbatches."""
     load_balancing_loss: float | None = None
@@ -132,6 +136,7 @@ def train_step(state: TrainState, step: int, recordings: list[Recording] | None 
     tally = Tally(
         num_tokens=sum(batch.num_real_tokens for batch in rows.batches),
         num_images=sum(len(batch.grid_thw_N3) for batch in rows.batches),
+        num_padded_tokens=sum(len(batch.tokens_T) for batch in rows.batches),
     )
 
     def on_output(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, None]:
@@ -156,7 +161,7 @@ def train_step(state: TrainState, step: int, recordings: list[Recording] | None 
         recordings.append(Recording(schedule, inputs, events, time.perf_counter() - started_s, pad_share))
     totals = _reduce(state, tally, step)
     state.parts.scale_gradients(float(1.0 / totals[1]))
-    loss_sum, count, num_tokens, num_images = totals.tolist()
+    loss_sum, count, num_tokens, num_images, num_padded_tokens = totals.tolist()
     norms = _checked_norms(state, step, list(itertools.chain(*(batch.sample_ids for batch in rows.batches))))
     clip_and_update(state.optimizer, norms, state.recipe.optimizer.clip_grad)
     state.scheduler.step(increment=1)
@@ -168,13 +173,17 @@ def train_step(state: TrainState, step: int, recordings: list[Recording] | None 
         num_images=round(num_images / context),
         norms=norms,
         data_wait_s=data_wait_s,
+        pad_share=1 - num_tokens / num_padded_tokens,
         load_balancing_loss=balance.measure(state, rows.batches) if balances else None,
     )
 
 
 def _reduce(state: TrainState, tally: Tally, step: int) -> torch.Tensor:
-    """[loss sum, count, tokens, images] over all ranks; tokens and images are counted once per context rank."""
-    local = torch.zeros(4, dtype=torch.float64, device=state.device)
+    """[loss sum, count, tokens, images, tokens with padding] over all ranks.
+
+    Tokens and images are counted once per context rank.
+    """
+    local = torch.zeros(5, dtype=torch.float64, device=state.device)
     broken = ""
     if state.groups.is_last_stage:
         sums, counts = torch.stack(tally.sums).double(), torch.stack(tally.counts).double()
@@ -182,9 +191,8 @@ def _reduce(state: TrainState, tally: Tally, step: int) -> torch.Tensor:
         if ids:
             samples = ", ".join(itertools.chain(*ids))
             broken = f"rank {dist.get_rank()}: loss is not finite on sample(s) {samples}"
-        local = torch.stack(
-            (sums.sum(), counts.sum(), sums.new_tensor(tally.num_tokens), sums.new_tensor(tally.num_images))
-        )
+        counted = (tally.num_tokens, tally.num_images, tally.num_padded_tokens)
+        local = torch.cat((torch.stack((sums.sum(), counts.sum())), sums.new_tensor(counted)))
     total = global_sums(local, _speaks(state))
     if not _finite(float(total[0])):
         # All ranks see it in the sum, and end together; only some know the samples.

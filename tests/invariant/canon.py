@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from megavlm.config.schema import (
     CheckpointConfig,
+    CurriculumPhase,
     DataConfig,
+    MixtureSource,
     ModelConfig,
     ObserveConfig,
     OptimizerConfig,
@@ -72,7 +74,8 @@ def write_inputs(root: Path) -> None:
         _sharpen(ComposedReference(kind).write(root / kind), SENSITIVITY[kind])
     random = np.random.RandomState(7)
     rows = [_row(root, number, random) for number in range(NUM_ROWS)]
-    (root / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    for name, part in {"rows": rows, "first": rows[:5], "second": rows[5:16], "third": rows[16:]}.items():
+        (root / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)) + "\n")
 
 
 def _sharpen(folder: Path, factors: dict[str, float]) -> None:
@@ -103,6 +106,21 @@ def _row(root: Path, number: int, random: np.random.RandomState) -> dict[str, An
     if number % 5 == 0:
         turns += [{"role": "user", "content": words(3)}, {"role": "assistant", "content": words(4)}]
     return {"messages": turns, "images": images}
+
+
+def mixed_rows(root: Path) -> dict[str, Any]:
+    """The same rows as three sources whose weights change twice, once before and once after a resume at half-time."""
+    sources = (
+        MixtureSource("first", (str(root / "first.jsonl"),), 3.0),
+        MixtureSource("second", (str(root / "second.jsonl"),), 1.0),
+        MixtureSource("third", (str(root / "third.jsonl"),), 0.5),
+    )
+    phases = (
+        CurriculumPhase(max_length=90, order="length"),
+        CurriculumPhase(start_iters=6),
+        CurriculumPhase(start_fraction=0.7, weights=(0.0, 2.0, 1.0)),
+    )
+    return {"train": (), "mixture": sources, "mixture_temperature": 2.0, "curriculum": phases}
 
 
 def recipe(root: Path, family: str = "qwen3_vl", **changes: dict[str, Any]) -> Recipe:

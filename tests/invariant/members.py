@@ -58,11 +58,12 @@ class Member:
 
 @dataclass(frozen=True)
 class Reference:
-    """A single-process run: a family, what is frozen, and knobs of the model."""
+    """A single-process run: a family, what is frozen, and knobs of the model; `mixed`: rows by `canon.mixed_rows`."""
 
     family: str
     optimizer: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
+    mixed: bool = False
 
 
 REFERENCES: dict[str, Reference] = {
@@ -78,6 +79,7 @@ REFERENCES: dict[str, Reference] = {
     "perceiver": Reference("perceiver"),
     "gated_cross_attention": Reference("gated_cross_attention"),
     "qformer": Reference("qformer"),
+    "mixture": Reference("qwen3_vl", mixed=True),
     "frozen vision": Reference("qwen3_vl", {"freeze_vit": True}),
     "frozen encoder": Reference("qwen3_vl", {"freeze_vit": True, "freeze_aligner": True}),
     "frozen language": Reference("qwen3_vl", {"freeze_llm": True}),
@@ -247,6 +249,8 @@ MEMBERS: tuple[Member, ...] = (
     Member("encoder on own rank + TP2+SP", 3, layout(placement="own_ranks", tp=2, sp=True)),
     Member("encoder on own rank + CP2", 3, layout(placement="own_ranks", cp=2), micro_batch_size=4),
     Member("packed by cost, DP2", 2, data=_PACKED),
+    Member("mixture with a curriculum: DP2", 2, quick=True, against="mixture", micro_batch_size=2),
+    Member("mixture with a curriculum: packed by cost, DP2", 2, against="mixture", data=_PACKED),
     Member("packed by cost, encoder in bubbles, PP2 x VPP2", 2, layout(placement="bubble", pp=2, vpp=2), data=_PACKED),
     Member("LLaVA-NeXT TP2+SP", 2, layout(tp=2, sp=True), against="llava_next", micro_batch_size=2),
     Member("LLaVA-NeXT CP2 all_gather", 2, layout(cp=2), True, "llava_next"),
@@ -256,6 +260,7 @@ MEMBERS: tuple[Member, ...] = (
     Member("LLaVA-OneVision, encoder in bubbles, PP2", 2, layout(placement="bubble", pp=2), True, "llava_onevision"),
     Member("LLaVA-OneVision, encoder on own rank", 2, layout(placement="own_ranks"), against="llava_onevision"),
     # four ranks
+    Member("mixture with a curriculum: packed by cost, PP2 x DP2", 4, layout(pp=2), True, "mixture", data=_PACKED),
     Member("packed by cost, encoder spread, PP2 x DP2", 4, layout(placement="spread", pp=2), True, data=_PACKED),
     Member("3 encoder stages + PP1", 4, layout(placement="stage", pp=4, vision_pp=3)),
     Member("2 encoder stages + PP2", 4, layout(placement="stage", pp=4, vision_pp=2), quick=True),
@@ -389,7 +394,11 @@ _HEADS_ONE_PLAIN = Member("one process", 1, _PLAIN, against="internvl_6b")
 _GATED_ONE = Member("one process", 1, against="gated_cross_attention")
 _GATED_FOUR = Member("TP2+SP x PP2", 4, layout(tp=2, sp=True, pp=2), against="gated_cross_attention")
 
+_MIXTURE_DP2 = Member("DP2", 2, against="mixture", micro_batch_size=2)
+_MIXTURE_PACKED = Member("packed by cost, PP2", 2, layout(pp=2), against="mixture", data=_PACKED)
+
 SWITCHES: tuple[Switch, ...] = (
+    Switch("mixture with a curriculum: DP2 to packed by cost, PP2", _MIXTURE_DP2, _MIXTURE_PACKED, quick=True),
     Switch("gated cross-attention: TP2+SP x PP2 to one process", _GATED_FOUR, _GATED_ONE, quick=True),
     Switch("InternVL 6B: TP2 to one process", _HEADS_TP2, _HEADS_ONE, quick=True),
     Switch("InternVL 6B: one process to TP2, optimizer not distributed", _HEADS_ONE_PLAIN, _HEADS_TP2_PLAIN),

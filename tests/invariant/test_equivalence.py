@@ -25,7 +25,7 @@ def _recipe(inputs: Path, member: Member, **changes: dict[str, Any]) -> Recipe:
         "optimizer": reference.optimizer,
         "model": reference.model,
         "train": {"micro_batch_size": member.micro_batch_size},
-        "data": member.data,
+        "data": (canon.mixed_rows(inputs) if reference.mixed else {}) | member.data,
     }
     for name, values in changes.items():
         sections[name] = sections.get(name, {}) | values

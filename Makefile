@@ -4,7 +4,7 @@ PYTHON := .venv/bin/python
 # Quick ones first. A part of them: make test TESTS=tests/unit/data PYTEST_ARGS='-x -k packing'
 TESTS := $(wildcard tests/unit tests/parity tests/invariant tests/distributed tests/gpu)
 PYTEST_ARGS ?=
-NEXT_FAMILIES := (test_families or test_layouts or test_round_trip) and (llava or qwen3_vl)
+NEXT_TESTS := tests/parity tests/unit/checkpoint tests/invariant tests/distributed
 BALANCE_BENCHES := balance packing spreading planner real
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
@@ -15,7 +15,8 @@ help:
 	@echo 'make test       the tests: pairwise choice of layouts'
 	@echo 'make test-full  the tests: every layout'
 	@echo 'make test-serve exported directories behind vLLM, in an environment of its own (some GB)'
-	@echo 'make test-next  parity with the newest megatron-core, on Python 3.12, in an environment of its own (some GB)'
+	@echo 'make test-next  parity, layouts and checkpoints with the newest megatron-core, on Python 3.12, in an environment'
+	@echo '                of its own (some GB)'
 	@echo 'make test-video pixels of videos against the processors that need torchvision, in an environment of its own'
 	@echo 'make check      lint, format, types'
 	@echo 'make bench      all benches (bench-balance: places of the encoder, simulated and real; packing; spreading;'
@@ -40,10 +41,11 @@ test-serve: setup
 	@tools/setup_serve_env.sh
 	$(TEST_ENV) $(PYTHON) -m pytest tests/serve $(PYTEST_ARGS)
 
-# Two families against transformers, in every layout of their parity tests; figures stay with the reference stack.
+# Every family against transformers, checkpoints, some layouts and resumes, and runs of the command line: the tests that
+# are marked next_core. Figures stay with the reference stack.
 test-next:
 	@tools/setup_next_env.sh
-	$(TEST_ENV) MEGAVLM_NO_EVIDENCE=1 .venv-next/bin/python -m pytest tests/parity -k '$(NEXT_FAMILIES)' $(PYTEST_ARGS)
+	$(TEST_ENV) MEGAVLM_NO_EVIDENCE=1 .venv-next/bin/python -m pytest $(NEXT_TESTS) -m next_core $(PYTEST_ARGS)
 
 test-video:
 	@tools/setup_video_env.sh

@@ -20,15 +20,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megavlm.checkpoint.watchdog import time_limit
 from megavlm.errors import RunError
-from megavlm.platform.megatron_compat import write_in_this_process
+from megavlm.platform import megatron_compat
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
@@ -107,9 +105,7 @@ class PendingSave:
                 shutil.rmtree(self._temporary, ignore_errors=True)
                 self._temporary.mkdir(parents=True)
             dist.barrier()
-            write_in_this_process()
-            strategy = TorchDistSaveShardedStrategy("torch_dist", 1)
-            request = dist_checkpointing.save(state, str(self._temporary), strategy, async_sharded_save=True)
+            request = megatron_compat.begin_save(state, self._temporary)
             self._finalize: list[Callable[[], None]] = request.finalize_fns
             buckets: Any = []
             write: Callable[[], None] = _nothing

@@ -35,7 +35,7 @@ def tower_config(
         gated_linear_unit=vision.gated_mlp,
         add_bias_linear=True,
         add_qkv_bias=vision.qkv_bias,
-        qk_layernorm=False,
+        qk_layernorm=vision.qk_norm_epsilon is not None,
         mrope_section=None,
         hidden_dropout=0.0,
         attention_dropout=0.0,

@@ -14,7 +14,7 @@ from megavlm.platform.megatron_compat import check_version
 
 
 def apply() -> None:
-    """Patch `megatron.core` (0.16.1; names re-checked at each call).
+    """Patch `megatron.core` (0.16.1 and 0.19.2; names re-checked at each call).
 
     Raises:
         UseError: the installed megatron-core is outside the tested range.

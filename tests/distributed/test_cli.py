@@ -148,6 +148,7 @@ def test_the_tiny_recipe_of_every_family_runs(
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.next_core
 def test_saves_beside_training_are_those_of_saves_in_between(
     inputs: Inputs, workers: PoolKeeper, tmp_path: Path, num_processes: int
 ) -> None:
@@ -178,6 +179,7 @@ def test_saves_beside_training_are_those_of_saves_in_between(
         ),
     ],
 )
+@pytest.mark.next_core
 def test_what_was_trained_is_exported_and_loads_in_transformers(
     inputs: Inputs, workers: PoolKeeper, tmp_path: Path, family: str, num_processes: int, layout: list[str]
 ) -> None:
@@ -247,6 +249,7 @@ def answers_in_layout(words: list[str]) -> list[str]:
     ["parallel.pipeline_model_parallel_size=2"],
     ["parallel.context_parallel_size=2"],
 ], ids=["TP2+SP", "PP2", "CP2"])  # fmt: skip
+@pytest.mark.next_core
 def test_answers_do_not_depend_on_the_layout(
     inputs: Inputs, workers: PoolKeeper, tmp_path: Path, family: str, layout: list[str]
 ) -> None:

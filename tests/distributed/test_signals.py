@@ -11,6 +11,7 @@ from tests.pool import PoolKeeper
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.next_core
 def test_sigterm_saves_and_the_run_goes_on(
     inputs: Inputs, workers: PoolKeeper, tmp_path: Path, num_processes: int
 ) -> None:
@@ -89,6 +90,7 @@ def test_data_workers_change_nothing(inputs: Inputs, workers: PoolKeeper, tmp_pa
     assert found[0] == found[1]
 
 
+@pytest.mark.next_core
 def test_torchrun_itself(inputs: Inputs, workers: PoolKeeper, tmp_path: Path) -> None:
     joined, alone = tmp_path / "joined", tmp_path / "alone"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no_python"]
@@ -101,6 +103,7 @@ def test_torchrun_itself(inputs: Inputs, workers: PoolKeeper, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("distributed", ["true", "false"])
+@pytest.mark.next_core
 def test_the_learning_rate_of_the_recipe_counts_when_resuming(
     inputs: Inputs, workers: PoolKeeper, tmp_path: Path, distributed: str
 ) -> None:

@@ -43,7 +43,7 @@ class Member:
     """One way to train.
 
     `against` names the single-process run that it must equal; `quick` members cover every feature, and the pairs that
-    are cheap, in `make test`; all run in `make test-full`.
+    are cheap, in `make test`; all run in `make test-full`. Those of `NEXT_CORE` run in `make test-next` too.
     """
 
     name: str
@@ -362,12 +362,16 @@ MEMBERS: tuple[Member, ...] = (
 
 @dataclass(frozen=True)
 class Switch:
-    """Steps in one layout, a checkpoint, and the rest in another."""
+    """Steps in one layout, a checkpoint, and the rest in another.
+
+    `is_async`: the checkpoint is written while the first run goes on.
+    """
 
     name: str
     before: Member
     after: Member
     quick: bool = False
+    is_async: bool = False
 
 
 _ONE, _ONE_PLAIN = Member("one process", 1), Member("one process", 1, _PLAIN)
@@ -405,19 +409,48 @@ SWITCHES: tuple[Switch, ...] = (
     Switch("experts: one process to EP2 of TP2+SP x PP2", _EXPERTS_ONE, _EXPERTS_FOUR, quick=True),
     Switch("experts: EP2 to one process", _EXPERTS_EP2, _EXPERTS_ONE, quick=True),
     Switch("experts: EP2 of TP2+SP x PP2 to EP2", _EXPERTS_FOUR, _EXPERTS_EP2),
-    Switch("one process to one process", _ONE, _ONE),
+    Switch("one process to one process", _ONE, _ONE, quick=True),
     Switch("one process to TP2 x PP2", _ONE, _TP2_PP2, quick=True),
     Switch("TP2 x PP2 to one process", _TP2_PP2, _ONE),
     Switch("PP2 x VPP2 to TP2", _VPP2, _TP2, quick=True),
     Switch("DP2 with distributed optimizer to CP2", _DP2, _CP2, quick=True),
     Switch("TP2 to DP2", _TP2, _DP2),
-    Switch("one process to TP2, optimizer not distributed", _ONE_PLAIN, _TP2_PLAIN),
+    Switch("one process to TP2, optimizer not distributed", _ONE_PLAIN, _TP2_PLAIN, quick=True),
+    Switch("DP2 to DP2, saved while it goes on", _DP2, _DP2, quick=True, is_async=True),
+    Switch("TP2 to one process, saved while it goes on", _TP2, _ONE, is_async=True),
+    Switch(
+        "one process to TP2, optimizer not distributed, saved while it goes on", _ONE_PLAIN, _TP2_PLAIN, is_async=True
+    ),
     Switch("2 encoder stages + PP2 to encoder in bubbles, TP2+SP x PP2", _STAGES, _BUBBLE, quick=True),
     Switch("encoder in bubbles, TP2+SP x PP2 to one process", _BUBBLE, _ONE),
     Switch("encoder on own rank + DP2 to encoder spread, PP2", _OWN, _SPREAD, quick=True),
     Switch("encoder spread, PP2 to encoder on own rank + DP2", _SPREAD, _OWN),
     Switch("one process to encoder on own rank, optimizer not distributed", _ONE_PLAIN, _OWN_PLAIN),
     Switch("encoder on own rank to TP2, optimizer not distributed", _OWN_PLAIN, _TP2_PLAIN),
+)
+
+# Names of members and switches of `make test` that make test-next runs with the newest megatron-core, too.
+NEXT_CORE: frozenset[str] = frozenset(
+    {
+        "micro batch 8: all rows packed into one",
+        "recompute full, block",
+        "TP2+SP, micro batch 4, selective recompute",
+        "PP2, layers 1 + 3",
+        "PP2 x VPP2",
+        "CP2 all_gather",
+        "CP2 p2p, micro batch 4",
+        "DP2",
+        "DP2, distributed optimizer, overlap",
+        "experts balanced: EP2",
+        "experts balanced: EP2 of TP2+SP",
+        "encoder stage + PP1",
+        "encoder spread, PP2",
+        "encoder in bubbles, PP2 x VPP2",
+        "encoder on own rank + one",
+        "InternVL 6B TP2+SP",
+        "gated cross-attention, CP2 all_gather",
+    }
+    | {switch.name for switch in SWITCHES if switch.quick}
 )
 
 

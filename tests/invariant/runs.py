@@ -38,11 +38,17 @@ def train_broken(recipe: Recipe, num_steps: int, mistake: str) -> list[StepRow]:
         return _steps(_build(recipe), num_steps)
 
 
-def train_and_save(recipe: Recipe, num_steps: int) -> list[StepRow]:
-    """Train from the start, and write a checkpoint into the recipe's run folder."""
+def train_and_save(recipe: Recipe, num_steps: int, num_steps_beside: int = 0) -> list[StepRow]:
+    """Train from the start, and write a checkpoint into the recipe's run folder; rows of the steps before it.
+
+    With `num_steps_beside`, so many steps more are taken while it is written.
+    """
     state = _build(recipe)
     rows = _steps(state, num_steps)
-    resume.save(state)
+    pending = resume.begin_save(state, copy=num_steps_beside > 0)
+    for step in range(num_steps, num_steps + num_steps_beside):
+        train_step(state, step)
+    pending.finish()
     return rows
 
 

@@ -1,7 +1,7 @@
 """Twenty steps under every layout against twenty steps in one process."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,22 @@ import pytest
 from megavlm.config.schema import Recipe
 from tests.invariant import canon
 from tests.invariant.measure import LIMITS, StepRow, broken, distances, record
-from tests.invariant.members import MEMBERS, REFERENCES, SMALL_BUCKET, SWITCHES, Member, Switch
+from tests.invariant.members import MEMBERS, NEXT_CORE, REFERENCES, SMALL_BUCKET, SWITCHES, Member, Switch
 from tests.pool import PoolKeeper
 
 Canonical = Callable[[str], list[StepRow]]
 TIMEOUT_S = 300.0
 SWITCH_AT = 10
+NUM_STEPS_BESIDE = 2
+
+
+def _chosen(table: Sequence[Member] | Sequence[Switch]) -> list[Any]:
+    """Parameters of a test: what runs in this target, and marked what runs with the newest megatron-core too."""
+    return [
+        pytest.param(one, id=one.name, marks=[pytest.mark.next_core] if one.name in NEXT_CORE else [])
+        for one in table
+        if one.quick or canon.FULL_MATRIX
+    ]
 
 
 def _recipe(inputs: Path, member: Member, **changes: dict[str, Any]) -> Recipe:
@@ -47,9 +57,7 @@ def test_canonical_run_learns_and_would_show_an_encoder_fault(canonical: Canonic
         assert min(row.norms[component] / row.norms["total"] for row in rows) >= 0.05, component
 
 
-@pytest.mark.parametrize(
-    "member", [one for one in MEMBERS if one.quick or canon.FULL_MATRIX], ids=lambda member: member.name
-)
+@pytest.mark.parametrize("member", _chosen(MEMBERS))
 def test_layout_trains_to_the_same(workers: PoolKeeper, inputs: Path, canonical: Canonical, member: Member) -> None:
     results = workers(member.world_size).run(
         "tests.invariant.runs:train",
@@ -63,9 +71,7 @@ def test_layout_trains_to_the_same(workers: PoolKeeper, inputs: Path, canonical:
     assert not broken(measured)
 
 
-@pytest.mark.parametrize(
-    "switch", [one for one in SWITCHES if one.quick or canon.FULL_MATRIX], ids=lambda switch: switch.name
-)
+@pytest.mark.parametrize("switch", _chosen(SWITCHES))
 def test_resuming_in_another_layout_continues_the_run(
     workers: PoolKeeper, inputs: Path, tmp_path: Path, canonical: Canonical, switch: Switch
 ) -> None:
@@ -74,7 +80,11 @@ def test_resuming_in_another_layout_continues_the_run(
         for member in (switch.before, switch.after)
     )
     first = workers(switch.before.world_size).run(
-        "tests.invariant.runs:train_and_save", timeout_s=TIMEOUT_S, recipe=before, num_steps=SWITCH_AT
+        "tests.invariant.runs:train_and_save",
+        timeout_s=TIMEOUT_S,
+        recipe=before,
+        num_steps=SWITCH_AT,
+        num_steps_beside=NUM_STEPS_BESIDE if switch.is_async else 0,
     )
     second = workers(switch.after.world_size).run(
         "tests.invariant.runs:resume_and_train",
@@ -86,6 +96,10 @@ def test_resuming_in_another_layout_continues_the_run(
     against = f"one process ({switch.before.against}), not interrupted"
     record(f"resume at step {SWITCH_AT}, {switch.name}", measured, against)
     assert not broken(measured)
+
+
+def test_what_is_chosen_for_the_newest_core_is_there() -> None:
+    assert NEXT_CORE <= {one.name for one in (*MEMBERS, *SWITCHES) if one.quick}
 
 
 @pytest.mark.parametrize("mistake", ["balance times local tokens", "balance counts padding", "balance not there"])

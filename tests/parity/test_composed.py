@@ -10,6 +10,8 @@ from tests.parity.reference import reference
 from tests.parity.rows import synthetic_rows
 from tests.parity.test_families import LAYOUTS, evidence_row, worst
 
+pytestmark = pytest.mark.next_core
+
 
 @pytest.fixture(scope="module", params=COMPOSED)
 def composed(request, tmp_path_factory, workers):

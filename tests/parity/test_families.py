@@ -10,6 +10,8 @@ from tests.parity.conftest import CONVERSATIONS, WRITERS
 from tests.parity.reference import load_reference, processor_inputs, reference
 from tests.parity.rows import ANYRES_ROWS, DYNAMIC_ROWS, SQUARE_ROWS, TILE_ROWS, synthetic_rows
 
+pytestmark = pytest.mark.next_core
+
 COMMAND = "make test TESTS=tests/parity"
 LAYOUTS = {"TP1": {}, "TP2+SP": {"tensor_model_parallel_size": 2, "sequence_parallel": True}}
 ROWS = {

@@ -9,6 +9,8 @@ from tests.parity.conftest import WRITERS
 from tests.parity.reference import load_reference, reference
 from tests.parity.test_families import evidence_row
 
+pytestmark = pytest.mark.next_core
+
 LAYOUTS = {
     "PP2": {"pipeline_model_parallel_size": 2},
     "CP2": {"context_parallel_size": 2},

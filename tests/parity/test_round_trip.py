@@ -13,6 +13,8 @@ from tests.parity.conftest import WRITERS
 from tests.parity.test_families import COMMAND
 from tests.tiny import transpose_experts, write_tiny_qwen3vl_moe
 
+pytestmark = pytest.mark.next_core
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ONE_FILE, MANY_FILES = 5 * 2**30, 100_000
 

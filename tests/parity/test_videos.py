@@ -23,6 +23,8 @@ from tests.parity.test_layouts import LAYOUTS as STEP_LAYOUTS
 from tests.parity.test_layouts import WORLDS
 from tests.videos import write_video
 
+pytestmark = pytest.mark.next_core
+
 FAMILIES = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl", "llava_onevision")
 LAYOUTS = {"TP1": {}, "TP2+SP": {"tensor_model_parallel_size": 2, "sequence_parallel": True}}
 NUM_FRAMES, FPS = 20, 8.0

@@ -11,6 +11,8 @@ from tests.distributed.running import call
 from tests.pool import PoolKeeper
 from tests.tiny import write_tiny_qwen3vl
 
+pytestmark = pytest.mark.next_core
+
 
 def diff(workers: PoolKeeper, *paths: Path) -> tuple[int, str]:
     [(code, out, err)] = workers(1).run(call, words=["convert", "diff", *map(str, paths)])

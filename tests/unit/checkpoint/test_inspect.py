@@ -9,6 +9,8 @@ from tests.distributed.running import call
 from tests.pool import PoolKeeper
 from tests.tiny import write_tiny_qwen3vl
 
+pytestmark = pytest.mark.next_core
+
 
 def lines_of(text: str) -> dict[str, list[str]]:
     return {line.split()[0]: line.replace(",", "").split() for line in text.splitlines()[1:]}

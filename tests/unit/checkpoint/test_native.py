@@ -11,6 +11,8 @@ from megavlm.config.schema import Recipe
 from tests.invariant import canon
 from tests.pool import PoolKeeper, WorkerError, WorkerPool
 
+pytestmark = pytest.mark.next_core
+
 CASES = "tests.unit.checkpoint.native_cases"
 # The tiny model's optimizer state does not fit, the small files do.
 FULL_DISK_BYTES = 100_000
@@ -51,6 +53,8 @@ def test_manifest_names_every_file_with_its_size_and_hash(workers: PoolKeeper, r
     manifest = json.loads((folder / "manifest.json").read_text())
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     assert set(manifest) == set(files) - {"manifest.json"} and "recipe.yaml" in manifest
+    # Every version of Megatron-Core writes these, so that every other one can read them.
+    assert {".metadata", "metadata.json", "common.pt", "__0_0.distcp"} <= set(manifest)
     for name, entry in manifest.items():
         content = files[name].read_bytes()
         assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

@@ -6,6 +6,8 @@ import torch
 
 from megavlm.checkpoint.optimizer_shards import flat_boxes
 
+pytestmark = pytest.mark.next_core
+
 
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 4), (1, 5), (5, 1), (2, 3, 4), (1, 3, 2, 2)])
 def test_boxes_are_the_elements_in_their_order(shape):

@@ -14,6 +14,8 @@ from tests.distributed.running import call, succeed
 from tests.pool import PoolKeeper
 from tests.tiny import write_tiny_llava
 
+pytestmark = pytest.mark.next_core
+
 
 def as_pickle(hf_dir: Path, num_files: int) -> dict[str, torch.Tensor]:
     """Replace a directory's weights by what torch.save makes of them, in one file or several with an index."""

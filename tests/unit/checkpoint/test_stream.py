@@ -16,6 +16,8 @@ from tests.distributed.running import call
 from tests.pool import PoolKeeper
 from tests.tiny import write_tiny_llava
 
+pytestmark = pytest.mark.next_core
+
 LARGEST_BYTES = 64 * 2**20
 NUM_LARGE = 10
 """Tensors of that size in the model whose conversion is measured."""

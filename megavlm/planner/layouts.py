@@ -170,8 +170,8 @@ class _Grid:
 def _expert_choices(architecture: Architecture, grid: _Grid, why_not: Counter[str]) -> list[tuple[int, int, str]]:
     """(ranks that share the experts of a layer, ranks that share an expert, dispatcher).
 
-    Experts are whole where there are enough for the ranks: tensor-parallel ranks that share the matrices of an expert hold
-    as many parameters, but each of them gets all their tokens. The dispatcher is the one that sends less.
+    Experts are whole where there are enough for the ranks: tensor-parallel ranks that share the matrices of an expert
+    hold as many parameters, but each of them gets all their tokens. The dispatcher is the one that sends less.
     """
     experts = architecture.language.experts
     if experts is None:

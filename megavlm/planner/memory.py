@@ -1,7 +1,8 @@
 """Memory of a rank in training, by part: what it holds all the time, and what a schedule makes it hold at the worst.
 
 Weights, gradients, optimizer and activations are exact for the `torch` backend (up to the alignment of small tensors);
-tests compare them with the bytes of real runs. `buffers` is an estimate: messages that wait, and the largest temporary
+tests compare them with the bytes of real runs. Of experts they are those of balanced routing, or of given numbers of
+tokens. `buffers` is an estimate: messages that wait, and the largest temporary
 tensors. What an allocator adds (fragments), and the CUDA context, are not in here: leave some memory free for them.
 
 Flash attention and Transformer Engine fuse norms and rotary positions and keep less than the layers of the `torch`

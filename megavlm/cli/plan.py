@@ -14,14 +14,16 @@ SUMMARY = "find the quickest layouts of a recipe for a number of GPUs, under a s
 
 EPILOG = """\
 Reads the model's config.json and the lengths of rows and images (of the recipe's rows, or of --lengths), and goes
-through all layouts that divide: tensor, context, pipeline and data parallelism, model chunks, the encoder's five
-places, layers of each stage, recompute, microbatches. Prints the best five with step time, MFU, bubble and memory of a
+through all layouts that divide: tensor, context, pipeline, expert and data parallelism, model chunks, the encoder's
+five places, layers of each stage, recompute, microbatches. Every model family is known; experts are taken to be chosen
+alike. Prints the best five with step time, MFU, bubble and memory of a
 rank by part, and why the others lost. The pipeline is simulated, the rest is arithmetic; nothing is measured on a GPU.
 
 A hardware file is YAML with the keys of megavlm/planner/hardware.py, e.g. {base: h100, compute_efficiency: 0.5}.
 
 example:
   megavlm plan examples/recipes/demo_handwriting.yaml --gpus 4 --hardware h100 --write layout.yaml
+  megavlm plan examples/recipes/qwen3_vl_30b_a3b.yaml --gpus 32 --hardware h100 --lengths lengths.csv
 """
 
 

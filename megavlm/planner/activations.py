@@ -9,14 +9,11 @@ section 4; their constants are for another layer (GELU of four times the width, 
 Letters in formulas: e bytes of an element, T tokens of the rank's row (the whole row's where a layer gathers it).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megavlm.config.schema import ParallelConfig
-from megavlm.models.architecture import Architecture, LanguageArchitecture
-
-FP32_BYTES = 4
-INDEX_BYTES = 8
+from megavlm.models.architecture import Architecture, ExpertsArchitecture, LanguageArchitecture
+from megavlm.planner.experts import FP32_BYTES, INDEX_BYTES, ExpertRanks, Routed, kept_bytes
 
 
 @dataclass(frozen=True)
@@ -48,8 +45,8 @@ class Recompute:
 
     @property
     def mlp(self) -> bool:
-        """The MLP."""
-        return "mlp" in self.modules
+        """The MLP, or the mixture of experts in its place."""
+        return bool(self.modules & {"mlp", "moe"})
 
     @property
     def norms(self) -> bool:
@@ -76,6 +73,10 @@ class Row:
         context_kind: `all_gather` or `p2p`.
         element_bytes: of an activation: 4 in fp32, 2 in bf16.
         trained: whether the language model learns; otherwise no linear layer keeps its input.
+        expert_ranks: how experts are shared out.
+        routed: tokens at the rank's experts; None: as many as balanced routing sends there.
+        is_balanced: whether there is a load-balancing loss.
+        num_visual_tokens: of the whole row.
     """
 
     lengths: tuple[int, ...]
@@ -85,6 +86,10 @@ class Row:
     context_kind: str = "all_gather"
     element_bytes: int = FP32_BYTES
     trained: bool = True
+    expert_ranks: ExpertRanks = ExpertRanks()
+    routed: Routed | None = None
+    is_balanced: bool = False
+    num_visual_tokens: int = 0
 
     @property
     def tokens(self) -> float:
@@ -212,10 +217,26 @@ def decoder_layer(language: LanguageArchitecture, row: Row, recompute: Recompute
     if not row.trained:  # the projection keeps no input; behind attention in one batch that is its own output
         shared = attention.is_even and not across and not recompute.attention
         core = Kept(core.bytes - (0 if shared else tokens * attention.query * e), core.redone_bytes)
-    ffn = tokens * language.ffn_hidden_size / row.tensor * e
-    mlp = (4 + learns) * ffn
     redone_norm = norm - (width * FP32_BYTES if e == FP32_BYTES else 0)  # in fp32 its input is the kept one
-    return layer_bytes(recompute, norm, redone_norm, width * e, linear_in, rotary + heads_norm, core, mlp)
+    mlp_in, mlp = linear_in, (4 + learns) * tokens * language.ffn_hidden_size / row.tensor * e
+    if language.experts is not None:  # the router keeps its input even where it does not learn
+        mlp_in, mlp = width * e, _experts(language, language.experts, row)
+    return layer_bytes(recompute, norm, redone_norm, width * e, linear_in, rotary + heads_norm, core, mlp, mlp_in)
+
+
+def _experts(language: LanguageArchitecture, experts: ExpertsArchitecture, row: Row) -> float:
+    """What a mixture keeps behind its norm."""
+    routed = row.routed or row.expert_ranks.balanced(experts, row.held_tokens)
+    return kept_bytes(
+        experts,
+        row.expert_ranks,
+        routed,
+        row.held_tokens,
+        language.hidden_size,
+        row.element_bytes,
+        row.trained,
+        row.is_balanced,
+    )
 
 
 def _heads_norm(language: LanguageArchitecture, row: Row, attention: Attention, groups: float) -> float:
@@ -244,6 +265,7 @@ def layer_bytes(
     heads: float,
     core: Kept,
     mlp: float,
+    mlp_in: float,
 ) -> Kept:
     """A layer of two norms, attention and MLP.
 
@@ -252,55 +274,36 @@ def layer_bytes(
         norm: what a norm keeps.
         redone_norm: what it keeps beside its input when it is computed again.
         hidden: the residual stream; what is left of a norm that is computed again.
-        linear_in: its output, the input of a linear layer.
+        linear_in: the first norm's output, the input of a linear layer.
         heads: between the linear layer and the core attention.
         core: core attention, and the projection's input.
         mlp: inside the MLP.
+        mlp_in: the second norm's output.
     """
     norm_kept = hidden if recompute.norms else norm + linear_in
-    before_mlp = norm_kept if recompute.norms or not recompute.mlp else norm + hidden
+    before_mlp = hidden if recompute.norms else norm + (hidden if recompute.mlp else mlp_in)
     redone_norms = hidden + redone_norm if recompute.norms else 0.0
     redone_mlp = redone_norms + (mlp if recompute.mlp else 0.0)
     kept = norm_kept + heads + core.bytes + before_mlp + (0.0 if recompute.mlp else mlp)
     return Kept(kept, max(redone_norms + core.redone_bytes, redone_mlp))
 
 
-def decoder_layers(language: LanguageArchitecture, row: Row, slots: Sequence[int], recompute: Recompute) -> Kept:
-    """Some decoder layers in a chunk.
-
-    Args:
-        language: the model.
-        row: the microbatch.
-        slots: of each layer, how many hidden states enter it (1, and DeepStack features that wait).
-        recompute: what is computed again; `full` checkpoints groups of layers.
-    """
-    if not slots:
-        return Kept(0.0)
-    layer = decoder_layer(language, row, recompute)
-    if not recompute.full:
-        return Kept(len(slots) * layer.bytes, layer.redone_bytes)
-    width = row.held_tokens * language.hidden_size * row.element_bytes
-    angles = sum(row.lengths) * language.head_dim * FP32_BYTES
-    number = min(recompute.num_layers, len(slots))
-    starts = list(slots[::number]) if recompute.method == "uniform" else list(slots[:number])
-    # the first norm of a group keeps the checkpoint itself, where it is one hidden state in fp32
-    shared = width if row.element_bytes == FP32_BYTES and starts[-1] == 1 else 0.0
-    if recompute.method == "block":  # the layers behind are through when the first ones are computed again
-        behind = (len(slots) - number) * layer.bytes
-        return Kept(sum(starts) * width + behind + angles, max(0.0, layer.bytes - shared - behind))
-    return Kept(sum(starts) * width + angles, number * layer.bytes - shared)
+def slots_before(architecture: Architecture, layer: int) -> int:
+    """Hidden states that enter decoder layer `layer`: one, and DeepStack features that wait, or those that are read."""
+    return 2 if architecture.gate_interval else 1 + max(0, architecture.num_deepstack - layer)
 
 
-def embedding(
-    language: LanguageArchitecture, row: Row, has_images: bool, num_slots: int, recompute: Recompute
-) -> float:
+def embedding(architecture: Architecture, row: Row, recompute: Recompute) -> float:
     """Token ids, where the visual features go, and what sequence-parallel ranks keep of each other's tokens.
 
     The first layer gets a view of all the rank's tokens; where that itself is kept, so are the other ranks' parts.
     """
-    kept = row.tokens * (2 * INDEX_BYTES + 1 if has_images else INDEX_BYTES)
+    kept = row.tokens * (2 * INDEX_BYTES + 1 if row.num_visual_tokens else INDEX_BYTES)
+    num_slots = slots_before(architecture, 0)
     is_kept = recompute.full or (num_slots == 1 and (row.element_bytes == FP32_BYTES or recompute.norms))
-    others = (row.tokens - row.held_tokens) * num_slots * language.hidden_size * row.element_bytes
+    if architecture.gate_interval:  # the linear layers that read features keep it
+        is_kept = recompute.full or row.trained
+    others = (row.tokens - row.held_tokens) * num_slots * architecture.language.hidden_size * row.element_bytes
     return kept + (others if is_kept else 0.0)
 
 

@@ -23,6 +23,7 @@ from megavlm.planner.activations import (
 )
 from megavlm.planner.families import tower_traits
 from megavlm.planner.flops import window_lengths
+from megavlm.planner.resampler_activations import Queried, resampler
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,17 @@ def _windows(architecture: Architecture, grids: Sequence[Grid]) -> tuple[int, ..
     )
 
 
-def tower_layer(architecture: Architecture, images: Images, recompute: Recompute, number: int) -> Kept:
-    """Layer `number` of the tower, without full recompute."""
+def tower_layers(architecture: Architecture, images: Images, recompute: Recompute, layers: range) -> list[Kept]:
+    """Some layers of the tower, without full recompute."""
+    vision = architecture.vision
+    in_windows = [vision.window > 0 and number not in vision.full_attention_layers for number in layers]
+    kinds = {kind: _tower_layer(architecture, images, recompute, kind) for kind in set(in_windows)}
+    return [kinds[kind] for kind in in_windows]
+
+
+def _tower_layer(architecture: Architecture, images: Images, recompute: Recompute, in_windows: bool) -> Kept:
+    """A layer whose attention stays in windows, or in frames."""
     vision, traits, e = architecture.vision, tower_traits(architecture), images.element_bytes
-    in_windows = vision.window and number not in vision.full_attention_layers
     lengths = (_windows if in_windows else _segments)(architecture, images.grids)
     tokens, size = sum(lengths), vision.hidden_size
     width = tokens * size * e
@@ -104,6 +112,7 @@ def tower_layer(architecture: Architecture, images: Images, recompute: Recompute
         + (heads_norms if vision.qk_norm_epsilon is not None else 0),
         core=attention_bytes(attention, recompute, mixed_is_kept=False),
         mlp=(5 if vision.gated_mlp else 1 + activation_copies) * ffn,
+        mlp_in=width,
     )
 
 
@@ -129,8 +138,12 @@ def connectors(architecture: Architecture, images: Images, taps_last_layer: bool
         taps_last_layer: the last layer's output is tapped too, and so kept by two norms as one.
     """
     vision, e = architecture.vision, images.element_bytes
-    if architecture.connector is not None:
-        return _pixel_shuffle_mlp(architecture, architecture.connector, images)
+    connector = architecture.connector
+    if connector is not None and connector.num_queries:
+        num_queries = connector.num_queries * sum(grid[0] for grid in images.grids)
+        return resampler(architecture, connector, Queried(images.patches, num_queries, e, images.trains_connectors))
+    if connector is not None and connector.kind == "pixel_shuffle_mlp":
+        return _pixel_shuffle_mlp(architecture, connector, images)
     merge = vision.merge_size**2
     merged = vision.hidden_size * merge
     middle = merged if merge > 1 else architecture.language.hidden_size
@@ -186,7 +199,7 @@ def encoder(
     behind = connectors(architecture, images, taps_last) if last else 0.0
     if not images.trains_tower:
         return Kept(behind)
-    kept_layers = [tower_layer(architecture, images, recompute, number) for number in layers]
+    kept_layers = tower_layers(architecture, images, recompute, layers)
     width = sum(_segments(architecture, images.grids)) * vision.hidden_size * images.element_bytes
     # states that were tapped by earlier stages come with the hidden state in one tensor; the connectors copy them
     num_tapped = sum(number < layers.start for number in vision.deepstack_layers)

@@ -42,6 +42,9 @@ TOWERS: dict[str, TowerTraits] = {
         merger_norm=False,
     ),
 }
+TOWERS["qwen3_vl_moe"] = TOWERS["qwen3_vl"]
+# CLIP's and SigLIP's, whatever connects them
+TOWERS |= dict.fromkeys(("llava_next", "llava_onevision", "megavlm"), TOWERS["llava"])
 
 
 def tower_traits(architecture: Architecture) -> TowerTraits:

@@ -4,6 +4,8 @@ A multiply-add counts as two. Element-wise work, norms and softmax are left out,
 A trained module costs three times its forward pass, a frozen one once, a frozen one that passes gradients on twice.
 Attention is counted in full for vision (every patch of a segment sees every other) and, for causal language models,
 by what is computed: the whole square (as unfused and most fused kernels are credited), or its lower half.
+A token is computed by the experts that it has chosen and by no other; routing drops none. To join, shrink and break
+tiles into lines (`models/anyres.py`) takes no matrix product.
 """
 
 import math
@@ -109,8 +111,47 @@ def head_flops(language: LanguageArchitecture, num_tokens: int) -> int:
     return 2 * num_tokens * language.hidden_size * language.vocab_size
 
 
-def language_flops(language: LanguageArchitecture, lengths: Sequence[int], causal_half: bool = False) -> int:
+def gated_layer_flops(language: LanguageArchitecture, num_tokens: int, num_visual_tokens: int) -> int:
+    """Forward FLOPs of what reads the images in front of a decoder layer (gated cross-attention and its MLP).
+
+    Keys and values are made of the features beside every token, and every token's scores are of all visual tokens of
+    the row, of other images too, which are then masked: what `models/gated.py` computes.
+
+    Args:
+        language: the model.
+        num_tokens: of the packed row.
+        num_visual_tokens: of the row; one is read where there is none.
+    """
+    width, size = language.num_attention_heads * language.head_dim, language.hidden_size
+    linear = 2 * num_tokens * (4 * size * width + 3 * size * language.ffn_hidden_size)
+    return linear + 2 * 2 * num_tokens * max(1, num_visual_tokens) * width
+
+
+def num_gated_layers(architecture: Architecture) -> int:
+    """Decoder layers that read the images."""
+    interval = architecture.gate_interval
+    return -(-architecture.language.num_layers // interval) if interval else 0
+
+
+def layer_flops(
+    architecture: Architecture, lengths: Sequence[int], num_visual_tokens: int, causal_half: bool = False
+) -> float:
+    """Forward FLOPs of a decoder layer on a packed row, a mean over the layers: some may read images, others not."""
+    language = architecture.language
+    flops = float(decoder_layer_flops(language, lengths, causal_half))
+    num_gated = num_gated_layers(architecture)
+    if num_gated:
+        flops += num_gated / language.num_layers * gated_layer_flops(language, sum(lengths), num_visual_tokens)
+    return flops
+
+
+def language_flops(
+    architecture: Architecture, lengths: Sequence[int], num_visual_tokens: int = 0, causal_half: bool = False
+) -> int:
     """Forward FLOPs of the whole language model on a packed row."""
-    return language.num_layers * decoder_layer_flops(language, lengths, causal_half) + head_flops(
-        language, sum(lengths)
-    )
+    language = architecture.language
+    flops = language.num_layers * decoder_layer_flops(language, lengths, causal_half)
+    num_gated = num_gated_layers(architecture)
+    if num_gated:
+        flops += num_gated * gated_layer_flops(language, sum(lengths), num_visual_tokens)
+    return flops + head_flops(language, sum(lengths))

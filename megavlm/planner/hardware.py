@@ -35,6 +35,7 @@ class Hardware:
         bandwidth_efficiency: assumed part of the bandwidths that collectives and messages reach.
         usable_memory: assumed part of the memory that tensors may fill; the rest is for fragments and the context.
         layer_overhead_s: assumed time of a layer's pass that does not shrink with the tensors.
+        expert_overhead_s: the same of each of a rank's experts in a layer, which run one after the other.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Hardware:
     bandwidth_efficiency: float = 0.75
     usable_memory: float = 0.9
     layer_overhead_s: float = 3e-5
+    expert_overhead_s: float = 1e-5
 
     @property
     def flops_per_s(self) -> float:
@@ -125,6 +127,7 @@ _EXPECTED: dict[str, str] = {
     "node_latency_s": "a number of at least 0",
     "network_latency_s": "a number of at least 0",
     "layer_overhead_s": "a number of at least 0",
+    "expert_overhead_s": "a number of at least 0",
 }
 
 

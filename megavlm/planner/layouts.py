@@ -13,6 +13,7 @@ from megavlm.config.schema import ParallelConfig, Recipe
 from megavlm.errors import use_error
 from megavlm.models.architecture import Architecture
 from megavlm.parallel.topology import Topology
+from megavlm.planner.experts import quicker_dispatcher
 
 RECOMPUTES: dict[str, dict[str, object]] = {
     "none": {"recompute_granularity": "none"},
@@ -46,6 +47,9 @@ class Layout:
         recompute: a key of `RECOMPUTES`.
         samples: of a microbatch; 0: packs.
         packing_length: most tokens of a pack.
+        expert: ranks that share the experts of a layer; 0: the model has none.
+        expert_tensor: ranks that share the matrices of an expert.
+        dispatcher: how tokens reach their experts.
     """
 
     tensor: int
@@ -63,6 +67,9 @@ class Layout:
     recompute: str
     samples: int
     packing_length: int
+    expert: int = 0
+    expert_tensor: int = 1
+    dispatcher: str = "alltoall"
 
     @property
     def topology(self) -> Topology:
@@ -76,6 +83,8 @@ class Layout:
             vision_tensor=self.vision_tensor,
             vision_stages=self.vision_stages if self.placement == "stage" else 1,
             vision_data=self.vision_data if self.placement == "own_ranks" else 0,
+            expert=max(1, self.expert),
+            expert_tensor=self.expert_tensor if self.expert_tensor != self.tensor and self.expert else 0,
         )
 
     @property
@@ -127,6 +136,7 @@ def space_of(recipe: Recipe, num_gpus: int, gpus_per_node: int) -> Space:
 def layouts(space: Space, architecture: Architecture, recipe: Recipe, why_not: Counter[str]) -> Iterator[Layout]:
     """Every layout of the space that divides; `why_not` counts those that do not, by reason."""
     for grid in _grids(space, architecture, why_not):
+        shared = _expert_choices(architecture, grid, why_not)
         for layout in _placed(space, architecture, recipe, grid, why_not):
             for samples, packing_length in space.microbatch_choices:
                 reason = _batch_problem(layout, recipe, samples)
@@ -134,9 +144,16 @@ def layouts(space: Space, architecture: Architecture, recipe: Recipe, why_not: C
                     why_not[reason] += len(space.recomputes)
                     continue
                 for recompute in space.recomputes:
-                    yield dataclasses.replace(
-                        layout, recompute=recompute, samples=samples, packing_length=packing_length
-                    )
+                    for expert, expert_tensor, dispatcher in shared:
+                        yield dataclasses.replace(
+                            layout,
+                            recompute=recompute,
+                            samples=samples,
+                            packing_length=packing_length,
+                            expert=expert,
+                            expert_tensor=expert_tensor,
+                            dispatcher=dispatcher,
+                        )
 
 
 @dataclass(frozen=True)
@@ -148,6 +165,28 @@ class _Grid:
     own: tuple[int, int]
     """Encoders on ranks of their own, and their tensor parallelism."""
     data: int
+
+
+def _expert_choices(architecture: Architecture, grid: _Grid, why_not: Counter[str]) -> list[tuple[int, int, str]]:
+    """(ranks that share the experts of a layer, ranks that share an expert, dispatcher).
+
+    Experts are whole where there are enough for the ranks: tensor-parallel ranks that share the matrices of an expert
+    hold as many parameters, but each of them gets all their tokens. The dispatcher is the one that sends less.
+    """
+    experts = architecture.language.experts
+    if experts is None:
+        return [(0, 1, "alltoall")]
+    found = []
+    layer_size, number = grid.tensor * grid.context * grid.data, experts.num_experts
+    for expert in (size for size in range(1, number + 1) if number % size == 0):
+        for tensor in sorted({1, grid.tensor}):
+            if layer_size % (expert * tensor):
+                why_not["expert parallelism does not divide the ranks of a stage"] += 1
+            elif experts.ffn_hidden_size % tensor:
+                why_not["tensor parallelism does not divide an expert"] += 1
+            elif tensor == 1 or number % (expert * tensor):
+                found.append((expert, tensor, quicker_dispatcher(experts, expert, tensor)))
+    return found
 
 
 def _grids(space: Space, architecture: Architecture, why_not: Counter[str]) -> Iterator[_Grid]:
@@ -314,6 +353,8 @@ def parallel_of(layout: Layout, counts: tuple[int, ...], recipe: Recipe) -> Para
     own = layout.placement == "own_ranks"
     same = layout.vision_tensor == layout.tensor and not own
     changes: dict[str, object] = dict(RECOMPUTES[layout.recompute])
+    if layout.expert:
+        changes |= _experts_of(layout)
     changes |= {
         "tensor_model_parallel_size": layout.tensor,
         "sequence_parallel": layout.tensor > 1,
@@ -332,6 +373,18 @@ def parallel_of(layout: Layout, counts: tuple[int, ...], recipe: Recipe) -> Para
     for name in ("recompute_method", "recompute_num_layers", "recompute_modules"):
         changes.setdefault(name, vars(ParallelConfig())[name])
     return dataclasses.replace(recipe.parallel, **changes)  # type: ignore[arg-type]
+
+
+def _experts_of(layout: Layout) -> dict[str, object]:
+    """Knobs of a mixture, whose feed-forwards are computed again by a name of their own."""
+    changes: dict[str, object] = {
+        "expert_model_parallel_size": layout.expert,
+        "expert_tensor_parallel_size": layout.topology.expert_tensor,
+        "moe_token_dispatcher_type": layout.dispatcher,
+    }
+    if layout.recompute == "selective":
+        changes["recompute_modules"] = ("layernorm", "moe")
+    return changes
 
 
 def notation(counts: tuple[int, ...]) -> str:

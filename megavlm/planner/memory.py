@@ -1,7 +1,8 @@
 """Memory of a rank in training, by part: what it holds all the time, and what a schedule makes it hold at the worst.
 
 Weights, gradients, optimizer and activations are exact for the `torch` backend (up to the alignment of small tensors);
-tests compare them with the bytes of real runs. `buffers` is an estimate: messages that wait, and the largest temporary
+tests compare them with the bytes of real runs. Of experts they are those of balanced routing, or of given numbers of
+tokens. `buffers` is an estimate: messages that wait, and the largest temporary
 tensors. What an allocator adds (fragments), and the CUDA context, are not in here: leave some memory free for them.
 
 Flash attention and Transformer Engine fuse norms and rotary positions and keep less than the layers of the `torch`
@@ -14,13 +15,15 @@ from dataclasses import dataclass
 from megavlm.config.inputs import Grid
 from megavlm.config.layout import layers_per_stage, split_evenly
 from megavlm.config.schema import Recipe
-from megavlm.models.architecture import Architecture
+from megavlm.models.architecture import Architecture, ExpertsArchitecture
 from megavlm.parallel.topology import Topology
 from megavlm.pipeline.actions import Compute, Schedule
 from megavlm.planner import activations, encoder_activations
 from megavlm.planner.activations import Kept, Row
+from megavlm.planner.decoder_activations import decoder_layers
 from megavlm.planner.encoder_activations import Images
-from megavlm.planner.parameters import StateBytes, encoder_held, language_held, state_bytes
+from megavlm.planner.experts import ExpertRanks, Routed
+from megavlm.planner.parameters import StateBytes, encoder_held, experts_held, language_held, state_bytes
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,13 @@ class Load:
         lengths: tokens of each segment of the packed row of its data rank, padding included.
         grids: images that the rank encodes; of all data ranks, if it serves them all.
         num_visual_tokens: of the row.
+        routed: tokens at the rank's experts; None: as many as balanced routing sends there.
     """
 
     lengths: tuple[int, ...]
     grids: tuple[Grid, ...]
     num_visual_tokens: int
+    routed: Routed | None = None
 
 
 @dataclass(frozen=True)
@@ -129,12 +134,18 @@ class RankMemory:
         recipe, topology = self.recipe, self.topology
         parts = []
         if self.stage >= 0:
-            num_layers = sum(len(chunk) for chunk in self.layers)
+            layers = [number for chunk in self.layers for number in chunk]
             held = language_held(
-                self.architecture, recipe.optimizer, topology.tensor, num_layers, self.stage, topology.pipeline
+                self.architecture, recipe.optimizer, topology.tensor, layers, self.stage, topology.pipeline
             )
             copies = topology.data * topology.context
             parts.append(state_bytes(held, recipe.parallel, recipe.train.precision, copies))
+            ranks = self.expert_ranks
+            experts = experts_held(
+                self.architecture.language, recipe.optimizer, len(layers), ranks.expert, ranks.tensor
+            )
+            copies = topology.layer_size // (ranks.expert * ranks.tensor)
+            parts.append(state_bytes(experts, recipe.parallel, recipe.train.precision, copies))
         if self.tower_layers is not None:
             first, last = self._encoder_ends
             encoder = encoder_held(
@@ -148,48 +159,59 @@ class RankMemory:
         )
 
     @property
+    def expert_ranks(self) -> ExpertRanks:
+        """How experts are shared out."""
+        topology = self.topology
+        return ExpertRanks(
+            topology.expert,
+            topology.expert_tensor or topology.tensor,
+            self.recipe.parallel.moe_token_dispatcher_type,
+        )
+
+    @property
     def _encoder_ends(self) -> tuple[bool, bool]:
         """Whether this position has the encoder's first and last stage."""
         if self.topology.placement != "stage":
             return True, True
         return self.position == 0, self.position == self.topology.vision_stages - 1
 
-    def row(self, lengths: Sequence[int]) -> Row:
+    def row(self, load: Load) -> Row:
         """A packed row on this rank."""
         parallel = self.recipe.parallel
         return Row(
-            tuple(lengths),
+            load.lengths,
             tensor=self.topology.tensor,
             sequence_parallel=parallel.sequence_parallel,
             context=self.topology.context,
             context_kind=parallel.cp_comm_type,
             element_bytes=self.element_bytes,
             trained=not self.recipe.optimizer.freeze_llm,
+            expert_ranks=self.expert_ranks,
+            routed=load.routed,
+            is_balanced=self.recipe.model.moe_aux_loss_coeff > 0,
+            num_visual_tokens=load.num_visual_tokens,
         )
 
     def chunk(self, number: int, load: Load) -> ChunkBytes:
         """What a chunk of the language model keeps of a microbatch."""
-        language, row, numbers = self.architecture.language, self.row(load.lengths), self.layers[number]
-        num_deepstack = self.architecture.num_deepstack
-        slots = [1 + max(0, num_deepstack - layer) for layer in numbers]
-        kept = activations.decoder_layers(language, row, slots, self.recompute)
+        architecture, row, numbers = self.architecture, self.row(load), self.layers[number]
+        language = architecture.language
+        kept = decoder_layers(architecture, row, numbers, self.recompute)
         is_first = self.stage == 0 and number == 0
         is_last = self.stage == self.topology.pipeline - 1 and number == len(self.layers) - 1
         head = activations.output_layer(language, row) if is_last else 0.0
         loss = activations.logits(language, row) if is_last else 0.0
         border = 0.0
         width = row.held_tokens * language.hidden_size * self.element_bytes
-        after = numbers[-1] + 1 if numbers else num_deepstack
-        border += 0 if is_last else (1 + max(0, num_deepstack - after)) * width
+        behind = architecture.num_deepstack  # the least that an empty chunk passes on
+        before, after = (numbers[0], numbers[-1] + 1) if numbers else (behind, behind)
+        border += 0 if is_last else activations.slots_before(architecture, after) * width
         if is_first:
-            border += activations.feature_bytes(self.architecture, load.num_visual_tokens, self.element_bytes)
+            border += activations.feature_bytes(architecture, load.num_visual_tokens, self.element_bytes)
         else:
-            border += (slots[0] if slots else 1) * width
-        before = 0.0
-        if is_first:
-            has_images = load.num_visual_tokens > 0
-            before = activations.embedding(language, row, has_images, 1 + num_deepstack, self.recompute)
-        return ChunkBytes(kept.bytes + before, head, loss, kept.redone_bytes, border)
+            border += activations.slots_before(architecture, before) * width
+        ids = activations.embedding(architecture, row, self.recompute) if is_first else 0.0
+        return ChunkBytes(kept.bytes + ids, head, loss, kept.redone_bytes, border)
 
     def encoder(self, grids: tuple[Grid, ...]) -> Kept:
         """What the rank's encoder keeps of some images."""
@@ -209,13 +231,25 @@ class RankMemory:
         """The largest tensors that come and go: logits in both precisions and their gradient, or an MLP's."""
         if self.stage < 0:
             return 0.0
-        row, language = self.row(load.lengths), self.architecture.language
+        row, language = self.row(load), self.architecture.language
         mlp = row.tokens * 2 * language.ffn_hidden_size / row.tensor * self.element_bytes
+        if language.experts is not None:
+            mlp = self._dispatched(language.experts, row)
         gathered = row.tokens * language.hidden_size * self.element_bytes if row.sequence_parallel else 0.0
         if self.stage < self.topology.pipeline - 1:
             return mlp + gathered
         vocabulary = row.tokens * language.vocab_size / row.tensor
         return max(mlp, vocabulary * (4 + self.element_bytes)) + gathered
+
+    def _dispatched(self, experts: ExpertsArchitecture, row: Row) -> float:
+        """Tokens on their way to experts: what is sent and what has come, and what the experts make of it."""
+        hidden, e, ranks = self.architecture.language.hidden_size, self.element_bytes, row.expert_ranks
+        routed = row.routed or ranks.balanced(experts, row.held_tokens)
+        sent = row.held_tokens * experts.top_k
+        if ranks.dispatcher == "allgather":
+            sent = routed.looked_at if ranks.expert * ranks.tensor > 1 else 0.0
+        inner = 2 * experts.ffn_hidden_size / ranks.tensor
+        return (sent * hidden + routed.arriving * (hidden + inner)) * e
 
     def peak(self, schedule: Schedule, loads: Sequence[Load]) -> Memory:
         """Memory under a schedule.

@@ -10,7 +10,7 @@ from megavlm.pipeline.actions import Schedule
 from megavlm.pipeline.simulate import Simulation, simulate
 from megavlm.planner.layouts import Layout, parallel_of
 from megavlm.planner.memory import Load, Memory, RankMemory
-from megavlm.planner.parameters import encoder_held, language_held
+from megavlm.planner.parameters import encoder_held, experts_held, language_held, num_elements
 from megavlm.planner.stepcosts import Pieces, Played, Problem, least_makespan_s, pieces_of, played, schedule_of
 from megavlm.planner.timing import StepEnd, sync_s, update_s
 from megavlm.planner.workload import Pack
@@ -68,7 +68,7 @@ def bounded(problem: Problem, found: Iterable[Layout]) -> list[Candidate]:
     candidates = []
     for layout in found:
         rounds = layout.pipeline if layout.chunks > 1 and not layout.samples else 1
-        grid = layout.tensor, layout.context, layout.data, layout.vision_tensor
+        grid = layout.tensor, layout.context, layout.data, layout.vision_tensor, layout.expert, layout.expert_tensor
         key: tuple[object, ...] = (*grid, layout.recompute, layout.samples, layout.packing_length, rounds)
         pieces = known_pieces.get(key)
         if pieces is None:
@@ -147,25 +147,35 @@ def step_end(problem: Problem, layout: Layout, counts: tuple[int, ...]) -> StepE
     architecture, optimizer = problem.workload.architecture, problem.recipe.optimizer
     topology, hardware = layout.topology, problem.hardware
     copies = layout.data * layout.context
-    trained = [
-        sum(language_held(architecture, optimizer, layout.tensor, layers, stage, layout.pipeline).trained)
-        for stage, layers in enumerate(_layers_a_rank(layout, counts))
-    ]
-    largest = max(trained)
+    layers = _layers_a_rank(layout, counts)
+    largest = max(
+        num_elements(language_held(architecture, optimizer, layout.tensor, numbers, stage, layout.pipeline).trained)
+        for stage, numbers in enumerate(layers)
+    )
     spanned = layout.tensor * copies
+    most = max(map(len, layers))
+    held = experts_held(architecture.language, optimizer, most, topology.expert, layout.expert_tensor)
+    experts, expert_copies = num_elements(held.trained), spanned // (topology.expert * layout.expert_tensor)
     stages = layout.vision_stages if layout.placement == "stage" else 1
     encoder_layers = -(-architecture.vision.num_computed_layers // stages)
-    encoder = sum(encoder_held(architecture, optimizer, layout.vision_tensor, encoder_layers, True, True).trained)
+    held = encoder_held(architecture, optimizer, layout.vision_tensor, encoder_layers, True, True)
+    encoder = num_elements(held.trained)
     encoder_copies = len(topology.replicas)
     return StepEnd(
-        language_sync_s=sync_s(hardware, largest, copies, spanned),
+        language_sync_s=sync_s(hardware, largest, copies, spanned) + sync_s(hardware, experts, expert_copies, spanned),
         encoder_sync_s=sync_s(hardware, encoder, encoder_copies, topology.world_size if encoder_copies > 1 else 1),
-        optimizer_s=update_s(hardware, largest / copies + encoder / encoder_copies),
+        optimizer_s=update_s(hardware, largest / copies + experts / expert_copies + encoder / encoder_copies),
     )
 
 
-def _layers_a_rank(layout: Layout, counts: tuple[int, ...]) -> list[int]:
-    return [sum(counts[rank :: layout.pipeline]) for rank in range(layout.pipeline)]
+def _layers_a_rank(layout: Layout, counts: tuple[int, ...]) -> list[list[int]]:
+    """Numbers of the decoder layers of each pipeline rank."""
+    ranks: list[list[int]] = [[] for _ in range(layout.pipeline)]
+    start = 0
+    for stage, count in enumerate(counts):
+        ranks[stage % layout.pipeline] += range(start, start + count)
+        start += count
+    return ranks
 
 
 def _loads(problem: Problem, candidate: Candidate) -> list[list[Load]]:
@@ -203,6 +213,9 @@ def describe(layout: Layout) -> str:
     text = " x ".join(f"{name}{size}" for name, size in parts if size > 1) or "one GPU"
     if layout.chunks > 1:
         text += f" x VPP{layout.chunks}"
+    if layout.expert:
+        shared = "" if layout.expert_tensor == layout.tensor else f" of TP{layout.expert_tensor}"
+        text += f", experts EP{layout.expert}{shared} {layout.dispatcher}"
     text += f", encoder {layout.placement}"
     if layout.placement == "stage":
         text += f" {layout.vision_stages}"

@@ -2,8 +2,10 @@
 
 - Matrix products and attention take their FLOPs over an assumed part of the peak; every layer's pass takes a fixed
   time beside it. A backward pass is twice the forward, plus what is computed again.
-- Collectives of tensor and context parallelism take volume over bandwidth and are not hidden; messages between stages
-  take the link, not the ranks.
+- Collectives of tensor, context and expert parallelism take volume over bandwidth and are not hidden; messages between
+  stages take the link, not the ranks.
+- Experts are chosen alike: every rank computes as many tokens as it has sent, one expert after the other, each with a
+  fixed time.
 - At the end of a step gradients are reduced and weights gathered over all copies, and the optimizer passes over its
   state at memory speed.
 
@@ -18,6 +20,8 @@ import numpy as np
 
 from megavlm.config.schema import Recipe
 from megavlm.models.architecture import Architecture
+from megavlm.planner.experts import ExpertRanks, sent_bytes
+from megavlm.planner.flops import num_gated_layers
 from megavlm.planner.hardware import Hardware
 from megavlm.planner.layouts import Layout
 from megavlm.planner.workload import Batch, Pack, Workload
@@ -75,21 +79,67 @@ def language_times(
     head_M = np.array([pack.head_flops for pack in packs])
     hidden_M = tokens_M / layout.context * language.hidden_size * ELEMENT_BYTES
     gather_M = _rings(hardware, hidden_M, layout.tensor, layout.tensor)
-    key_value_M = tokens_M * 2 * language.num_query_groups * language.head_dim / layout.tensor * ELEMENT_BYTES
-    context_M = _rings(hardware, key_value_M, layout.context, ranks)
-    compute_M = flops_M / ranks / hardware.flops_per_s + hardware.layer_overhead_s
-    forward_M = compute_M + 4 * gather_M + context_M
-    # twice the work; with sequence parallelism the two gathers of the linear layers' inputs are made again
+    # layers that read images are half a layer more, and all of one's heads have keys and values of their own
+    gated = num_gated_layers(architecture) / language.num_layers
+    channels = 2 * (language.num_query_groups + gated * language.num_attention_heads) * language.head_dim
+    context_M = _rings(hardware, tokens_M * channels / layout.tensor * ELEMENT_BYTES, layout.context, ranks)
+    mlp = _mlp_times(architecture, hardware, layout, tokens_M, gather_M)
+    compute_M = flops_M / ranks / hardware.flops_per_s + (1 + gated) * hardware.layer_overhead_s + mlp.overhead_s
+    forward_M = compute_M + (2 + 6 * gated) * gather_M + mlp.exchange_M + context_M
+    # twice the work; with sequence parallelism the gathers of the linear layers' inputs are made again
     factor = 2 if trained.language else 1
-    backward_M = factor * compute_M + (6 if trained.language else 4) * gather_M + context_M
+    again_M = (1 + 4 * gated) * gather_M + mlp.gathered_again_M if trained.language else 0.0
+    backward_M = factor * compute_M + (2 + 6 * gated) * gather_M + mlp.exchange_M + again_M + context_M
     if layout.recompute == "full":
         backward_M = backward_M + forward_M
     elif layout.recompute == "selective":
-        ffn_M = 6 * tokens_M * language.hidden_size * language.ffn_hidden_size / ranks / hardware.flops_per_s
-        backward_M = backward_M + ffn_M + 2 * gather_M
+        backward_M = backward_M + mlp.compute_M + mlp.overhead_s + mlp.exchange_M
     head_forward_M = head_M / ranks / hardware.flops_per_s + hardware.layer_overhead_s + gather_M
     sequence = layout.tensor  # sequence parallel whenever tensor parallel
     return LanguageTimes(forward_M, backward_M, head_forward_M, factor * head_forward_M, hidden_M / sequence)
+
+
+@dataclass(frozen=True)
+class _MLPTimes:
+    """Seconds of a layer's MLP, or of the experts in its place.
+
+    Attributes:
+        compute_M: its matrix products, which are part of the layer's.
+        overhead_s: what experts take beside them.
+        exchange_M: collectives of a forward, and of a backward.
+        gathered_again_M: of the gather that a backward makes again.
+    """
+
+    compute_M: np.ndarray
+    overhead_s: float
+    exchange_M: np.ndarray
+    gathered_again_M: np.ndarray
+
+
+def _mlp_times(
+    architecture: Architecture, hardware: Hardware, layout: Layout, tokens_M: np.ndarray, gather_M: np.ndarray
+) -> _MLPTimes:
+    language, ranks = architecture.language, layout.tensor * layout.context
+    experts = language.experts
+    a_token = 6 * language.hidden_size / ranks / hardware.flops_per_s
+    if experts is None:
+        return _MLPTimes(tokens_M * a_token * language.ffn_hidden_size, 0.0, 2 * gather_M, gather_M)
+    shared = ExpertRanks(layout.expert, layout.expert_tensor, layout.dispatcher)
+    among, within = sent_bytes(experts, shared, 1.0, language.hidden_size, ELEMENT_BYTES)
+    spanned = layout.expert * layout.expert_tensor
+    a_held_token = among / hardware.bandwidth(spanned) + within / hardware.bandwidth(layout.expert_tensor)
+    # all messages of an all-to-all are on their way together, those of a gather one after the other
+    latency_s = (layout.expert_tensor - 1) * hardware.latency_s(layout.expert_tensor)
+    if layout.dispatcher == "allgather":
+        latency_s = (spanned - 1) * hardware.latency_s(spanned)
+    elif layout.expert > 1:
+        latency_s += hardware.latency_s(spanned)
+    return _MLPTimes(
+        compute_M=tokens_M * a_token * experts.top_k * experts.ffn_hidden_size,
+        overhead_s=experts.num_experts / layout.expert * hardware.expert_overhead_s,
+        exchange_M=2 * (tokens_M / ranks * a_held_token + latency_s),
+        gathered_again_M=np.zeros_like(tokens_M),
+    )
 
 
 def _rings(hardware: Hardware, bytes_M: np.ndarray, num_ranks: int, num_spanned: int) -> np.ndarray:

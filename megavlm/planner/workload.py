@@ -20,7 +20,7 @@ from megavlm.config.inputs import Grid, InputSpec
 from megavlm.data.balance import SampleCosts, split
 from megavlm.errors import use_error
 from megavlm.models.architecture import Architecture
-from megavlm.planner.flops import decoder_layer_flops, head_flops, image_flops
+from megavlm.planner.flops import head_flops, image_flops, language_flops, layer_flops
 
 TILE_PX = 448
 TILE_TOKENS = 256
@@ -61,8 +61,7 @@ class Pack:
         lengths: tokens of its samples, padded.
         grids: its images.
         image_flops: forward of each image before the language model.
-        layer_flops: forward of one decoder layer, of the lower half of attention.
-        square_flops: the part of it that attention's scores and sums are.
+        layer_flops: forward of one decoder layer, of the lower half of attention; a mean, where some read images.
         head_flops: forward of the output layer.
         num_visual_tokens: of its images.
         num_patches: of its images.
@@ -72,7 +71,6 @@ class Pack:
     grids: tuple[Grid, ...]
     image_flops: tuple[float, ...]
     layer_flops: float
-    square_flops: float
     head_flops: float
     num_visual_tokens: int
     num_patches: int
@@ -131,12 +129,10 @@ class Workload:
     @functools.cached_property
     def model_flops(self) -> float:
         """Forward of the whole batch, nothing computed again, the lower half of attention."""
-        language = self.architecture.language
-        total = 0.0
-        for sample in self.samples:
-            total += language.num_layers * decoder_layer_flops(language, [sample.num_tokens], causal_half=True)
-            total += head_flops(language, sample.num_tokens) + sum(self.sample_image_flops(sample))
-        return total
+        return sum(
+            self.sample_language_flops(sample, sample.num_tokens) + sum(self.sample_image_flops(sample))
+            for sample in self.samples
+        )
 
     @functools.cached_property
     def flops_by_grid(self) -> dict[Grid, float]:
@@ -150,6 +146,15 @@ class Workload:
         flops = sum(sum(self.sample_image_flops(sample)) for sample in self.samples)
         patches = sum(math.prod(grid[:3]) for sample in self.samples for grid in sample.grids)
         return flops, float(patches)
+
+    def num_visual_tokens(self, grids: Iterable[Grid]) -> int:
+        """Of some images."""
+        return sum(self.architecture.inputs.num_image_tokens(grid) for grid in grids)
+
+    def sample_language_flops(self, sample: Sample, num_tokens: int) -> float:
+        """Forward of the language model on a sample alone in its row, padded to so many tokens."""
+        visual = self.num_visual_tokens(sample.grids)
+        return float(language_flops(self.architecture, [num_tokens], visual, causal_half=True))
 
     def sample_image_flops(self, sample: Sample) -> tuple[float, ...]:
         """Forward of each image of a sample."""
@@ -183,8 +188,9 @@ def read_lengths(path: str | Path, inputs: InputSpec) -> list[Sample]:
     """Samples from a CSV file (also .gz).
 
     It has the column `num_tokens`, all tokens of a row, and one of two for images: `grids`, the patch grids as
-    `1x28x28 1x14x20`, or `num_tiles`, the number of tiles of 448 x 448 pixels that count as 256 of the tokens each;
-    these become as many tokens as the model makes of them.
+    `1x28x28 1x14x20` (of tiles that are joined, `5x24x24x2x48x40`: see `config/inputs.py`), or `num_tiles`, the number
+    of tiles of 448 x 448 pixels that count as 256 of the tokens each; these become as many tokens as the model makes
+    of them.
 
     Raises:
         UseError: no such file, a missing column, a value that is no number, no row.
@@ -218,8 +224,11 @@ def read_lengths(path: str | Path, inputs: InputSpec) -> list[Sample]:
 def _with_grids(row: dict[str, str], inputs: InputSpec) -> Sample:
     grids = []
     for text in row["grids"].split():
-        frames, rows, columns = (int(part) for part in text.split("x"))
-        grids.append((frames, rows, columns))
+        grid = tuple(int(part) for part in text.split("x"))
+        expected = 6 if inputs.image_kind == "anyres" else 3
+        if len(grid) != expected:
+            raise ValueError(f"grid {text}: {len(grid)} numbers, the model's have {expected}")
+        grids.append(grid)
     return _sample(int(row["num_tokens"]), grids)
 
 
@@ -230,8 +239,23 @@ def _with_tiles(row: dict[str, str], inputs: InputSpec) -> Sample:
     side = side_px // inputs.patch_px // step * step
     num_tiles = int(row["num_tiles"])
     text = int(row["num_tokens"]) - TILE_TOKENS * num_tiles
-    grid = (1, side, side)
-    return _sample(text + num_tiles * inputs.num_image_tokens(grid), [grid] * num_tiles)
+    grids = _joined_tiles(num_tiles, side, inputs) if inputs.image_kind == "anyres" else [(1, side, side)] * num_tiles
+    return _sample(text + sum(map(inputs.num_image_tokens, grids)), grids)
+
+
+def _joined_tiles(num_tiles: int, side: int, inputs: InputSpec) -> list[Grid]:
+    """Images that so many tiles make up together, each with as many as it can have; the whole image is one of them."""
+    shapes = [(height // inputs.image_px, width // inputs.image_px) for height, width in inputs.tile_sizes]
+    grids: list[Grid] = []
+    while num_tiles > 0:
+        fitting = [shape for shape in shapes if math.prod(shape) < num_tiles]
+        if fitting:
+            rows, columns = max(fitting, key=lambda shape: (math.prod(shape), -abs(shape[0] - shape[1])))
+            grids.append((1 + rows * columns, side, side, columns, rows * side, columns * side))
+        else:
+            grids.append((1, side, side, 0, 0, 0))
+        num_tiles -= grids[-1][0]
+    return grids
 
 
 def _sample(num_tokens: int, grids: Iterable[Grid]) -> Sample:
@@ -262,12 +286,10 @@ def _batch(workload: Workload, cut: Cut) -> Batch:
 
 
 def _costs(workload: Workload, cut: Cut) -> SampleCosts:
-    language = workload.architecture.language
     tokens_N = np.array([_padded(sample.num_tokens, cut.padding) for sample in workload.samples])
     costs = [
-        language.num_layers * decoder_layer_flops(language, [int(tokens)], causal_half=True)
-        + head_flops(language, int(tokens))
-        for tokens in tokens_N
+        workload.sample_language_flops(sample, int(tokens))
+        for sample, tokens in zip(workload.samples, tokens_N, strict=True)
     ]
     encoder = [sum(workload.sample_image_flops(sample)) for sample in workload.samples]
     return SampleCosts(tokens_N, np.array(encoder, dtype=float), np.array(costs, dtype=float), cut.packing_length)
@@ -282,15 +304,13 @@ def _pack(workload: Workload, indices: Sequence[int], padding: int) -> Pack:
     samples = [workload.samples[index] for index in indices]
     lengths = tuple(_padded(sample.num_tokens, padding) for sample in samples)
     grids = tuple(grid for sample in samples for grid in sample.grids)
-    layer = decoder_layer_flops(language, lengths, causal_half=True)
-    width = language.num_attention_heads * language.head_dim
+    num_visual_tokens = workload.num_visual_tokens(grids)
     return Pack(
         lengths=lengths,
         grids=grids,
         image_flops=tuple(flops for sample in samples for flops in workload.sample_image_flops(sample)),
-        layer_flops=float(layer),
-        square_flops=float(2 * width * sum(length * length for length in lengths)),
+        layer_flops=layer_flops(workload.architecture, lengths, num_visual_tokens, causal_half=True),
         head_flops=float(head_flops(language, sum(lengths))),
-        num_visual_tokens=sum(workload.architecture.inputs.num_image_tokens(grid) for grid in grids),
+        num_visual_tokens=num_visual_tokens,
         num_patches=sum(math.prod(grid[:3]) for grid in grids),
     )

@@ -14,7 +14,7 @@ from megavlm.data.sample import MicrobatchOrder
 from megavlm.data.token_weights import DEFAULT_WEIGHTS
 from megavlm.models.architecture import Architecture
 from megavlm.parallel.topology import Replica, Topology
-from megavlm.planner.flops import decoder_layer_flops, head_flops, image_flops
+from megavlm.planner.flops import head_flops, image_flops, layer_flops
 from megavlm.train.shares import StepShares, share_step
 
 Row = tuple[tuple[int, ...], bool]
@@ -29,11 +29,13 @@ class StepInputs:
         orders: what the rank wants from the loader, per microbatch.
         shares: who encodes what.
         lengths: per microbatch of this rank's data rank, the lengths of its samples in tokens.
+        grids: per microbatch of this rank's data rank, its images.
     """
 
     orders: tuple[MicrobatchOrder, ...]
     shares: StepShares
     lengths: tuple[tuple[int, ...], ...]
+    grids: tuple[tuple[Grid, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,20 @@ class CostModel:
         """Forward pass of an image through tower and connectors."""
         return _image_flops(self.architecture, grid)
 
-    def decode(self, stage: int, chunk: int, lengths: Sequence[int]) -> float:
-        """Forward pass of a packed row through a chunk of a stage, the output layer with the last."""
-        language = self.architecture.language
-        cost = self.layers[stage][chunk] * decoder_layer_flops(language, lengths)
+    def decode(self, stage: int, chunk: int, lengths: Sequence[int], grids: Sequence[Grid]) -> float:
+        """Forward pass of a packed row through a chunk of a stage, the output layer with the last.
+
+        Args:
+            stage: pipeline stage of the language model.
+            chunk: of the stage.
+            lengths: of the row's samples, in tokens.
+            grids: the row's images, which some layers may read.
+        """
+        architecture = self.architecture
+        visual = sum(map(architecture.inputs.num_image_tokens, grids)) if architecture.gate_interval else 0
+        cost = self.layers[stage][chunk] * layer_flops(architecture, lengths, visual)
         is_last = stage == len(self.layers) - 1 and chunk == len(self.layers[0]) - 1
-        return float(cost + (head_flops(language, sum(lengths)) if is_last else 0))
+        return cost + (head_flops(architecture.language, sum(lengths)) if is_last else 0)
 
 
 @functools.lru_cache(maxsize=65536)
@@ -101,11 +111,12 @@ def step_inputs(
         for images_D in images_MD
     ]
     lengths = tuple(tuple(int(dataset.num_tokens_each[index]) for index in row[0]) for row in rows_D[home])
+    grids = tuple(tuple(grids_D[home]) for grids_D in grids_MD)
 
     def load_of(replica: Replica, microbatch: int) -> float:
         stage = replica.position - topology.first_position
         chunks = range(len(costs.layers[stage]))
-        forward = sum(costs.decode(stage, chunk, lengths[microbatch]) for chunk in chunks)
+        forward = sum(costs.decode(stage, chunk, lengths[microbatch], grids[microbatch]) for chunk in chunks)
         return 3 * forward / (topology.tensor * topology.context)
 
     factor = (3 if costs.trains_encoder else 1) / topology.vision_tensor
@@ -123,4 +134,4 @@ def step_inputs(
             keys = shares.microbatches[m].images_of(part[0].number)
             wanted = [images_MD[m][key.data][key.number] for key in keys]
         orders.append(MicrobatchOrder(indices, tuple(wanted), filler, token_weights))
-    return StepInputs(tuple(orders), shares, lengths)
+    return StepInputs(tuple(orders), shares, lengths, grids)

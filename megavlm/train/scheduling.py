@@ -115,7 +115,8 @@ def step_costs(layout: Layout, inputs: StepInputs, costs: CostModel) -> StageCos
     for stage in range(topology.pipeline):
         for chunk in range(layout.num_chunks):
             forward_RCM[topology.first_position + stage, chunk] = [
-                costs.decode(stage, chunk, lengths) / (topology.tensor * topology.context) for lengths in inputs.lengths
+                costs.decode(stage, chunk, lengths, grids) / (topology.tensor * topology.context)
+                for lengths, grids in zip(inputs.lengths, inputs.grids, strict=True)
             ]
     encode_RM = np.zeros((topology.num_positions, num_microbatches))
     for replica in topology.replicas:

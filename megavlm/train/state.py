@@ -200,7 +200,12 @@ def sample_costs(recipe: Recipe, dataset: Dataset, costs: CostModel) -> SampleCo
     return SampleCosts(
         num_tokens_N=lengths_N,
         encoder_N=np.array([sum(costs.encode(grid) for grid in grids) for grids in dataset.grids_each], dtype=float),
-        language_N=np.array([sum(costs.decode(*place, [int(length)]) for place in stages) for length in lengths_N]),
+        language_N=np.array(
+            [
+                sum(costs.decode(*place, [int(length)], grids) for place in stages)
+                for length, grids in zip(lengths_N, dataset.grids_each, strict=True)
+            ]
+        ),
         packing_length=recipe.data.packing_length or recipe.data.max_length,
     )
 

@@ -6,12 +6,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from megavlm.config.schema import Recipe
 from megavlm.models.architecture import Architecture
 from megavlm.parallel.topology import topology_of
 from megavlm.pipeline.actions import Compute, Schedule
 from megavlm.pipeline.runtime import Needs
+from megavlm.planner.experts import Routed
 from megavlm.planner.memory import Load, RankMemory
 from megavlm.train import step as step_module
 from megavlm.train.pipeline_work import PartsWork
@@ -37,6 +40,7 @@ class Counted:
         position: of the rank in the schedule.
         architecture: of the model.
         schedule: that was executed.
+        routed: per microbatch the tokens at this rank's experts; without experts None.
     """
 
     weights: int
@@ -52,6 +56,7 @@ class Counted:
     position: int
     architecture: Architecture
     schedule: Schedule
+    routed: tuple[Routed | None, ...]
 
 
 class _Held:
@@ -118,6 +123,55 @@ class _Watch:
         PartsWork.run = self._run  # type: ignore[method-assign]
 
 
+class _Routing:
+    """Counts the tokens that come to this rank's experts in the forward pass, by microbatch."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, list[tuple[int, int]]] = {}
+        self._microbatch: int | None = None
+        self._run, self._look, self._compute = PartsWork.run, MoELayer.routed_experts_compute, SequentialMLP.forward
+
+    def __enter__(self) -> "_Routing":
+        run, look, compute = self._run, self._look, self._compute
+        looked_at = 0
+
+        def ran(work: PartsWork, piece: Compute, needs: Needs) -> torch.Tensor | None:
+            self._microbatch = piece.microbatch if piece.kind == "F" else None
+            return run(work, piece, needs)
+
+        def looked(layer: MoELayer, hidden: torch.Tensor, probs: torch.Tensor) -> Any:
+            nonlocal looked_at
+            looked_at = len(probs)
+            return look(layer, hidden, probs)
+
+        def computed(experts: SequentialMLP, tokens: torch.Tensor, *rest: torch.Tensor) -> Any:
+            if self._microbatch is not None:
+                self._seen.setdefault(self._microbatch, []).append((len(tokens), looked_at))
+            return compute(experts, tokens, *rest)
+
+        PartsWork.run = ran  # type: ignore[method-assign]
+        MoELayer.routed_experts_compute, SequentialMLP.forward = looked, computed
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        PartsWork.run = self._run  # type: ignore[method-assign]
+        MoELayer.routed_experts_compute, SequentialMLP.forward = self._look, self._compute
+
+    def of(self, microbatch: int, gathers: bool, held_tokens: float) -> Routed | None:
+        """Means over the layers of a microbatch; None: no expert of this rank has run.
+
+        Args:
+            microbatch: its number.
+            gathers: whether all ranks' tokens come, before the experts' are picked.
+            held_tokens: the rank's own, whose choices it looks at otherwise.
+        """
+        if microbatch not in self._seen:
+            return None
+        arriving, looked_at = zip(*self._seen[microbatch], strict=True)
+        number = len(arriving)
+        return Routed(sum(arriving) / number, sum(looked_at) / number if gathers else held_tokens)
+
+
 class _WatchedStage:
     def __init__(self, stage: Any, saved: SavedBytes) -> None:
         self._stage, self._saved = stage, saved
@@ -137,11 +191,17 @@ def count_step(recipe: Recipe) -> Counted:
     state.stage = _WatchedStage(state.stage, saved)
     inputs = state.inputs(0)
     rows = step_module.load_rows(state, 0)
-    with _Watch(saved), torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
+    with _Routing() as routing, _Watch(saved), torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
         step_module.train_step(state, 0)
     part = state.groups.topology.replica_of(state.parts.rank)
     data = state.groups.topology.loading_data_rank(state.parts.rank)
     state.loader.close()
+    parallel = recipe.parallel
+    gathers = parallel.moe_token_dispatcher_type == "allgather"
+    shared_by = parallel.context_parallel_size * (
+        parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    )
+    lengths = tuple(tuple((b.cu_seqlens[1:] - b.cu_seqlens[:-1]).tolist()) for b in rows.batches)
     return Counted(
         weights=sum(storages.values()),
         gradients=_gradient_bytes(state),
@@ -150,7 +210,7 @@ def count_step(recipe: Recipe) -> Counted:
         language=saved.peaks["language"],
         logits=saved.peaks["logits"],
         together=saved.peaks["together"],
-        lengths=tuple(tuple((b.cu_seqlens[1:] - b.cu_seqlens[:-1]).tolist()) for b in rows.batches),
+        lengths=lengths,
         grids=tuple(
             tuple(one.grids[key] for key in one.images_of(part[0].number)) if part is not None else ()
             for one in inputs.shares.microbatches
@@ -159,6 +219,7 @@ def count_step(recipe: Recipe) -> Counted:
         position=state.groups.position,
         architecture=state.directory.architecture,
         schedule=training_schedule(state.layout, inputs, state.costs),
+        routed=tuple(routing.of(number, gathers, sum(row) / shared_by) for number, row in enumerate(lengths)),
     )
 
 
@@ -169,8 +230,10 @@ def compare(recipe: Recipe) -> dict[str, tuple[float, float]]:
     memory = RankMemory(counted.architecture, recipe, topology, counted.position)
     num_tokens_of = counted.architecture.inputs.num_image_tokens
     loads = [
-        Load(lengths, grids, sum(num_tokens_of(grid) for grid in row))
-        for lengths, grids, row in zip(counted.lengths, counted.grids, counted.data_grids, strict=True)
+        Load(lengths, grids, sum(num_tokens_of(grid) for grid in row), routed)
+        for lengths, grids, row, routed in zip(
+            counted.lengths, counted.grids, counted.data_grids, counted.routed, strict=True
+        )
     ]
     predicted = memory.peak(counted.schedule, loads)
     return {
@@ -192,7 +255,7 @@ def _weight_storages(state: TrainState) -> dict[int, int]:
 
 
 def _gradient_bytes(state: TrainState) -> int:
-    buffers = [buffer for chunk in state.parts.wrapped for buffer in chunk.buffers]
+    buffers = [buffer for chunk in state.parts.wrapped for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     return sum(buffer.grad_data.untyped_storage().nbytes() for buffer in buffers)
 
 

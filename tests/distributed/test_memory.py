@@ -7,13 +7,14 @@ import pytest
 
 from tests import evidence
 from tests.invariant import canon
-from tests.invariant.members import Member, layout
+from tests.invariant.members import REFERENCES, Member, Reference, layout
 from tests.pool import PoolKeeper
 
 MOST_ERROR = 0.05
 _FULL = layout(recompute="full", recompute_method="uniform", recompute_num_layers=1)
 _THREE = layout(recompute="selective", recompute_modules=("core_attn", "mlp", "layernorm"))
 _CORE = layout(recompute="selective", recompute_modules=("core_attn",))
+_MOE = layout(recompute="selective", recompute_modules=("core_attn", "moe", "layernorm"))
 
 # `against` is the family here.
 _HEADS: tuple[Member, ...] = tuple(
@@ -25,7 +26,50 @@ _HEADS: tuple[Member, ...] = tuple(
         ("TP2+SP", 2, layout(tp=2, sp=True), True),
     )
 )
-MEMBERS: tuple[Member, ...] = _HEADS + tuple(
+_EXPERTS: tuple[Member, ...] = tuple(
+    Member(name, world_size, parallel, quick, "experts balanced")
+    for name, world_size, parallel, quick in (
+        ("one process", 1, {}, True),
+        ("recompute full", 1, _FULL, True),
+        ("recompute selective, three modules", 1, _MOE, True),
+        ("optimizer not distributed", 1, layout(sharded_optimizer=False), False),
+        ("EP2 alltoall", 2, layout(ep=2), True),
+        ("EP2 allgather", 2, layout(ep=2, dispatcher="allgather"), True),
+        ("EP2 in TP2+SP", 2, layout(ep=2, etp=1, tp=2, sp=True), True),
+        ("TP2+SP, experts too", 2, layout(tp=2, sp=True), True),
+        ("TP2+SP, experts too, allgather", 2, layout(tp=2, sp=True, dispatcher="allgather"), False),
+        ("EP2 in CP2", 2, layout(ep=2, cp=2), False),
+        ("PP2", 2, layout(pp=2), False),
+        ("EP2 x PP2, encoder in bubbles", 4, layout(ep=2, pp=2, placement="bubble"), False),
+        ("EP2 x TP2+SP, experts too", 4, layout(ep=2, tp=2, sp=True), False),
+    )
+)
+_CONNECTED: tuple[Member, ...] = tuple(
+    Member(name, world_size, parallel, quick, family)
+    for family in ("llava_next", "llava_onevision", "perceiver", "qformer", "gated_cross_attention")
+    for name, world_size, parallel, quick in (
+        ("one process", 1, {}, True),
+        ("recompute full", 1, _FULL, False),
+        ("recompute selective, three modules", 1, _THREE, False),
+        ("TP2+SP", 2, layout(tp=2, sp=True), family == "gated_cross_attention"),
+        ("CP2 all_gather", 2, layout(cp=2), False),
+        ("encoder stage + PP1", 2, layout(placement="stage", pp=2), False),
+        ("encoder spread, PP2", 2, layout(placement="spread", pp=2), family != "qformer"),
+        ("encoder in bubbles, PP2 x VPP2", 2, layout(placement="bubble", pp=2, vpp=2), False),
+    )
+)
+_FROZEN = {
+    "experts frozen": Reference("qwen3_vl_moe", {"freeze_llm": True}, {"moe_aux_loss_coeff": 0.1}),
+    "gated cross-attention, language frozen": Reference("gated_cross_attention", {"freeze_llm": True}),
+    "perceiver frozen": Reference("perceiver", {"freeze_aligner": True}),
+    "Q-Former, tower frozen": Reference("qformer", {"freeze_vit": True}),
+}
+MEMBERS: tuple[Member, ...] = (
+    *_HEADS,
+    *_EXPERTS,
+    *_CONNECTED,
+    *(Member("one process", 1, {}, True, name) for name in _FROZEN),
+) + tuple(
     Member(name, world_size, parallel, quick and family == "qwen3_vl", family)
     for family in ("qwen3_vl", "llava", "qwen2_5_vl", "internvl")
     for name, world_size, parallel, quick in (
@@ -70,7 +114,15 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_predicted_is_counted(workers: PoolKeeper, inputs: Path, member: Member, precision: str) -> None:
     train: dict[str, Any] = {"precision": precision, "micro_batch_size": 2}
-    recipe = canon.recipe(inputs, member.against, parallel=member.parallel, train=train)
+    reference = (REFERENCES | _FROZEN)[member.against]
+    recipe = canon.recipe(
+        inputs,
+        reference.family,
+        parallel=member.parallel,
+        train=train,
+        optimizer=reference.optimizer,
+        model=reference.model,
+    )
     results = workers(member.world_size).run("tests.distributed.memory_cases:compare", recipe=recipe)
     errors = {"activations": 0.0, "all": 0.0}
     for rank, parts in enumerate(results):

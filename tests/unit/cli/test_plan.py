@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from tests.distributed.running import call, the_error
-from tests.parity.composed import ComposedReference
+from tests.parity.composed import COMPOSED, ComposedReference
 from tests.pool import PoolKeeper
 
 
@@ -64,8 +64,22 @@ def test_a_hardware_file(root: Path, workers: PoolKeeper, tmp_path: Path) -> Non
     assert code == 0 and "mine" in out and "40%" in out, err
 
 
-def test_a_family_that_the_planner_does_not_know(root: Path, workers: PoolKeeper, tmp_path: Path) -> None:
-    hf_dir = ComposedReference("perceiver").write(tmp_path / "composed")
-    ((code, _, err),) = workers(1).run(call, words=words_of(root, f"model.hf_dir={hf_dir}"))
-    assert code == 2
-    the_error(err, "model.hf_dir: got megavlm", "qwen3_vl", "internvl")
+def known_families() -> tuple[set[str], set[str]]:
+    """Run on a worker: families of the registry, and those of the planner."""
+    from megavlm.models.registry import FAMILIES
+    from megavlm.planner.families import TOWERS
+
+    return set(FAMILIES), set(TOWERS)
+
+
+def test_the_planner_knows_every_family(workers: PoolKeeper) -> None:
+    ((registered, planned),) = workers(1).run(known_families)
+    assert registered == planned
+
+
+@pytest.mark.parametrize("kind", COMPOSED)
+def test_composed_models(kind: str, root: Path, workers: PoolKeeper, tmp_path: Path) -> None:
+    hf_dir = ComposedReference(kind).write(tmp_path / "composed")
+    ((code, out, err),) = workers(1).run(call, words=words_of(root, f"model.hf_dir={hf_dir}"))
+    assert code == 0, err
+    assert "1. " in out

@@ -1,10 +1,12 @@
 """A small model and a workload for the planner's tests."""
 
+import dataclasses
+
 import numpy as np
 
 from megavlm.config.inputs import InputSpec
 from megavlm.config.schema import DataConfig, OptimizerConfig, Recipe, TrainConfig
-from megavlm.models.architecture import Architecture, LanguageArchitecture, VisionArchitecture
+from megavlm.models.architecture import Architecture, ExpertsArchitecture, LanguageArchitecture, VisionArchitecture
 from megavlm.planner.hardware import find_hardware
 from megavlm.planner.stepcosts import Problem
 from megavlm.planner.workload import Sample, typical_batch
@@ -31,6 +33,12 @@ ARCHITECTURE = Architecture(
     inputs=InputSpec(151, 32768, "dynamic", 16, 2, 2, 0, "mrope"),
 )
 
+EXPERTS = dataclasses.replace(
+    ARCHITECTURE,
+    family="qwen3_vl_moe",
+    language=dataclasses.replace(ARCHITECTURE.language, experts=ExpertsArchitecture(12, 2, 768)),
+)
+
 
 def make_samples(num_samples: int = 64, seed: int = 0) -> list[Sample]:
     """Rows with none, one or two images of different sizes."""
@@ -45,7 +53,12 @@ def make_samples(num_samples: int = 64, seed: int = 0) -> list[Sample]:
 
 
 def make_problem(
-    num_gpus: int = 4, packing: bool = True, memory_gb: float = 80.0, seed: int = 0, freeze_vit: bool = False
+    num_gpus: int = 4,
+    packing: bool = True,
+    memory_gb: float = 80.0,
+    seed: int = 0,
+    freeze_vit: bool = False,
+    architecture: Architecture = ARCHITECTURE,
 ) -> Problem:
     """16 samples a step on H100s."""
     recipe = Recipe(
@@ -53,5 +66,5 @@ def make_problem(
         train=TrainConfig(global_batch_size=16),
         optimizer=OptimizerConfig(freeze_vit=freeze_vit),
     )
-    workload = typical_batch(ARCHITECTURE, make_samples(seed=seed), 16, 2048)
+    workload = typical_batch(architecture, make_samples(seed=seed), 16, 2048)
     return Problem(workload, recipe, find_hardware("h100", memory_gb), num_gpus)

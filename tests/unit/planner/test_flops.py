@@ -54,7 +54,7 @@ def test_language(tmp_path, length):
     tokens = torch.arange(20, 20 + length)[None]
     kinds = torch.zeros(1, length, dtype=torch.int)
     counted = _counted(lambda: model(input_ids=tokens, mm_token_type_ids=kinds))
-    assert counted == language_flops(architecture.language, [length])
+    assert counted == language_flops(architecture, [length])
 
 
 @pytest.mark.parametrize("length", [1, 7, 64])
@@ -67,14 +67,14 @@ def test_language_with_experts(tmp_path, length):
     tokens = torch.arange(20, 20 + length)[None]
     kinds = torch.zeros(1, length, dtype=torch.int)
     counted = _counted(lambda: model(input_ids=tokens, mm_token_type_ids=kinds))
-    assert counted == language_flops(architecture.language, [length])
+    assert counted == language_flops(architecture, [length])
 
 
 def test_a_packed_row_is_its_samples(tmp_path):
-    language = read_architecture(write_tiny_qwen3vl(tmp_path / "model")).language
-    together = language_flops(language, [5, 9, 2])
-    assert together == sum(language_flops(language, [length]) for length in (5, 9, 2))
-    assert language_flops(language, [16]) > together
+    architecture = read_architecture(write_tiny_qwen3vl(tmp_path / "model"))
+    together = language_flops(architecture, [5, 9, 2])
+    assert together == sum(language_flops(architecture, [length]) for length in (5, 9, 2))
+    assert language_flops(architecture, [16]) > together
 
 
 @pytest.mark.parametrize("kind", COMPOSED)

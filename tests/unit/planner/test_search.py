@@ -5,16 +5,17 @@ from collections import Counter
 import pytest
 import yaml
 
-from megavlm.config.fit import validate_layout
+from megavlm.config.fit import validate_layout, validate_model
 from megavlm.config.load import recipe_to_dict
 from megavlm.config.placement import check_placement
 from megavlm.errors import UseError
+from megavlm.models.facts import facts_of
 from megavlm.parallel.topology import topology_of
 from megavlm.planner.layouts import layouts, space_of
 from megavlm.planner.page import block, page
 from megavlm.planner.plans import bounded, describe, play, recipe_of
 from megavlm.planner.search import search
-from tests.unit.planner.builders import ARCHITECTURE, make_problem
+from tests.unit.planner.builders import ARCHITECTURE, EXPERTS, make_problem
 
 PROBLEMS = {
     "packs": {},
@@ -22,12 +23,13 @@ PROBLEMS = {
     "frozen tower": {"freeze_vit": True},
     "little memory": {"memory_gb": 7.0},
     "eight GPUs": {"num_gpus": 8, "seed": 3},
+    "experts": {"architecture": EXPERTS},
 }
 
 
 def all_candidates(problem):
     space = space_of(problem.recipe, problem.num_gpus, problem.hardware.gpus_per_node)
-    return space, bounded(problem, layouts(space, ARCHITECTURE, problem.recipe, Counter()))
+    return space, bounded(problem, layouts(space, problem.workload.architecture, problem.recipe, Counter()))
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -48,19 +50,30 @@ def test_finds_the_best_of_all_and_bounds_are_bounds(name: str) -> None:
         assert found.num_too_large > 0
 
 
-@pytest.mark.parametrize("name", ["packs", "samples"])
+@pytest.mark.parametrize("name", ["packs", "samples", "experts"])
 def test_every_layout_is_a_recipe_that_runs(name: str) -> None:
     problem = make_problem(**PROBLEMS[name])
     for one in all_candidates(problem)[1]:
         recipe = recipe_of(problem.recipe, one.layout, one.played.counts)
         check_placement(recipe.parallel)
         assert validate_layout(recipe, problem.num_gpus) == one.layout.data
+        validate_model(recipe, facts_of(problem.workload.architecture))
         assert topology_of(recipe.parallel, problem.num_gpus) == one.layout.topology
         assert sum(one.played.counts) == ARCHITECTURE.language.num_layers
 
 
-def test_what_is_printed_and_written() -> None:
-    problem = make_problem()
+def test_expert_parallelism_is_searched() -> None:
+    found = {
+        (one.layout.expert, one.layout.expert_tensor, one.layout.dispatcher)
+        for one in all_candidates(make_problem(architecture=EXPERTS))[1]
+    }
+    # 12 experts on 4 GPUs, or 3 beside an encoder; whole ones, since there are enough
+    assert found == {(expert, 1, "alltoall") for expert in (1, 2, 3, 4)}
+
+
+@pytest.mark.parametrize("name", ["packs", "experts"])
+def test_what_is_printed_and_written(name: str) -> None:
+    problem = make_problem(**PROBLEMS[name])
     space, _ = all_candidates(problem)
     found = search(problem, space)
     text = page(found, problem.hardware, problem.num_gpus)

@@ -16,8 +16,9 @@ examples:
   megavlm convert inspect --hf-dir models/qwen3-vl
   megavlm convert diff models/qwen3-vl runs/demo/checkpoints
 
-verify writes conversion.json beside the weights: a hash of every tensor, whether they are the checkpoint's, and for an
-image and a question the difference of every layer, and of the greedy tokens, from transformers. diff says at which
+verify writes conversion.json beside the weights: a hash of every tensor, whether they are the checkpoint's (and the
+checkpoint's files those that were written), and for an image and a question the difference of every layer, and of the
+greedy tokens, from transformers. diff says at which
 tensor two models part, in running order, and with --activations at which layer. The exit code of both is 1 where
 something differs.
 

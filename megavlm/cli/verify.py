@@ -51,6 +51,7 @@ def _verify(args: argparse.Namespace, scratch: Path) -> int:
     start()
     from megavlm.checkpoint.certificate import against_checkpoint, tensor_table, write_certificate
     from megavlm.checkpoint.hf_io import HFDirectory
+    from megavlm.checkpoint.manifest import damaged_files
     from megavlm.checkpoint.native import find_checkpoint
     from megavlm.train.probe import probe_native
 
@@ -64,8 +65,11 @@ def _verify(args: argparse.Namespace, scratch: Path) -> int:
     if args.checkpoint:
         folder = find_checkpoint(Path(args.checkpoint), required=True)
         assert folder is not None
+        damaged = damaged_files(folder)
+        lines.append(f"{folder}: {len(damaged) or 'no'} file(s) differ from what was written")
+        problems += [f"damaged files in {folder.name}: {', '.join(damaged[:3])}"] if damaged else []
         differing = against_checkpoint(directory, folder)
-        certificate["checkpoint"] = {"step": folder.name, "differing": differing}
+        certificate["checkpoint"] = {"step": folder.name, "damaged": damaged, "differing": differing}
         lines.append(f"{folder}: {len(differing) or 'no'} tensor(s) differ from what was exported")
         problems += [f"tensors differ from {folder.name}: {', '.join(differing[:3])}"] if differing else []
     ours = probe_native(directory, None, sample, NUM_NEW_TOKENS)

@@ -203,7 +203,7 @@ def row_runs(entry: Entry, shapes: Sequence[tuple[int, ...]]) -> list[RowRun]:
     for shape in shapes:
         num_rows = math.prod(shape[:1])
         numbers = torch.arange(number, number + num_rows)
-        numbered.append(numbers.reshape(*shape[:1], *(1 for _ in shape[1:])))
+        numbered.append(numbers.reshape((*shape[:1], *(1 for _ in shape[1:]))))
         first_numbers.append(number)
         number += num_rows + 1  # a number is left out, so that no run goes from one tensor into the next
     order = entry.to_native(numbered).flatten()

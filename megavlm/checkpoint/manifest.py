@@ -1,8 +1,8 @@
 """`manifest.json` of a native checkpoint: size and hash of every other file, to find those that are torn or damaged.
 
-The hash is BLAKE3 (O'Connor, Aumasson, Neves, Wilcox-O'Hearn 2020): three times as fast as SHA-256 with a processor's
-own instructions for it, ten times as fast without. Manifests with SHA-256, which earlier versions wrote, are checked
-all the same.
+The hash is BLAKE3 (O'Connor, Aumasson, Neves, Wilcox-O'Hearn 2020), cryptographic and fast: 4.7 GB/s on a core where
+SHA-256, with the processor's own instructions for it, has 1.4. Manifests with SHA-256, which earlier versions wrote,
+are checked all the same.
 """
 
 import hashlib

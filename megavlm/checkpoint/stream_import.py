@@ -154,9 +154,10 @@ class _OutputFile:
 
 
 def _archive(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]:
-    """What torch.save writes before and after the bytes of a contiguous tensor, which nobody looks at for that.
+    """What torch.save writes before and after the bytes of a contiguous tensor, without those bytes.
 
-    To be called within `_without_crc32`: there are no bytes yet that a check sum could be of.
+    To be called within `_without_crc32`: there are no bytes yet that a check sum could be of. torch calls `skip_data` a
+    prototype: a test compares what comes of it with all that torch.save writes.
     """
     recorder = _Recorder()
     with torch.serialization.skip_data():
@@ -165,7 +166,7 @@ def _archive(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]:
 
 
 class _Recorder:
-    """A file for torch.save that skips a tensor's bytes, as `skip_data` has it do."""
+    """A file in memory for torch.save, which passes over the place of a tensor's bytes (`skip_data`)."""
 
     def __init__(self) -> None:
         self.before, self.after = bytearray(), bytearray()

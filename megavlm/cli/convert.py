@@ -18,9 +18,8 @@ examples:
 
 verify writes conversion.json beside the weights: a hash of every tensor, whether they are the checkpoint's (and the
 checkpoint's files those that were written), and for an image and a question the difference of every layer, and of the
-greedy tokens, from transformers. diff says at which
-tensor two models part, in running order, and with --activations at which layer. The exit code of both is 1 where
-something differs.
+greedy tokens, from transformers. diff says at which tensor two models part, in running order, and with --activations
+at which layer. The exit code of both is 1 where something differs.
 
 export takes the newest complete checkpoint of a folder, or the step folder that is named. Config, tokenizer, template
 and processor files are copied from --hf-dir, the directory that training started from. Training itself starts from a

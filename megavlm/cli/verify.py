@@ -66,12 +66,14 @@ def _verify(args: argparse.Namespace, scratch: Path) -> int:
         folder = find_checkpoint(Path(args.checkpoint), required=True)
         assert folder is not None
         damaged = damaged_files(folder)
-        lines.append(f"{folder}: {len(damaged) or 'no'} file(s) differ from what was written")
-        problems += [f"damaged files in {folder.name}: {', '.join(damaged[:3])}"] if damaged else []
-        differing = against_checkpoint(directory, folder)
-        certificate["checkpoint"] = {"step": folder.name, "damaged": damaged, "differing": differing}
-        lines.append(f"{folder}: {len(differing) or 'no'} tensor(s) differ from what was exported")
-        problems += [f"tensors differ from {folder.name}: {', '.join(differing[:3])}"] if differing else []
+        certificate["checkpoint"] = {"step": folder.name, "damaged": damaged}
+        if damaged:  # its tensors may not even be readable
+            problems.append(f"damaged files in {folder.name}, not compared: {', '.join(damaged[:3])}")
+        else:
+            differing = against_checkpoint(directory, folder)
+            certificate["checkpoint"]["differing"] = differing
+            lines.append(f"{folder}: undamaged; {len(differing) or 'no'} tensor(s) differ from what was exported")
+            problems += [f"tensors differ from {folder.name}: {', '.join(differing[:3])}"] if differing else []
     ours = probe_native(directory, None, sample, NUM_NEW_TOKENS)
     if theirs is None:
         certificate["probe"] = {"reference": "none: transformers has no such model", "ours": ours.answer}

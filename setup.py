@@ -23,6 +23,8 @@ INSTALL_REQUIRES = [
     "megatron-core>=0.16.1,<0.20",
     "transformers>=5.16,<5.20",
     "safetensors>=0.8",
+    # Hashes of checkpoint files. Any of 1.x gives the same ones.
+    "blake3>=1.0",
     "tokenizers>=0.23.1,<0.24",
     "numpy>=1.26",
     "pillow>=10.0.1",

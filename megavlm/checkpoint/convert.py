@@ -10,7 +10,8 @@ from typing import Any
 
 from megavlm.checkpoint import native, writing
 from megavlm.checkpoint.hf_io import DTYPE_NAMES, HFDirectory, copy_companions, make_empty, write_chat_template
-from megavlm.checkpoint.stream import NativeReader, export_stream, import_stream
+from megavlm.checkpoint.stream import NativeReader, export_stream
+from megavlm.checkpoint.stream_import import import_stream
 from megavlm.errors import RunError, use_error
 from megavlm.models.names import Part
 from megavlm.parallel.groups import Groups

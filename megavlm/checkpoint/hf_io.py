@@ -101,6 +101,11 @@ class HFDirectory:
         file, stored = self._files[name]
         return self._handles[file].read(stored, row)
 
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """Fill a buffer with a tensor's bytes from `start` on; both are multiples of its type's size."""
+        file, stored = self._files[name]
+        self._handles[file].read_into(stored, start, buffer)
+
     def spec(self, name: str) -> TensorSpec:
         """Shape and type of a tensor, without reading it."""
         file, stored = self._files[name]

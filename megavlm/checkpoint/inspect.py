@@ -4,10 +4,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from megavlm.checkpoint.hf_io import HFDirectory
+from megavlm.checkpoint.manifest import MANIFEST
 from megavlm.checkpoint.native import find_checkpoint, read_common
 from megavlm.checkpoint.safetensors_writer import TensorSpec
 from megavlm.checkpoint.stream import NativeReader
-from megavlm.checkpoint.writing import MANIFEST
 from megavlm.models.names import COMPONENTS
 
 

@@ -25,8 +25,9 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megavlm.checkpoint import optimizer_shards
+from megavlm.checkpoint.manifest import MANIFEST
 from megavlm.checkpoint.watchdog import time_limit
-from megavlm.checkpoint.writing import MANIFEST, complete_checkpoints, last_line
+from megavlm.checkpoint.writing import complete_checkpoints, last_line
 from megavlm.errors import RunError, use_error
 from megavlm.models.encoder import VisionEncoder
 from megavlm.models.names import Part

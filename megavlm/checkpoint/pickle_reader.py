@@ -5,6 +5,7 @@ torch's restricted unpickler (`weights_only`) makes tensors and plain containers
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -58,3 +59,11 @@ class PickleFile:
         """A copy of one tensor, or of one row of its first dimension (which stays)."""
         tensor = self._tensors[name] if row is None else self._tensors[name][row : row + 1]
         return tensor.contiguous().clone()
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """Fill a buffer with a tensor's bytes from `start` on, row by row; both are multiples of its type's size."""
+        tensor = self._tensors[name]
+        first, last = start // tensor.itemsize, (start + len(buffer)) // tensor.itemsize
+        values = tensor.view(-1)[first:last] if tensor.is_contiguous() else tensor.take(torch.arange(first, last))
+        data: Any = values.view(torch.uint8).numpy()
+        buffer[:] = memoryview(data)

@@ -66,12 +66,14 @@ class SafetensorsFile:
         spec = self.spec(name)
         shape = spec.shape if row is None else (1, *spec.shape[1:])
         tensor = torch.empty(math.prod(shape), dtype=spec.dtype)
-        position, offset = 0, self._data_start + self._header[name]["data_offsets"][0]
-        offset += (row or 0) * tensor.nbytes
         buffer: Any = tensor.view(torch.uint8).numpy()
-        data = memoryview(buffer)
-        while position < len(data):
-            count = os.preadv(self._file, [data[position : position + 2**30]], offset + position)
+        self.read_into(name, (row or 0) * tensor.nbytes, memoryview(buffer))
+        return tensor.reshape(shape)
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """Fill a buffer with a tensor's bytes from `start` on."""
+        position, offset = 0, self._data_start + self._header[name]["data_offsets"][0] + start
+        while position < len(buffer):
+            count = os.preadv(self._file, [buffer[position : position + 2**30]], offset + position)
             assert count, "the header was checked against the file's size"
             position += count
-        return tensor.reshape(shape)

@@ -62,7 +62,7 @@ class SafetensorsWriter:
         self._specs, self._data_start = dict(specs), 8 + len(text)
         self._missing = set(specs)
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        _write_all(self._file, memoryview(len(text).to_bytes(8, "little") + text), 0)
+        write_all(self._file, memoryview(len(text).to_bytes(8, "little") + text), 0)
         # the file has its size from the beginning: a full disk is found before hours of conversion
         os.posix_fallocate(self._file, 0, self._data_start + end)
 
@@ -72,7 +72,7 @@ class SafetensorsWriter:
         assert tuple(tensor.shape) == spec.shape and tensor.dtype == spec.dtype, (name, tensor.shape, spec)
         if tensor.numel():
             data: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-            _write_all(self._file, memoryview(data), self._data_start + self._starts[name])
+            write_all(self._file, memoryview(data), self._data_start + self._starts[name])
         self._missing.discard(name)
 
     def close(self) -> None:
@@ -85,8 +85,8 @@ class SafetensorsWriter:
         os.close(self._file)
 
 
-def _write_all(file: int, data: memoryview, offset: int) -> None:
-    """os.pwrite writes at most 2 GB at a time."""
+def write_all(file: int, data: memoryview, offset: int) -> None:
+    """Write all of it at a place of a file; os.pwrite writes at most 2 GB at a time."""
     position = 0
     while position < len(data):
         position += os.pwrite(file, data[position : position + 2**30], offset + position)

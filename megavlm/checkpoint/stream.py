@@ -5,9 +5,7 @@ entry of a family's weight map is read, reordered and written on its own. Severa
 of bytes in flight.
 """
 
-import contextlib
 import functools
-import hashlib
 import io
 import os
 import queue
@@ -16,14 +14,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import torch
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import WriteItem
-from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megavlm.checkpoint.hf_io import INDEX, SINGLE, HFDirectory, index_text
 from megavlm.checkpoint.safetensors_writer import SafetensorsWriter, TensorSpec
@@ -202,7 +197,8 @@ def run_within_budget(jobs: Iterable[tuple[int, Callable[[], None]]], num_thread
 
     def run(job: Callable[[], None], num_bytes: int) -> None:
         try:
-            job()
+            if budget.failures.empty():
+                job()
         except BaseException as error:  # handed over to the thread that waits, and raised there
             budget.failures.put(error)
         finally:
@@ -236,113 +232,3 @@ class _Budget:
         with self._changed:
             self._free += min(num_bytes, BUDGET_BYTES)
             self._changed.notify()
-
-
-class _LazyPlanner(DefaultSavePlanner):
-    """Plans with tensors that have no bytes yet; each is made when it is written."""
-
-    def __init__(self, make: Callable[[str], torch.Tensor]) -> None:
-        super().__init__()
-        self._make = make
-
-    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
-        """The tensor of a name."""
-        return self._make(index.fqn)
-
-
-class _HashedFile:
-    """A file that is written from front to back, with the hash of what was written so far."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file, self._digest, self._position = file, hashlib.sha256(), 0
-
-    def write(self, data: Any) -> int:
-        """Append bytes."""
-        self._digest.update(data)
-        count = self._file.write(data)
-        self._position += count
-        return count
-
-    def tell(self) -> int:
-        """Bytes so far."""
-        return self._position
-
-    def flush(self) -> None:
-        """Hand everything to the system."""
-        self._file.flush()
-
-    @property
-    def sha256(self) -> str:
-        """Hexadecimal hash."""
-        return self._digest.hexdigest()
-
-
-def import_stream(directory: HFDirectory, folder: Path, num_threads: int = NUM_THREADS) -> dict[str, str]:
-    """Write a directory's weights as the sharded files of a native checkpoint, in the type that they are stored in.
-
-    Args:
-        directory: checked already.
-        folder: an existing, empty directory.
-        num_threads: that read, convert and write.
-
-    Returns:
-        SHA-256 of the files with weights, by name: hashed while they are written, they need not be read again.
-    """
-    by_native = {entry.native: entry for entry in directory.entries}
-    state: dict[str, torch.Tensor] = {}
-    for entry in directory.entries:
-        specs = [directory.spec(name) for name in entry.names]
-        state[entry.native] = entry.to_native(
-            [torch.empty(spec.shape, dtype=spec.dtype, device="meta") for spec in specs]
-        )
-    planner = _LazyPlanner(lambda name: directory.read_native(by_native[name]))
-    writer = FileSystemWriter(folder)
-    planner.set_up_planner(state, is_coordinator=True)
-    writer.set_up_storage_writer(is_coordinator=True)
-    plans, metadata = planner.create_global_plan([planner.create_local_plan()])
-    (plan,) = writer.prepare_global_plan([writer.prepare_local_plan(planner.finish_plan(plans[0]))])
-    sizes = {name: tensor.nbytes for name, tensor in state.items()}
-    results, hashes = _write_items(folder, plan.items, planner, sizes, num_threads)
-    writer.finish(metadata, [results])
-    return hashes
-
-
-def _write_items(
-    folder: Path, items: Sequence[WriteItem], planner: _LazyPlanner, sizes: Mapping[str, int], num_threads: int
-) -> tuple[list[WriteResult], dict[str, str]]:
-    """Write tensors into as many files as there are threads; returns their places and the files' hashes.
-
-    torch's own FileSystemWriter does the same, but keeps every tensor until the file is closed.
-    """
-    results: list[WriteResult] = []
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_without_crc32())  # the manifest has a SHA-256 of every file
-        idle: queue.SimpleQueue[tuple[str, _HashedFile]] = queue.SimpleQueue()
-        files = {}
-        for number in range(num_threads):
-            name = f"__0_{number}.distcp"
-            files[name] = _HashedFile(stack.enter_context((folder / name).open("wb")))
-            idle.put((name, files[name]))
-
-        def write(item: WriteItem) -> None:
-            tensor = planner.resolve_data(item)
-            name, file = idle.get()
-            start = file.tell()
-            torch.save(tensor, cast(IO[bytes], file))
-            length = file.tell() - start
-            results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
-            idle.put((name, file))
-
-        jobs = [(sizes[item.index.fqn], functools.partial(write, item)) for item in items]
-        run_within_budget(jobs, num_threads)
-    return results, {name: file.sha256 for name, file in files.items()}
-
-
-@contextlib.contextmanager
-def _without_crc32() -> Iterator[None]:
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(before)

@@ -1,12 +1,11 @@
 """Native checkpoints on their way to the disk: written under a temporary name, renamed when they are complete.
 
 A step folder holds Megatron-Core's `torch_dist` files, the resolved recipe, and `manifest.json` (every file's size and
-SHA-256), written last.
+hash), written last.
 """
 
 import contextlib
 import functools
-import hashlib
 import json
 import os
 import re
@@ -24,11 +23,11 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, Checkpoin
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megavlm.checkpoint.manifest import MANIFEST, entry_of
 from megavlm.checkpoint.watchdog import time_limit
 from megavlm.errors import RunError
 from megavlm.platform import megatron_compat
 
-MANIFEST = "manifest.json"
 LATEST = "latest"
 EVALUATION = "evaluation.json"
 _STEP = re.compile(r"^step_(\d{8})$")
@@ -161,7 +160,7 @@ class PendingSave:
         try:
             write()
             for path in files:
-                self._hashes[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+                self._hashes[path.name] = entry_of(path)
         except (OSError, RuntimeError) as error:  # raised in `finish`, on every rank
             self._problem = last_line(error)
 
@@ -220,13 +219,13 @@ def begin_save(
     return PendingSave(root, step, state, texts, timeout_s, keep, live)
 
 
-def write_weights(root: Path, common: Mapping[str, Any], write: Callable[[Path], Mapping[str, str]]) -> Path:
+def write_weights(root: Path, common: Mapping[str, Any], write: Callable[[Path], Mapping[str, Any]]) -> Path:
     """A checkpoint of step 0 with weights alone, in one process and without a process group.
 
     Args:
         root: an existing, empty directory.
         common: what is not sharded.
-        write: puts the sharded files into a folder, and returns the SHA-256 of those that it knows.
+        write: puts the sharded files into a folder, and returns the manifest's entries of those that it has hashed.
     """
     final = step_folder(root, 0)
     temporary = root / f".writing_{final.name}"
@@ -235,10 +234,7 @@ def write_weights(root: Path, common: Mapping[str, Any], write: Callable[[Path],
     torch.save({"common": dict(common)}, temporary / COMMON_STATE_FNAME)
     save_config(CheckpointingConfig("torch_dist", 1), str(temporary))
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
-    manifest = {
-        path.name: {"bytes": path.stat().st_size, "sha256": known[path.name] if path.name in known else _sha256(path)}
-        for path in files
-    }
+    manifest = {path.name: known[path.name] if path.name in known else entry_of(path) for path in files}
     _publish(root, temporary, final, manifest)
     return final
 
@@ -253,7 +249,7 @@ def _finish(root: Path, temporary: Path, final: Path, keep: Keep, mine: Mapping[
     for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
         name = str(path.relative_to(temporary))
         if name not in manifest:
-            manifest[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            manifest[name] = entry_of(path)
     _publish(root, temporary, final, manifest)
     for old in keep.superfluous(complete_checkpoints(root)):
         shutil.rmtree(old)
@@ -276,11 +272,3 @@ def last_line(error: BaseException) -> str:
     """What went wrong; torch's CheckpointException (no Exception) holds whole tracebacks of other ranks."""
     lines = str(error).strip().splitlines()
     return lines[-1].strip() if lines else type(error).__name__
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()

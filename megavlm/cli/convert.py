@@ -16,10 +16,10 @@ examples:
   megavlm convert inspect --hf-dir models/qwen3-vl
   megavlm convert diff models/qwen3-vl runs/demo/checkpoints
 
-verify writes conversion.json beside the weights: a hash of every tensor, whether they are the checkpoint's, and for an
-image and a question the difference of every layer, and of the greedy tokens, from transformers. diff says at which
-tensor two models part, in running order, and with --activations at which layer. The exit code of both is 1 where
-something differs.
+verify writes conversion.json beside the weights: a hash of every tensor, whether they are the checkpoint's (and the
+checkpoint's files those that were written), and for an image and a question the difference of every layer, and of the
+greedy tokens, from transformers. diff says at which tensor two models part, in running order, and with --activations
+at which layer. The exit code of both is 1 where something differs.
 
 export takes the newest complete checkpoint of a folder, or the step folder that is named. Config, tokenizer, template
 and processor files are copied from --hf-dir, the directory that training started from. Training itself starts from a

@@ -51,6 +51,7 @@ def _verify(args: argparse.Namespace, scratch: Path) -> int:
     start()
     from megavlm.checkpoint.certificate import against_checkpoint, tensor_table, write_certificate
     from megavlm.checkpoint.hf_io import HFDirectory
+    from megavlm.checkpoint.manifest import damaged_files
     from megavlm.checkpoint.native import find_checkpoint
     from megavlm.train.probe import probe_native
 
@@ -64,10 +65,15 @@ def _verify(args: argparse.Namespace, scratch: Path) -> int:
     if args.checkpoint:
         folder = find_checkpoint(Path(args.checkpoint), required=True)
         assert folder is not None
-        differing = against_checkpoint(directory, folder)
-        certificate["checkpoint"] = {"step": folder.name, "differing": differing}
-        lines.append(f"{folder}: {len(differing) or 'no'} tensor(s) differ from what was exported")
-        problems += [f"tensors differ from {folder.name}: {', '.join(differing[:3])}"] if differing else []
+        damaged = damaged_files(folder)
+        certificate["checkpoint"] = {"step": folder.name, "damaged": damaged}
+        if damaged:  # its tensors may not even be readable
+            problems.append(f"damaged files in {folder.name}, not compared: {', '.join(damaged[:3])}")
+        else:
+            differing = against_checkpoint(directory, folder)
+            certificate["checkpoint"]["differing"] = differing
+            lines.append(f"{folder}: undamaged; {len(differing) or 'no'} tensor(s) differ from what was exported")
+            problems += [f"tensors differ from {folder.name}: {', '.join(differing[:3])}"] if differing else []
     ours = probe_native(directory, None, sample, NUM_NEW_TOKENS)
     if theirs is None:
         certificate["probe"] = {"reference": "none: transformers has no such model", "ours": ours.answer}

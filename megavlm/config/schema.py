@@ -296,8 +296,8 @@ class CheckpointConfig:
     keep_best: int = 0
     """So many checkpoints with the least evaluation loss are never removed, out of those whose step was evaluated."""
     async_save: bool = False
-    """Training goes on while a checkpoint is written, by a thread of each rank, from a copy of the state in memory. A
-    distributed optimizer's state is gathered first, which takes several times as long as the copy."""
+    """Training goes on while a checkpoint is written, by a thread of each rank, from a copy of the state in memory.
+    Each rank copies what it holds; a distributed optimizer's state is not gathered either."""
     save_timeout_s: int = 600
 
 

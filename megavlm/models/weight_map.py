@@ -7,6 +7,8 @@ Megatron-Core's layouts: linear_qkv holds, per key/value group, its queries, the
 a gated linear_fc1 holds gate, then up.
 """
 
+import bisect
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -29,6 +31,8 @@ class Entry:
         halves: whether tensor parallelism cuts two halves of dimension 0 separately (gate and up).
         stacked: whether dimension 0 of all tensors, here and there, counts experts; the functions take any part of it,
             and `halves` means the next dimension.
+        moves_rows: whether `to_native` only puts whole rows of dimension 0 into another order, and leaves each row's
+            bytes as they are (`row_runs`).
     """
 
     native: str
@@ -37,18 +41,21 @@ class Entry:
     to_hf: Callable[[torch.Tensor], list[torch.Tensor]]
     halves: bool = False
     stacked: bool = False
+    moves_rows: bool = False
 
 
 def direct(native: str, name: str) -> Entry:
     """The same tensor under another name."""
-    return Entry(native, (name,), lambda tensors: tensors[0], lambda tensor: [tensor])
+    return Entry(native, (name,), lambda tensors: tensors[0], lambda tensor: [tensor], moves_rows=True)
 
 
 def flattened(native: str, name: str, shape: tuple[int, ...]) -> Entry:
     """A convolution whose kernel equals its stride, as a linear layer: [out, *shape] to [out, prod(shape)]."""
-    return Entry(
-        native, (name,), lambda tensors: tensors[0].flatten(1), lambda tensor: [tensor.reshape(len(tensor), *shape)]
-    )
+
+    def to_hf(tensor: torch.Tensor) -> list[torch.Tensor]:
+        return [tensor.reshape(len(tensor), *shape)]
+
+    return Entry(native, (name,), lambda tensors: tensors[0].flatten(1), to_hf, moves_rows=True)
 
 
 def unsqueezed(native: str, name: str, num_dimensions: int) -> Entry:
@@ -74,7 +81,7 @@ def split_qkv(native: str, names: tuple[str, str, str], num_groups: int, head_di
         queries = grouped.shape[1] - 2 * head_dim
         return [part.reshape(-1, *rest) for part in grouped.split([queries, head_dim, head_dim], dim=1)]
 
-    return Entry(native, names, to_native, to_hf)
+    return Entry(native, names, to_native, to_hf, moves_rows=True)
 
 
 def fused_qkv(native: str, name: str, num_heads: int) -> Entry:
@@ -88,14 +95,16 @@ def fused_qkv(native: str, name: str, num_heads: int) -> Entry:
         rest = tensor.shape[1:]
         return [tensor.reshape(num_heads, 3, -1, *rest).transpose(0, 1).reshape(-1, *rest)]
 
-    return Entry(native, (name,), to_native, to_hf)
+    return Entry(native, (name,), to_native, to_hf, moves_rows=True)
 
 
 def gated(native: str, gate: str, up: str) -> Entry:
     """SwiGLU's gate and up projections as one (weights or biases)."""
-    return Entry(
-        native, (gate, up), lambda tensors: torch.cat(list(tensors)), lambda tensor: list(tensor.chunk(2)), halves=True
-    )
+
+    def to_hf(tensor: torch.Tensor) -> list[torch.Tensor]:
+        return list(tensor.chunk(2))
+
+    return Entry(native, (gate, up), lambda tensors: torch.cat(list(tensors)), to_hf, halves=True, moves_rows=True)
 
 
 def transposed_experts(native: str, name: str, num_inputs: int, halves: bool) -> Entry:
@@ -162,6 +171,48 @@ def language_entries(
             *mlp_entries(ours, theirs),
         ]
     return entries
+
+
+@dataclass(frozen=True)
+class RowRun:
+    """Rows that lie behind each other.
+
+    Attributes:
+        name: Hugging Face name of the tensor that they are of.
+        start: the first.
+        num_rows: how many.
+    """
+
+    name: str
+    start: int
+    num_rows: int
+
+
+def row_runs(entry: Entry, shapes: Sequence[tuple[int, ...]]) -> list[RowRun]:
+    """Of which rows a native parameter consists, in its order; for entries that move whole rows.
+
+    `to_native` says so itself: it is given tensors in which each row is a number.
+
+    Args:
+        entry: with `moves_rows`.
+        shapes: of its Hugging Face tensors; one without dimensions counts as a row.
+    """
+    assert entry.moves_rows, entry.native
+    first_numbers, numbered = [], []
+    number = 0
+    for shape in shapes:
+        num_rows = math.prod(shape[:1])
+        numbers = torch.arange(number, number + num_rows)
+        numbered.append(numbers.reshape((*shape[:1], *(1 for _ in shape[1:]))))
+        first_numbers.append(number)
+        number += num_rows + 1  # a number is left out, so that no run goes from one tensor into the next
+    order = entry.to_native(numbered).flatten()
+    cuts = (order.diff() != 1).nonzero().flatten() + 1
+    runs = []
+    for run in order.tensor_split(cuts) if len(order) else ():
+        source = bisect.bisect_right(first_numbers, int(run[0])) - 1
+        runs.append(RowRun(entry.names[source], int(run[0]) - first_numbers[source], len(run)))
+    return runs
 
 
 def check_names(entries: Iterable[Entry], names: Iterable[str], ignored: Iterable[str], where: str) -> None:

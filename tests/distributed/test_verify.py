@@ -35,7 +35,11 @@ def test_a_sound_export(exported: tuple[str, Path], tmp_path: Path) -> None:
         assert run.end() == 0, run.text()
         assert "every one mapped and hashed" in run.text() and "greedy tokens equal" in run.text()
     certificate = certificate_of(out)
-    assert certificate["problems"] == [] and certificate["checkpoint"] == {"step": "step_00000000", "differing": []}
+    assert certificate["problems"] == [] and certificate["checkpoint"] == {
+        "step": "step_00000000",
+        "damaged": [],
+        "differing": [],
+    }
     weights = load_file(out / "model.safetensors")
     assert set(certificate["tensors"]) == set(weights)
     assert len({entry["sha256"] for entry in certificate["tensors"].values()}) == len(weights)
@@ -76,6 +80,18 @@ def test_weights_that_are_not_the_checkpoints(exported: tuple[str, Path], worker
     assert code == 1 and name in said
     certificate = certificate_of(out)
     assert certificate["checkpoint"]["differing"] == [name] and name in certificate["problems"][0]
+
+
+def test_a_checkpoint_that_was_damaged(exported: tuple[str, Path], workers: PoolKeeper) -> None:
+    native, out = exported
+    step = Path(native) / "step_00000000"
+    name = max(step.glob("*.distcp"), key=lambda path: path.stat().st_size).name
+    content = bytearray((step / name).read_bytes())
+    content[-22:] = bytes(22)  # the end of an archive, by which it is found: unreadable
+    (step / name).write_bytes(content)
+    [(code, said, _)] = workers(1).run(call, words=["convert", "verify", "--hf-dir", str(out), "--checkpoint", native])
+    assert code == 1 and f"damaged files in step_00000000, not compared: {name}" in said
+    assert certificate_of(out)["checkpoint"] == {"step": step.name, "damaged": [name]}
 
 
 def test_activations_of_two_models(

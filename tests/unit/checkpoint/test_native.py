@@ -1,11 +1,11 @@
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from blake3 import blake3
 
 from megavlm.config.schema import Recipe
 from tests.invariant import canon
@@ -57,7 +57,7 @@ def test_manifest_names_every_file_with_its_size_and_hash(workers: PoolKeeper, r
     assert {".metadata", "metadata.json", "common.pt", "__0_0.distcp"} <= set(manifest)
     for name, entry in manifest.items():
         content = files[name].read_bytes()
-        assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        assert entry == {"bytes": len(content), "blake3": blake3(content).hexdigest()}
 
 
 def test_newest_checkpoint_is_taken_and_old_ones_are_removed(workers: PoolKeeper, recipe: Recipe) -> None:

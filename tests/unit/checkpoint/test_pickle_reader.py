@@ -50,6 +50,30 @@ def test_import_and_export(workers: PoolKeeper, tmp_path: Path, num_files: int) 
     assert out.startswith("equal")
 
 
+def bytes_in_parts(path: Path) -> dict[str, bytes]:
+    """In a worker: every tensor's bytes, twelve at a time."""
+    from megavlm.checkpoint.pickle_reader import PickleFile
+
+    file = PickleFile(path)
+    found = {}
+    for name in file.names:
+        data = bytearray(file.spec(name).num_bytes)
+        for start in range(0, len(data), 12):
+            file.read_into(name, start, memoryview(data)[start : start + 12])
+        found[name] = bytes(data)
+    return found
+
+
+def test_bytes_are_those_of_rows_also_of_a_tensor_that_lies_otherwise(workers: PoolKeeper, tmp_path: Path) -> None:
+    whole = torch.arange(35, dtype=torch.float32).reshape(5, 7)
+    tensors = {"plain": whole, "turned": whole.T, "part": whole[1:3], "brain": whole.bfloat16().T}
+    torch.save(tensors, tmp_path / "file.bin")
+    (found,) = workers(1).run(bytes_in_parts, path=tmp_path / "file.bin")
+    for name, tensor in tensors.items():
+        expected = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        assert found[name] == expected, name
+
+
 class Bomb:
     """Makes a folder when it is unpickled by somebody who runs what pickles say."""
 

@@ -2,7 +2,19 @@ import pytest
 import torch
 
 from megavlm.errors import UseError
-from megavlm.models.weight_map import check_names, direct, flattened, fused_qkv, gated, language_entries, split_qkv
+from megavlm.models.weight_map import (
+    RowRun,
+    check_names,
+    direct,
+    flattened,
+    fused_qkv,
+    gated,
+    language_entries,
+    row_runs,
+    split_qkv,
+    transposed_experts,
+    unsqueezed,
+)
 
 GROUPS, QUERIES_PER_GROUP, HEAD_DIM, HIDDEN = 2, 3, 4, 5
 HEADS = GROUPS * QUERIES_PER_GROUP
@@ -71,6 +83,40 @@ def test_gated_is_gate_then_up_and_cut_in_halves():
     entry, (gate, up) = KINDS["gated"]
     assert entry.halves and torch.equal(entry.to_native([gate, up]), torch.cat((gate, up)))
     assert not any(other.halves for name, (other, _) in KINDS.items() if name != "gated")
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "scalar", "no rows"])
+def test_runs_of_rows_are_the_native_tensor(kind):
+    more = {
+        "scalar": (direct("n", "a"), [torch.tensor(3.0)]),
+        "no rows": (gated("n", "g", "u"), [torch.empty(0, 3), torch.empty(0, 3)]),
+    }
+    entry, tensors = (KINDS | more)[kind]
+    rows = {
+        name: tensor.reshape(*tensor.shape[:1] or (1,), -1) if tensor.numel() else tensor
+        for name, tensor in zip(entry.names, tensors, strict=True)
+    }
+    runs = row_runs(entry, [tuple(tensor.shape) for tensor in tensors])
+    joined = torch.cat([torch.empty(0), *(rows[run.name][run.start :][: run.num_rows].flatten() for run in runs)])
+    assert torch.equal(joined, entry.to_native(tensors).flatten())
+
+
+def test_rows_that_lie_together_are_one_run():
+    assert row_runs(direct("n", "a"), [(7, 2)]) == [RowRun("a", 0, 7)]
+    assert row_runs(gated("n", "g", "u"), [(4, 2), (4, 2)]) == [RowRun("g", 0, 4), RowRun("u", 0, 4)]
+    queries = QUERIES_PER_GROUP * HEAD_DIM
+    shapes = [(GROUPS * queries, HIDDEN), (GROUPS * HEAD_DIM, HIDDEN), (GROUPS * HEAD_DIM, HIDDEN)]
+    assert row_runs(KINDS["split qkv, weights"][0], shapes) == [
+        RowRun(name, group * num_rows, num_rows)
+        for group in range(GROUPS)
+        for name, num_rows in (("q", queries), ("k", HEAD_DIM), ("v", HEAD_DIM))
+    ]
+
+
+def test_what_changes_within_rows_is_not_made_of_runs():
+    for entry in (unsqueezed("n", "a", 2), transposed_experts("n", "a", 3, halves=True)):
+        with pytest.raises(AssertionError):
+            row_runs(entry, [(1, 1, 4)])
 
 
 def test_flattened_does_what_the_convolution_does():

@@ -12,7 +12,7 @@ from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.video_utils import VideoMetadata
 
 from megavlm.data.image_spec import ImageSpec
-from megavlm.data.sample import VideoClip
+from megavlm.data.sample import FrameFiles, VideoClip
 from megavlm.data.video_spec import VideoLimits, VideoSpec, read_video_spec, sampled_frames, timestamps_s, video_grid
 from megavlm.data.videos import load_video_patches, read_video_header
 from megavlm.errors import UseError
@@ -135,6 +135,36 @@ def test_pixels_are_those_of_the_frames(tmp_path, spec):
         assert np.abs(shown[number].numpy() - resized).mean() < 4, "lossy, but this frame and no other"
     if spec.frame.temporal_patch_size == 2:
         assert torch.equal(shown[3], shown[2]), "the last frame fills its patch"
+
+
+def pictures_of(folder, num_frames):
+    files = [str(folder / f"{number}.png") for number in range(num_frames)]
+    for file, pixels_HWC in zip(files, moving_square(num_frames, 96, 64), strict=True):
+        Image.fromarray(pixels_HWC).save(file)
+    return FrameFiles(tuple(files), fps=4.0)
+
+
+@pytest.mark.parametrize("spec", [STAMPED, TIMED, POOLED], ids=lambda spec: spec.kind)
+def test_a_list_of_pictures_is_a_video(tmp_path, spec):
+    video = pictures_of(tmp_path, 3)
+    header = read_video_header(video)
+    assert (header.num_frames, header.fps, header.width_px, header.height_px) == (3, 4.0, 96, 64)
+    grid = video_grid(spec, 3, 96, 64)
+    shown = unpatched(load_video_patches(VideoClip(video, (0, 1, 2)), grid, spec), grid, spec)
+    for number, pixels_HWC in enumerate(moving_square(3, 96, 64)):
+        size = (shown.shape[2], shown.shape[1])
+        resized = np.asarray(Image.fromarray(pixels_HWC).resize(size, Image.Resampling.BICUBIC), dtype=np.float32)
+        assert np.abs(shown[number].numpy() - resized).max() < 1.01, "lossless, but for rounding"
+
+
+def test_pictures_of_a_video_have_one_size(tmp_path):
+    video = pictures_of(tmp_path, 3)
+    Image.new("RGB", (64, 96)).save(video.files[1])
+    with pytest.raises(UseError, match=r"1\.png: got a frame of 64x96 pixels; expected 96x64 pixels"):
+        read_video_header(video)
+    (tmp_path / "2.png").unlink()
+    with pytest.raises(UseError, match=r"2\.png: got unreadable image"):
+        read_video_header(video)
 
 
 def test_resizing_is_pils_but_for_rounding():

@@ -147,6 +147,15 @@ def test_urls_do_not_reach_local_files(folder, url):
         open_media(url)
 
 
+def test_a_damaged_member(folder):
+    path = folder / "pictures.zip"
+    data = bytearray(path.read_bytes())
+    data[60:120] = b"\xff" * 60
+    path.write_bytes(data)
+    with pytest.raises(OSError, match="pictures.zip:deep/a.png: "):
+        open_media(resolve(folder, "pictures.zip/deep/a.png"))
+
+
 def test_an_archive_that_lies_about_sizes(folder):
     """Its member says 10 bytes and unpacks to a million: no more than it says is unpacked, which is an error."""
     path = folder / "pictures.zip"

@@ -88,6 +88,15 @@ def test_parquet_that_is_damaged_inside(tmp_path, picture):
     assert rows[NUM_ROWS].turns[0].text == "no image", "another row group"
 
 
+def test_text_in_a_table_that_is_none(tmp_path):
+    broken = pa.array([b"fine", b"\xff"], type=pa.binary()).cast(pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"txt": broken}), tmp_path / "rows.parquet")
+    rows = opened(tmp_path / "rows.parquet")
+    assert rows[0].turns[1].text == "fine"
+    with pytest.raises(UseError, match="rows.parquet row 2: got unreadable columns"):
+        rows[1]
+
+
 def write_saved_dataset(folder, picture):
     """As `save_to_disk` does: two Arrow streams of some record batches, and the list of them."""
     folder.mkdir(parents=True)

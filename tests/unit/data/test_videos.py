@@ -4,6 +4,7 @@ import json
 import sys
 import types
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -204,6 +205,23 @@ def test_broken_files_are_named(tmp_path):
     half.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(UseError, match="half.mkv: got unreadable video .*frame 19 is needed"):
         load_video_patches(VideoClip(str(half), (0, 19)), video_grid(STAMPED, 2, 96, 64), STAMPED)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("list.m3u8", "#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n{folder}/secret.ts\n#EXT-X-ENDLIST\n"),
+        ("list.mp4", "ffconcat version 1.0\nfile secret.ts\n"),
+    ],
+)
+def test_a_playlist_opens_no_other_file(tmp_path, monkeypatch, name, text):
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / "secret.ts")
+    (tmp_path / name).write_text(text.format(folder=tmp_path))
+    with open(tmp_path / name, "rb") as file, av.open(file, "r") as container:
+        assert next(container.decode(video=0)).width == 96, "as FFmpeg would have it"
+    with pytest.raises(UseError, match=f"{name}: got unreadable video"):
+        read_video_header(str(tmp_path / name))
 
 
 def test_the_directorys_processor_and_the_recipes_limits(tmp_path):

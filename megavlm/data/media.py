@@ -6,8 +6,10 @@ may have at all is decided where rows are read (`references.py`).
 
 import functools
 import io
+import lzma
 import os
 import zipfile
+import zlib
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,6 +20,18 @@ REMOTE_PROTOCOLS = "s3 s3a gs gcs az abfs abfss adl oci oss hf http https hdfs w
 them: rows are not to read what a path of theirs may not."""
 MAX_REMOTE_BYTES = 1 << 30
 """Largest file behind a URL."""
+
+# What zipfile raises for damaged and encrypted archives, and for members that are not there.
+_BROKEN_ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    KeyError,
+    NotImplementedError,
+    RuntimeError,
+    ValueError,
+    EOFError,
+    zlib.error,
+    lzma.LZMAError,
+)
 
 
 def media_name(media: Media | FrameFiles) -> str:
@@ -83,14 +97,14 @@ def zip_member_bytes(path: str, name: str) -> int:
     """
     try:
         return _open_zip(path, os.getpid()).getinfo(name).file_size
-    except (zipfile.BadZipFile, KeyError) as error:
+    except _BROKEN_ZIP_ERRORS as error:
         raise OSError(f"{path}:{name}: {error}") from error
 
 
 def _zip_member(media: ZipMember) -> BinaryIO:
     try:
         return io.BytesIO(_open_zip(media.path, os.getpid()).read(media.name))
-    except (zipfile.BadZipFile, KeyError, NotImplementedError, RuntimeError) as error:
+    except _BROKEN_ZIP_ERRORS as error:
         raise OSError(f"{media_name(media)}: {error}") from error
 
 

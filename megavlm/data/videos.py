@@ -23,6 +23,9 @@ from megavlm.data.sample import FrameFiles, InlineBytes, Media, Video, VideoClip
 from megavlm.data.video_spec import FILTERS, VideoSpec
 from megavlm.errors import UseError, use_error
 
+# Playlists and lists of parts pass for videos, and would have FFmpeg open whatever files and addresses they name.
+_NOTHING_ELSE = {"protocol_whitelist": "none"}
+
 
 @dataclass(frozen=True)
 class VideoHeader:
@@ -64,7 +67,7 @@ def _read_file_header(path: Media) -> VideoHeader:
     import av
 
     try:
-        with open_media(path) as file, av.open(file, "r") as container:
+        with open_media(path) as file, av.open(file, "r", options=_NOTHING_ELSE) as container:
             stream = _stream(container, path)
             fps: Fraction | None = stream.average_rate or stream.guessed_rate
             first = next(container.decode(stream), None)
@@ -74,7 +77,7 @@ def _read_file_header(path: Media) -> VideoHeader:
             width, height = (first.height, first.width) if quarter_turn else (first.width, first.height)
             num_frames = int(stream.frames)
         if not num_frames:
-            with open_media(path) as file, av.open(file, "r") as container:
+            with open_media(path) as file, av.open(file, "r", options=_NOTHING_ELSE) as container:
                 num_frames = sum(packet.size > 0 for packet in container.demux(_stream(container, path)))
     except (av.FFmpegError, OSError) as error:
         raise _broken(path, str(error)) from error
@@ -127,7 +130,7 @@ def _decoded(clip: VideoClip) -> Iterator[np.ndarray]:
     path = clip.path
     wanted, number = list(clip.frames), -1
     try:
-        with open_media(path) as file, av.open(file, "r") as container:
+        with open_media(path) as file, av.open(file, "r", options=_NOTHING_ELSE) as container:
             for number, frame in enumerate(container.decode(_stream(container, path))):
                 while number == wanted[0]:
                     pixels_HWC = frame.to_ndarray(format="rgb24")

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.video_utils import VideoMetadata
 
-from megavlm.data.sample import VideoClip
+from megavlm.data.sample import FrameFiles, VideoClip
 from tests.evidence import record
 from tests.parity import cases
 from tests.parity.cases import TOLERANCES
@@ -21,13 +21,15 @@ from tests.parity.reference import amplify_vision, load_reference, reference
 from tests.parity.test_families import evidence_row
 from tests.parity.test_layouts import LAYOUTS as STEP_LAYOUTS
 from tests.parity.test_layouts import WORLDS
-from tests.videos import write_video
+from tests.videos import moving_square, write_video
 
 pytestmark = pytest.mark.next_core
 
 FAMILIES = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl", "llava_onevision")
 LAYOUTS = {"TP1": {}, "TP2+SP": {"tensor_model_parallel_size": 2, "sequence_parallel": True}}
 NUM_FRAMES, FPS = 20, 8.0
+PLACEHOLDERS = {"image": "image", "video": "video", "frames": "video"}
+NUM_PICTURES, PICTURES_FPS = 5, 2.0  # of a video given as a list of pictures
 PIXELS = {"qwen2_5_vl": (784, 6272), "qwen3_vl": (4096, 32768), "qwen3_vl_moe": (4096, 32768)}
 # Content parts of the question, and the answer.
 CONVERSATIONS = [
@@ -35,6 +37,7 @@ CONVERSATIONS = [
     (["image", "before", "video", "and", "video", "after?"], "the blue circle"),
     (["the quick brown fox?"], "jumps"),
     (["image", "which number is this?"], "7"),
+    (["frames", "which way?"], "left"),
 ]
 
 
@@ -64,10 +67,14 @@ def video_rows(tmp_path_factory):
     write_video(root / "high.webm", NUM_FRAMES, FPS, 48, 80, codec="libvpx")
     noise = np.random.default_rng(0).integers(0, 256, (40, 72, 3)).astype(np.uint8)
     Image.fromarray(noise).save(root / "noise.png")
+    pictures = [f"frame{number}.png" for number in range(NUM_PICTURES)]
+    for name, pixels in zip(pictures, moving_square(NUM_PICTURES, 80, 56), strict=True):
+        Image.fromarray(pixels).save(root / name)
     lines = []
     for parts, answer in CONVERSATIONS:
         videos = [["wide.mp4", "high.webm"][number] for number in range(parts.count("video"))]
-        text = "".join(f"<{part}>" if part in ("image", "video") else part for part in parts)
+        videos += [pictures] * parts.count("frames")
+        text = "".join(f"<{PLACEHOLDERS[part]}>" if part in PLACEHOLDERS else part for part in parts)
         messages = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
         row = {"messages": messages, "images": ["noise.png"] * parts.count("image"), "videos": videos}
         lines.append(json.dumps(row))
@@ -79,6 +86,8 @@ def video_rows(tmp_path_factory):
 def replacements(family, model, clip, grid):
     """What transformers' processor writes for a video's placeholder, and its further arguments."""
     config, metadata = model.config, VideoMetadata(NUM_FRAMES, fps=FPS, frames_indices=list(clip.frames))
+    if isinstance(clip.path, FrameFiles):
+        metadata = VideoMetadata(NUM_PICTURES, fps=PICTURES_FPS, frames_indices=list(range(NUM_PICTURES)))
     if family == "llava_onevision":
         side = -(-config.vision_config.image_size // config.vision_config.patch_size // 2)
         return "<video>" * (len(clip.frames) * side**2 + 1), {}
@@ -107,7 +116,9 @@ def frames_of(patches_PC, grid):
 def their_inputs(family, hf_dir, model, item, parts, answer):
     """A conversation by transformers' template, tokenizer and token arithmetic; pixels are ours."""
     tokenizer = AutoTokenizer.from_pretrained(hf_dir)
-    content = [{"type": part} if part in ("image", "video") else {"type": "text", "text": part} for part in parts]
+    content = [
+        {"type": PLACEHOLDERS[part]} if part in PLACEHOLDERS else {"type": "text", "text": part} for part in parts
+    ]
     messages = [
         {"role": "user", "content": content},
         {"role": "assistant", "content": [{"type": "text", "text": answer}]},

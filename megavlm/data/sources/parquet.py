@@ -40,11 +40,20 @@ class ParquetFiles:
         group, row = position
         with self._files.lock:  # a ParquetFile has a position
             table = self._files.get(path).group(group, where)
-        return present(table.slice(row, 1).to_pylist()[0])
+        return row_of(table, row, where)
 
 
-def present(row: dict[str, Any]) -> dict[str, Any]:
-    """A table gives every row every column; those that have nothing are not the row's."""
+def row_of(table: Any, number: int, where: str) -> dict[str, Any]:
+    """A row of an Arrow table or record batch, without the columns that have nothing in it.
+
+    Raises:
+        UseError: what is in it is no text, number or list of such.
+    """
+    try:
+        row: dict[str, Any] = table.slice(number, 1).to_pylist()[0]
+    except (ValueError, NotImplementedError) as error:  # texts that are not UTF-8, dates before the year 1 ...
+        reason = " ".join(str(error).split())
+        raise use_error(where, f"unreadable columns ({reason})", "valid ones", "repair or remove the row") from error
     return {key: value for key, value in row.items() if value is not None}
 
 

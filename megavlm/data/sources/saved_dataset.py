@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megavlm.data.sources.handles import Handles
-from megavlm.data.sources.parquet import present
+from megavlm.data.sources.parquet import row_of
 from megavlm.errors import UseError, use_error
 
 STATE_NAME = "state.json"
@@ -42,7 +42,7 @@ class SavedDatasets:
             UseError: the folder is no saved dataset any more.
         """
         batch_number, row = position
-        return present(self._folders.get(path)[batch_number].slice(row, 1).to_pylist()[0])
+        return row_of(self._folders.get(path)[batch_number], row, where)
 
 
 def is_saved_dataset(folder: str) -> bool:

@@ -83,7 +83,7 @@ def _members(file: BinaryIO, path: str, start: int, end: int | None) -> Iterator
                     yield member
             if member is None:
                 _check_end(file, archive.offset)
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         raise use_error(
             path, f"an unreadable tar file ({error})", "a complete uncompressed tar file", "write it again"
         ) from error

@@ -136,6 +136,10 @@ def test_good_recipes_pass(folder: Path, overrides: list[str]) -> None:
         (["data.image_dir=none"], ["data.image_dir", "which does not exist"]),
         (["checkpoint.load_dir=none"], ["checkpoint.load_dir", "which does not exist"]),
         (["data.min_pixels=200", "data.max_pixels=100"], ["data.min_pixels", "at most data.max_pixels 100"]),
+        (["data.max_image_pixels=178956971"], ["data.max_image_pixels", "at most 178956970"]),
+        (["data.frames_fps=0"], ["data.frames_fps", "more than 0"]),
+        (["data.root=none"], ["data.root", "which does not exist"]),
+        (["data.root=model", "data.image_dir=."], ["data.image_dir", "outside of data.root `model`"]),
         (["data.max_length=1"], ["data.max_length", "at least 2"]),
     ],
 )

@@ -1,4 +1,6 @@
 import dataclasses
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ from transformers import Qwen3VLForConditionalGeneration
 
 from megavlm.data.encode import SampleEncoder, TooLong
 from megavlm.data.images import read_image_spec
-from megavlm.data.sample import Sample, Turn
+from megavlm.data.sample import Box, Sample, Turn
 from megavlm.data.token_weights import loss_weights
 from megavlm.data.tokens import Tokenizer
 from megavlm.errors import UseError
@@ -132,3 +134,61 @@ def test_extreme_image_is_named_with_its_row(qwen, sample, tmp_path):
     draw_image(tmp_path / "b.png", 1000, 4)
     with pytest.raises(UseError, match=r"rows\.jsonl:7: .*b\.png: image size: got 1000 x 4"):
         qwen.encode(sample)
+
+
+def png_header(width, height):
+    """A PNG whose pixels never come."""
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", b""))
+    packed = b"\x89PNG\r\n\x1a\n"
+    for kind, data in chunks:
+        packed += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return packed
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_picture_that_is_too_large_is_refused_by_its_header(qwen_dir, tmp_path):
+    """20,000 x 20,000 by default; what is just allowed is 20,000 x 1,000, and the recipe may say less."""
+    encoder = encoder_for(qwen_dir, QWEN_INPUTS, max_length=10**6)
+    turns = (Turn("user", "<image>?"), Turn("assistant", "x"))
+    for width, height, allowed in ((20_000, 20_000, False), (10_000, 10_000, False), (20_000, 1_000, True)):
+        path = tmp_path / f"{width}x{height}.png"
+        path.write_bytes(png_header(width, height))
+        sample = Sample("rows.jsonl:7", turns, (str(path),))
+        if allowed:
+            assert encoder.encode(sample).grids_thw
+            continue
+        with pytest.raises(UseError, match=rf"rows\.jsonl:7: .*{width}x{height}\.png: got .*(image of|exceeds limit)"):
+            encoder.encode(sample)
+    small = SampleEncoder(QWEN_INPUTS, encoder.image_spec, encoder.tokenizer, 10**6, max_image_pixels=10**6)
+    with pytest.raises(
+        UseError, match=r"an image of 20000x1000 pixels; expected at most data\.max_image_pixels 1,000,000"
+    ):
+        small.encode(Sample("rows.jsonl:7", turns, (str(tmp_path / "20000x1000.png"),)))
+
+
+def test_boxes_are_written_before_tokens_are_made(qwen, qwen_dir, sample):
+    boxed = dataclasses.replace(
+        sample,
+        turns=(Turn("user", "<image>what is <image><ref-object>?"), Turn("assistant", "<bbox>")),
+        boxes=(Box("this", (16, 80, 32, 160), "real", 1),),
+    )
+    with pytest.raises(UseError, match=r"rows\.jsonl:7: data\.box_format: got nothing"):
+        qwen.encode(boxed)
+    by_format = {
+        box_format: SampleEncoder(QWEN_INPUTS, qwen.image_spec, qwen.tokenizer, 512, box_format=box_format)
+        for box_format in ("json_1000", "json_pixels")
+    }
+    answers = {"json_1000": "[500, 500, 1000, 1000]", "json_pixels": "[16, 80, 32, 160]"}
+    for box_format, encoder in by_format.items():
+        written = dataclasses.replace(
+            sample,
+            turns=(Turn("user", "<image>what is <image>this?"), Turn("assistant", answers[box_format])),
+        )
+        assert encoder.encode(boxed).tokens_S.tolist() == qwen.encode(written).tokens_S.tolist()
+        assert encoder.encode_prompt(boxed).tokens_S.tolist() == qwen.encode_prompt(written).tokens_S.tolist()
+
+
+def test_pixels_of_a_picture_that_no_model_sees_as_a_whole(llava, sample):
+    encoder = SampleEncoder(LLAVA_INPUTS, llava.image_spec, llava.tokenizer, 512, box_format="json_pixels")
+    with pytest.raises(UseError, match="thousandths or numbers with this family"):
+        encoder.encode(dataclasses.replace(sample, boxes=(Box("", (1, 2)),)))

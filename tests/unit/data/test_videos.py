@@ -4,6 +4,7 @@ import json
 import sys
 import types
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.video_utils import VideoMetadata
 
 from megavlm.data.image_spec import ImageSpec
-from megavlm.data.sample import VideoClip
+from megavlm.data.sample import FrameFiles, VideoClip
 from megavlm.data.video_spec import VideoLimits, VideoSpec, read_video_spec, sampled_frames, timestamps_s, video_grid
 from megavlm.data.videos import load_video_patches, read_video_header
 from megavlm.errors import UseError
@@ -137,6 +138,36 @@ def test_pixels_are_those_of_the_frames(tmp_path, spec):
         assert torch.equal(shown[3], shown[2]), "the last frame fills its patch"
 
 
+def pictures_of(folder, num_frames):
+    files = [str(folder / f"{number}.png") for number in range(num_frames)]
+    for file, pixels_HWC in zip(files, moving_square(num_frames, 96, 64), strict=True):
+        Image.fromarray(pixels_HWC).save(file)
+    return FrameFiles(tuple(files), fps=4.0)
+
+
+@pytest.mark.parametrize("spec", [STAMPED, TIMED, POOLED], ids=lambda spec: spec.kind)
+def test_a_list_of_pictures_is_a_video(tmp_path, spec):
+    video = pictures_of(tmp_path, 3)
+    header = read_video_header(video)
+    assert (header.num_frames, header.fps, header.width_px, header.height_px) == (3, 4.0, 96, 64)
+    grid = video_grid(spec, 3, 96, 64)
+    shown = unpatched(load_video_patches(VideoClip(video, (0, 1, 2)), grid, spec), grid, spec)
+    for number, pixels_HWC in enumerate(moving_square(3, 96, 64)):
+        size = (shown.shape[2], shown.shape[1])
+        resized = np.asarray(Image.fromarray(pixels_HWC).resize(size, Image.Resampling.BICUBIC), dtype=np.float32)
+        assert np.abs(shown[number].numpy() - resized).max() < 1.01, "lossless, but for rounding"
+
+
+def test_pictures_of_a_video_have_one_size(tmp_path):
+    video = pictures_of(tmp_path, 3)
+    Image.new("RGB", (64, 96)).save(video.files[1])
+    with pytest.raises(UseError, match=r"1\.png: got a frame of 64x96 pixels; expected 96x64 pixels"):
+        read_video_header(video)
+    (tmp_path / "2.png").unlink()
+    with pytest.raises(UseError, match=r"2\.png: got unreadable image"):
+        read_video_header(video)
+
+
 def test_resizing_is_pils_but_for_rounding():
     from megavlm.data.videos import _resized
 
@@ -174,6 +205,23 @@ def test_broken_files_are_named(tmp_path):
     half.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(UseError, match="half.mkv: got unreadable video .*frame 19 is needed"):
         load_video_patches(VideoClip(str(half), (0, 19)), video_grid(STAMPED, 2, 96, 64), STAMPED)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("list.m3u8", "#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n{folder}/secret.ts\n#EXT-X-ENDLIST\n"),
+        ("list.mp4", "ffconcat version 1.0\nfile secret.ts\n"),
+    ],
+)
+def test_a_playlist_opens_no_other_file(tmp_path, monkeypatch, name, text):
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / "secret.ts")
+    (tmp_path / name).write_text(text.format(folder=tmp_path))
+    with open(tmp_path / name, "rb") as file, av.open(file, "r") as container:
+        assert next(container.decode(video=0)).width == 96, "as FFmpeg would have it"
+    with pytest.raises(UseError, match=f"{name}: got unreadable video"):
+        read_video_header(str(tmp_path / name))
 
 
 def test_the_directorys_processor_and_the_recipes_limits(tmp_path):

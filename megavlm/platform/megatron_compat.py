@@ -133,8 +133,8 @@ def _write_in_this_process() -> None:
 
     Forking a process with threads (gloo's, a data loader's) can hang, and starting a writer takes seconds (0.16.1).
     From 0.17 on it writes in threads, which make an assertion of a full disk. The results come through a server
-    process, which takes seconds too and outlives a rank that is killed (every version). Called once for each save: the results
-    of one that failed must not be taken for those of the next.
+    process, which takes seconds too and outlives a rank that is killed (every version). Called once for each save: the
+    results of one that failed must not be taken for those of the next.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 

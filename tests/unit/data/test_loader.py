@@ -1,5 +1,7 @@
 import dataclasses
+import gc
 import itertools
+import json
 import os
 import pickle
 import signal
@@ -7,6 +9,7 @@ import subprocess
 import sys
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -322,3 +325,34 @@ def test_a_worker_that_dies_is_replaced_once(rows_path, encoder, tmp_path, caplo
         assert [one.batch.sample_ids for one in loader.batches(0)] == [one.batch.sample_ids for one in expected]
         assert "new ones take over" in caplog.text
     loader.close()
+
+
+def test_memory_stays_flat_over_many_samples(encoder, tmp_path):
+    """Two walks over the same rows, the second of which must not need more than the first has left behind.
+
+    With MEGAVLM_FULL_MATRIX=1 a walk is 100,000 samples, else 4,000.
+    """
+    num_rows = 100_000 if os.environ.get("MEGAVLM_FULL_MATRIX") else 4_000
+    draw_image(tmp_path / "picture.png", 96, 64)
+    answer = {"role": "assistant", "content": "a red square"}
+    with (tmp_path / "rows.jsonl").open("w") as file:
+        for number in range(num_rows):
+            question = {"role": "user", "content": f"<image>what is {number}?"}
+            file.write(json.dumps({"messages": [question, answer], "images": ["picture.png"]}) + "\n")
+    dataset = Dataset(Rows.open([str(tmp_path / "rows.jsonl")]), encoder, cached_tokens=50_000)
+    dataset.prepare()
+    plan = GlobalBatchPlan(num_rows, 5, 100, 10, 1)
+    loader = BatchLoader(
+        dataset,
+        lambda step: orders_of(dataset, [(row, False) for row in plan.microbatches(step, 0)]),
+        sample_multiple=1,
+        total_multiple=1,
+    )
+    process, after_walk = psutil.Process(), []
+    for walk in range(2):
+        for step in range(walk * num_rows // 100, (walk + 1) * num_rows // 100):
+            assert sum(len(one.batch.sample_ids) for one in loader.batches(step)) == 100
+        gc.collect()
+        after_walk.append(process.memory_info().rss)
+    grown = after_walk[1] - after_walk[0]
+    assert grown < 16 * 2**20, f"{grown / 2**20:.1f} MB more for {num_rows} samples more"

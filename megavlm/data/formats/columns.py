@@ -4,7 +4,8 @@ import json
 import math
 from typing import Any, Literal
 
-from megavlm.data.formats.turns import PLACEHOLDERS, Conversation, Kind, PartMedia, row_error
+from megavlm.data.formats.turns import PLACEHOLDERS, Conversation, Kind, PartMedia, as_json, row_error
+from megavlm.data.numbered_images import has_references
 from megavlm.data.references import References
 from megavlm.data.sample import Box, FrameFiles, Media, Turn, Video
 
@@ -116,6 +117,11 @@ class Columns:
     def _in_order(self, kind: Kind, listed: Any, conversation: Conversation) -> list[PartMedia]:
         listed = [] if listed is None else listed if isinstance(listed, list) else [listed]
         named, placeholder = conversation.named[kind], PLACEHOLDERS[kind]
+        if kind == "image" and has_references(conversation.turns):
+            # Texts name the row's images by number: which of them are shown where is found when the row is encoded.
+            if any(one is not None for one in named):
+                raise row_error(self.where, "images in parts beside <image:1>", "all images in `images`")
+            return [PartMedia(one) for one in listed]
         num_open = named.count(None)
         if kind == "video" and num_open == 1 and len(listed) > 1 and all(isinstance(one, str) for one in listed):
             hint = f"write {placeholder} into the text where each video belongs, or the frames of one as [[...]]"
@@ -210,7 +216,7 @@ class Columns:
             raise row_error(self.where, f"`tools` that are no JSON ({error})", "a list of functions") from error
         if not all(isinstance(tool, dict) for tool in parsed):
             raise row_error(self.where, f"`tools` {str(tools)[:80]}", "a list of functions, each a JSON object")
-        return json.dumps(parsed, ensure_ascii=False)
+        return as_json(parsed, self.where)
 
     def text(self, key: str) -> str:
         """A text; empty where there is none.

@@ -4,13 +4,14 @@ from typing import Any
 
 from megavlm.data.formats.columns import Columns
 from megavlm.data.formats.turns import Conversation, check_order, row_error
+from megavlm.data.messages import ANSWER_ROLES
 from megavlm.data.sample import Sample, Turn
 
 
 def with_answer(conversation: Conversation, answer: Turn) -> Conversation:
     """The conversation with another final answer, or with one where it ends with a question."""
     turns = conversation.turns
-    asked = turns[:-1] if turns and turns[-1].role == "assistant" else turns
+    asked = turns[:-1] if turns and turns[-1].role in ANSWER_ROLES else turns
     return Conversation([*asked, answer], conversation.named)
 
 

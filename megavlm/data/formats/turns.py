@@ -1,8 +1,10 @@
 """Conversations of rows: turns as LLaVA, ms-swift, LLaMA-Factory and OpenAI write them, checked one by one."""
 
+import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from megavlm.data.messages import ANSWER_ROLES
 from megavlm.data.readers import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 from megavlm.data.sample import Turn
 from megavlm.errors import UseError, use_error
@@ -17,6 +19,19 @@ ROLES = {
     "assistant": "assistant",
     "gpt": "assistant",
     "bot": "assistant",
+    "tool_call": "tool_call",
+    "function_call": "tool_call",
+    "tool": "tool",
+    "tool_response": "tool",
+    "observation": "tool",
+}
+# What may come behind a turn; None is the beginning, behind an optional system turn.
+_NEXT = {
+    None: ("user",),
+    "user": ("assistant", "tool_call"),
+    "assistant": ("user", "tool_call"),
+    "tool_call": ("tool_call", "tool"),
+    "tool": ("tool", "tool_call", "assistant"),
 }
 _PART_KINDS = ("text", "image", "image_url", "video", "video_url")
 
@@ -61,15 +76,33 @@ def read_turns(entries: Any, name: str, where: str, system: Any = None) -> Conve
         conversation.turns.append(Turn(role="system", text=system))
     elif system not in (None, ""):
         raise row_error(where, f"`system` of type {type(system).__name__}", "a text")
-    for index, entry in enumerate(_without_pairs(entries)):
+    for index, entry in enumerate(_one_by_one(entries, where)):
         conversation.turns.append(_turn(entry, f"{name}[{index}]", where, conversation))
     return conversation
 
 
-def _without_pairs(entries: list[Any]) -> list[Any]:
-    """Turns one by one where ms-swift's `{"human": question, "assistant": answer}` has two in an entry."""
+def as_json(value: Any, where: str) -> str:
+    """A value of a row as JSON text.
+
+    Raises:
+        UseError: it holds what JSON has not, bytes of a table for instance.
+    """
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        raise row_error(where, f"{str(value)[:80]} ({error})", "what JSON can say") from error
+
+
+def _one_by_one(entries: list[Any], where: str) -> list[Any]:
+    """Turns of entries that have two: ms-swift's `{"human", "assistant"}`, OpenAI's answers with `tool_calls`."""
     turns: list[Any] = []
     for entry in entries:
+        if isinstance(entry, dict) and entry.get("tool_calls"):
+            answer = {key: value for key, value in entry.items() if key != "tool_calls"}
+            if answer.get("content"):
+                turns.append(answer)
+            turns.append({**answer, "role": "tool_call", "content": as_json(entry["tool_calls"], where)})
+            continue
         if isinstance(entry, dict) and set(entry) == {"human", "assistant"}:
             turns += [{"role": role, "content": entry[role]} for role in ("human", "assistant")]
         else:
@@ -78,17 +111,16 @@ def _without_pairs(entries: list[Any]) -> list[Any]:
 
 
 def check_order(turns: list[Turn], where: str, *, require_answer: bool) -> None:
-    """User and assistant in turn, after an optional system turn.
+    """User and assistant in turn, after an optional system turn; calls of tools, and what they say, before an answer.
 
     Raises:
         UseError: any other order, or no answer at the end where one is required.
     """
     roles = [turn.role for turn in turns]
     dialogue = roles[1:] if roles[:1] == ["system"] else roles
-    expected = ["user", "assistant"] * (len(dialogue) // 2 + 1)
-    if dialogue != expected[: len(dialogue)]:
+    if not all(role in _NEXT.get(before, ()) for before, role in zip([None, *dialogue], dialogue, strict=False)):
         raise row_error(where, f"turns by {', '.join(roles)}", "user and assistant in turn after an optional system")
-    if not dialogue or (require_answer and dialogue[-1] != "assistant"):
+    if not dialogue or (require_answer and dialogue[-1] not in ANSWER_ROLES):
         raise row_error(where, "no answer at the end", "a last turn by the assistant")
 
 
@@ -99,18 +131,21 @@ def _turn(entry: Any, name: str, where: str, conversation: Conversation) -> Turn
     role = ROLES.get(raw_role) if isinstance(raw_role, str) else None
     if role is None:
         raise row_error(where, f"{name} by {raw_role!r}", f"a role among {sorted(ROLES)}")
-    text = _text(entry.get("content", entry.get("value")), name, where, conversation)
+    content = entry.get("content", entry.get("value"))
+    if role == "tool_call" and isinstance(content, dict):
+        content = as_json(content, where)
+    text = _text(content, name, where, conversation)
     loss, loss_scale = entry.get("loss"), entry.get("loss_scale")
     loss_scale = 1.0 if loss_scale is None else loss_scale
     if loss is not None and not isinstance(loss, bool):
         raise row_error(where, f"{name}.loss = {loss!r}", "true or false")
-    if loss and role != "assistant":
+    if loss and role not in ANSWER_ROLES:
         raise row_error(where, f"{name}.loss = true on a {role} turn", "loss on assistant turns only")
     if isinstance(loss_scale, bool) or not isinstance(loss_scale, (int, float)) or not 0 <= loss_scale < 1e6:
         raise row_error(where, f"{name}.loss_scale = {loss_scale!r}", "a number of at least 0")
-    if role == "assistant" and (IMAGE_PLACEHOLDER in text or VIDEO_PLACEHOLDER in text):
+    if role in ANSWER_ROLES and (IMAGE_PLACEHOLDER in text or VIDEO_PLACEHOLDER in text):
         raise row_error(where, f"an image or a video in the answer {name}", "them in questions only")
-    if role == "assistant" and not text.strip():
+    if role in ANSWER_ROLES and not text.strip():
         raise row_error(where, f"the empty answer {name}", "an answer with text")
     return Turn(role=role, text=text, loss=loss, loss_scale=float(loss_scale))
 

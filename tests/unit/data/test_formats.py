@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from megavlm.data.messages import spoken
+from megavlm.data.numbered_images import show_references
 from megavlm.data.row_options import RowOptions
 from megavlm.data.rows import Rows
 from megavlm.data.sample import Box, FrameFiles, Turn
@@ -139,6 +141,38 @@ def test_labels_tools_channel_and_weight(folder):
     assert read(folder, {**CHAT, "label": "cat"}).extra == {"label": "cat"}, "a class, not a verdict"
 
 
+CALL = {"name": "look", "arguments": {"at": "cat"}}
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        [{"role": "tool_call", "content": json.dumps(CALL)}, {"role": "tool_response", "content": "black"}],
+        [{"role": "tool_call", "content": CALL}, {"role": "tool", "content": "black"}],
+        [{"from": "function_call", "value": json.dumps(CALL)}, {"from": "observation", "value": "black"}],
+        [
+            {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": CALL}]},
+            {"role": "tool", "content": "black"},
+        ],
+    ],
+)
+def test_calls_of_tools(folder, calls):
+    sample = read(folder, {"messages": [user("Which colour?"), *calls, assistant("Black.")]})
+    assert [turn.role for turn in sample.turns] == ["user", "tool_call", "tool", "assistant"]
+    (message,) = [one for one in spoken(sample.turns, False) if one.calls]
+    assert message.calls == (CALL,)
+    assert sample.turns[2].text == "black"
+
+
+def test_images_by_number(folder):
+    talk = [user("Like <image:2> or <image:1>?"), assistant("<image:2>")]
+    sample = read(folder, {"messages": talk, "images": ["a.png", "b.png"]})
+    assert [path[-5:] for path in sample.images] == ["a.png", "b.png"]
+    shown = show_references(sample)
+    assert [path[-5:] for path in shown.images] == ["b.png", "a.png"]
+    assert [turn.text for turn in shown.turns] == ["Like Picture 2: <image> or Picture 1: <image>?", "Picture 2"]
+
+
 def test_objects(folder):
     row = {
         "messages": [user("<image><image>Find <ref-object>."), assistant("<bbox> and <bbox>, <ref-object>")],
@@ -213,6 +247,18 @@ BAD_ROWS = {
         r"the frames of one as \[\[\.\.\.\]\]",
     ),
     "caption of nothing": ({"txt": " "}, "the empty answer"),
+    "tool without a call": (
+        {"messages": [user("x"), {"role": "tool", "content": "y"}, assistant("z")]},
+        "turns by user, tool, assistant",
+    ),
+    "call without an answer": (
+        {"messages": [user("x"), {"role": "tool_call", "content": "{}"}, assistant("z")]},
+        "turns by user, tool_call, assistant",
+    ),
+    "numbers beside parts": (
+        {"messages": [user([{"image": "a.png"}, {"text": "<image:1>"}]), assistant("x")]},
+        "all images in `images`",
+    ),
     "answer no text": ({"problem": "1+1?", "answer": 2}, "content of type int"),
 }  # fmt: skip
 

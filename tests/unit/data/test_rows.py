@@ -139,7 +139,7 @@ BAD_ROWS = {
     ),
     "turns no list": ({"messages": "hi"}, "a list of turns"),
     "turn no object": (messages("hi"), r"messages\[0\] of type str"),
-    "unknown role": (messages(question("hi"), {"role": "tool", "content": "x"}), "by 'tool'"),
+    "unknown role": (messages(question("hi"), {"role": "wizard", "content": "x"}), "by 'wizard'"),
     "no content": (messages({"role": "user"}, ANSWER), "content of type NoneType"),
     "too few images": ({**GOOD, "images": []}, "0 images and 1 <image> placeholders"),
     "too many images": ({**GOOD, "images": ["a.png", "b.png"]}, "2 images and 1 <image> placeholders"),

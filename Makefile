@@ -6,9 +6,10 @@ TESTS := $(wildcard tests/unit tests/parity tests/invariant tests/distributed te
 PYTEST_ARGS ?=
 NEXT_TESTS := tests/parity tests/unit/checkpoint tests/invariant tests/distributed
 BALANCE_BENCHES := balance packing spreading planner real
+DATA_BENCHES := packing_speed packed_training
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup demo test test-full test-serve test-next test-video check bench bench-balance bench-checkpoint clean
+.PHONY: help setup demo test test-full test-serve test-next test-video check bench bench-balance bench-checkpoint bench-data clean
 
 help:
 	@echo 'make demo       train, export and question a tiny model on real images, on the CPU'
@@ -20,7 +21,7 @@ help:
 	@echo 'make test-video pixels of videos against the processors that need torchvision, in an environment of its own'
 	@echo 'make check      lint, format, types'
 	@echo 'make bench      all benches (bench-balance: places of the encoder, simulated and real; packing; spreading;'
-	@echo '                bench-checkpoint: conversion, asynchronous saves)'
+	@echo '                bench-checkpoint: conversion, asynchronous saves; bench-data: packing, training on packed rows)'
 	@echo 'make setup      .venv alone'
 	@echo 'make clean      remove caches and build folders; .venv and runs/ stay'
 
@@ -56,7 +57,7 @@ check: setup
 	@$(PYTHON) -m ruff format --check .
 	@$(PYTHON) -m mypy
 
-bench: bench-balance bench-checkpoint
+bench: bench-balance bench-checkpoint bench-data
 
 # All of them, also when one misses its figure.
 bench-balance: setup
@@ -65,6 +66,9 @@ bench-balance: setup
 bench-checkpoint: setup
 	@failed=0; for bench in checkpoint "saving --plain" saving; do $(TEST_ENV) $(PYTHON) -m benchmarks.$$bench || failed=1; \
 	done; exit $$failed
+
+bench-data: setup
+	@failed=0; for bench in $(DATA_BENCHES); do $(TEST_ENV) $(PYTHON) -m benchmarks.$$bench || failed=1; done; exit $$failed
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -37,6 +37,11 @@ TITLES = {
         "still for an asynchronous save, against copying the state in memory. Written by "
         "`make bench-checkpoint`.",
     ),
+    "data": (
+        "Data",
+        "Samples into packs: speed on one core, packs over their bound, padding under the alignment of layouts; "
+        "training in packed rows against padded batches. Written by `make bench-data`.",
+    ),
     "demo": (
         "Demo",
         "A tiny Qwen3-VL trained on handwriting by four CPU processes, exported, and asked by transformers about "

@@ -62,8 +62,8 @@ class Shares:
 
     Attributes:
         temperature: T above 0: a share is proportional to weight * num_samples ** (1 / T), so that large sources are
-            seen less often than their size would have it (multilingual BERT; mT5, arXiv 2010.11934, equation in section
-            3.1, where 1 / T is called alpha); 0: to the weight alone.
+            seen less often than their size would have it (multilingual BERT; mT5, arXiv 2010.11934, where 1 / T is
+            called alpha); 0: to the weight alone.
         tasks: (name, weight) of every task that a source names; empty: tasks do not count.
     """
 

@@ -64,6 +64,19 @@ def test_every_packing_holds_the_capacity(sizes):
         assert len(used) >= martello_toth_l2(sizes, CAPACITY)
 
 
+@given(st.lists(st.integers(1, CAPACITY), max_size=60))
+def test_best_fit_takes_the_first_of_the_fullest_packs(sizes):
+    expected, rooms = {}, []
+    for sample in sorted(range(len(sizes)), key=lambda sample: (-sizes[sample], sample)):
+        fitting = [(room, pack) for pack, room in enumerate(rooms) if room >= sizes[sample]]
+        if not fitting:
+            rooms.append(CAPACITY)
+        pack = min(fitting)[1] if fitting else len(rooms) - 1
+        rooms[pack] -= sizes[sample]
+        expected[sample] = pack
+    assert best_fit_decreasing(sizes, CAPACITY).tolist() == [expected[sample] for sample in range(len(sizes))]
+
+
 def test_filling_up_beats_best_fit():
     # Best fit decreasing puts 9 beside 10 and needs a third pack.
     sizes = [10, 9, 7, 6, 4, 4]
@@ -79,6 +92,6 @@ def test_close_to_the_bound_on_many_samples():
 
 
 def test_a_sample_larger_than_a_pack():
-    for function in (martello_toth_l2, fewest_packs):
+    for function in (martello_toth_l2, fewest_packs, best_fit_decreasing):
         with pytest.raises(AssertionError):
             function([21], CAPACITY)

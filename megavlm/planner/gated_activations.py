@@ -25,5 +25,5 @@ def cross_bytes(language: LanguageArchitecture, row: Row) -> float:
     attention = (tokens * width + 2 * visual * width + heads * tokens * visual) * FP32_BYTES
     projection = learns * tokens * width * e + tokens
     mlp = (4 + learns) * tokens * language.ffn_hidden_size / row.tensor * e
-    # what keys and values are made of are the hidden states of both slots; what the gates multiply is kept as well
-    return learns * 2 * hidden + 2 * norm + attention + projection + mlp + 2 * hidden
+    # what keys and values are made of are the hidden states of both slots; what learned gates multiply is kept as well
+    return learns * (2 + 2) * hidden + 2 * norm + attention + projection + mlp

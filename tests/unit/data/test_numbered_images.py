@@ -2,8 +2,8 @@ import pytest
 
 from megavlm.data.encode import SampleEncoder
 from megavlm.data.images import read_image_spec
-from megavlm.data.readers import read_samples
 from megavlm.data.numbered_images import show_numbered
+from megavlm.data.rows import Rows
 from megavlm.data.sample import Sample, Turn
 from megavlm.data.tokens import Tokenizer
 from megavlm.errors import UseError
@@ -52,7 +52,7 @@ def test_from_a_file_to_tokens(qwen_dir, tmp_path):
         draw_image(tmp_path / f"{number}.png", 64 * number, 64)
     turns = [{"role": "user", "content": "<image:2> or <image:1>?"}, {"role": "assistant", "content": "<image:2>"}]
     rows = [{"messages": turns, "images": ["1.png", "2.png"]}]
-    (row,) = read_samples([str(write_jsonl(tmp_path / "rows.jsonl", rows))])
+    (row,) = Rows.open([str(write_jsonl(tmp_path / "rows.jsonl", rows))])
     spec, tokenizer = read_image_spec(qwen_dir, QWEN_INPUTS), Tokenizer(qwen_dir, QWEN_INPUTS.image_token_id)
     encoder = SampleEncoder(QWEN_INPUTS, spec, tokenizer, 512)
     encoded = encoder.encode(row)

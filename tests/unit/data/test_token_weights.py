@@ -28,7 +28,9 @@ ALL = TokenWeights(special=1, instruction=1, response=1)
 
 def open_encoder(qwen_dir, schedule):
     tokenizer = Tokenizer(qwen_dir, QWEN_INPUTS.image_token_id, reads_prompts=schedule.reads_prompts)
-    return SampleEncoder(QWEN_INPUTS, read_image_spec(qwen_dir, QWEN_INPUTS), tokenizer, 512, schedule=schedule)
+    return SampleEncoder(
+        QWEN_INPUTS, read_image_spec(qwen_dir, QWEN_INPUTS), tokenizer, 512, box_format="numbers", schedule=schedule
+    )
 
 
 def test_weights_of_kinds():
@@ -57,13 +59,13 @@ def test_the_phase_of_a_step():
 @pytest.fixture
 def boxed():
     answer = (
-        "the <ref>fox</ref> at <box>[[1, 2, 3, 4]]</box>, the dog <|box_start|>(1,2),(3,4)<|box_end|>, a lazy fox "
-        "[10, 20.5, -3, 4] not [1, 2] and a square box, a dogma"
+        "the <ref>fox</ref> at <box>[[1, 2, 3, 4]]</box>, the <ref-object> <|box_start|>(1,2),(3,4)<|box_end|>, a lazy fox "
+        "[10, 20.5, -3, 4] not [1, 2] and a square box, a dogma in <bbox>"
     )
     return Sample(
         "x:1",
         (Turn("user", "the dog at [1, 2, 3, 4]?"), Turn("assistant", answer, loss_scale=2.0)),
-        boxes=(Box("dog", (0.0, 0.0, 1.0, 1.0)),),
+        boxes=(Box("dog", (5.0, 6.0, 7.0, 8.0)),),
         extra={"entities": ["square box", "the"]},
         weight=0.5,
     )
@@ -79,8 +81,9 @@ def test_coordinates_and_names_are_told_in_answers(qwen_dir, boxed):
         return [encoder.tokenizer.decode(encoded.tokens_S[slice(*edge)]).strip() for edge in edges]
 
     boxes = stretches(BOX)
-    assert len(boxes) == 3
+    assert len(boxes) == 4
     assert "[[1, 2, 3, 4]]" in boxes[0] and "(1,2),(3,4)" in boxes[1] and boxes[2] == "[10, 20.5, -3, 4]"
+    assert boxes[3].startswith("[5") and boxes[3].endswith("]")
     names = [name.strip("<>") for name in stretches(ENTITY)]
     assert names == ["the", "fox", "the dog", "square box"] or names == ["the", "fox", "the", "dog", "square box"]
     # By default nothing of that weighs otherwise; the turn's scale and the row's weight do.

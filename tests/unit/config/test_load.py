@@ -248,3 +248,16 @@ assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_list_of_sections() -> None:
+    phases = "[{instruction: 1, special: 1}, {from_progress: 0.5, box: 2}]"
+    tree = {"data": {"token_weight_schedule": yaml.safe_load(phases)}}
+    recipe = recipe_from_dict(tree)
+    first, second = recipe.data.token_weight_schedule
+    assert (first.special, first.instruction, first.response, first.from_progress) == (1.0, 1.0, 1.0, 0.0)
+    assert (second.instruction, second.box, second.from_progress) == (0.0, 2.0, 0.5)
+    with pytest.raises(UseError, match=r"token_weight_schedule\[0\].*boxes: got an unknown key.*box"):
+        recipe_from_dict({"data": {"token_weight_schedule": [{"boxes": 1}]}})
+    with pytest.raises(UseError, match=r"token_weight_schedule\[0\]: .*got 3 \(int\); expected a section"):
+        recipe_from_dict({"data": {"token_weight_schedule": [3]}})

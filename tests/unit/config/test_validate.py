@@ -64,6 +64,8 @@ def check(text: str, parts: list[str]) -> None:
         ["optimizer.freeze_vit=true", "optimizer.freeze_llm=true", "optimizer.aligner_lr=1e-3"],
         ["data.max_pixels=100", "data.min_pixels=100"],
         ["data.min_pixels=100"],
+        ["data.template=vicuna", "data.too_long=cut_answer", "data.token_weights.instruction=0.5"],
+        ["data.token_weight_schedule=[{instruction: 1, special: 1}, {from_progress: 0.5, box: 2}]"],
         ["model.hidden_dropout=0.1", "model.backend=flash"],
     ],
 )
@@ -141,6 +143,15 @@ def test_good_recipes_pass(folder: Path, overrides: list[str]) -> None:
         (["data.root=none"], ["data.root", "which does not exist"]),
         (["data.root=model", "data.image_dir=."], ["data.image_dir", "outside of data.root `model`"]),
         (["data.max_length=1"], ["data.max_length", "at least 2"]),
+        (["data.template=chatlm"], ["data.template", "`chatlm`", "chatml, vicuna, llama2, llava_plain"]),
+        (["data.template=none.jinja"], ["data.template", "an existing .jinja file"]),
+        (["data.token_weights.box=-1"], ["data.token_weights.box", "at least 0"]),
+        (["data.token_weights.response=0"], ["data.token_weights", "all 0"]),
+        (["data.token_weight_schedule=[{from_progress: 0.5}]"], ["schedule[0].from_progress", "0 in the first phase"]),
+        (["data.token_weight_schedule=[{}, {from_progress: 1}]"], ["schedule[1].from_progress", "below 1"]),
+        (["data.token_weight_schedule=[{}, {}]"], ["schedule[1].from_progress", "ascending"]),
+        (["data.token_weight_schedule=[{response: 0}]"], ["schedule[0]", "all 0"]),
+        (["data.token_weight_schedule=[{}]", "data.token_weights.box=1"], ["one of the two"]),
     ],
 )
 def test_contradictions_are_named(folder: Path, overrides: list[str], parts: list[str]) -> None:

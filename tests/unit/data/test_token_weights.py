@@ -9,6 +9,7 @@ from megavlm.data.examine import examine
 from megavlm.data.images import read_image_spec
 from megavlm.data.packing import pack
 from megavlm.data.sample import Box, Sample, Turn
+from megavlm.data.spans import box_spans
 from megavlm.data.token_weights import (
     BOX,
     ENTITY,
@@ -59,8 +60,8 @@ def test_the_phase_of_a_step():
 @pytest.fixture
 def boxed():
     answer = (
-        "the <ref>fox</ref> at <box>[[1, 2, 3, 4]]</box>, the <ref-object> <|box_start|>(1,2),(3,4)<|box_end|>, a lazy fox "
-        "[10, 20.5, -3, 4] not [1, 2] and a square box, a dogma in <bbox>"
+        "the <ref>fox</ref> at <box>[[1, 2, 3, 4]]</box>, the <ref-object> <|box_start|>(1,2),(3,4)<|box_end|>, "
+        "a lazy fox [10, 20.5, -3, 4] not [1, 2] and a square box, a dogma in <bbox>"
     )
     return Sample(
         "x:1",
@@ -93,6 +94,12 @@ def test_coordinates_and_names_are_told_in_answers(qwen_dir, boxed):
     heavy = encoded.loss_weights_S(TokenWeights(box=3))
     assert set(heavy[encoded.token_classes_S == BOX].tolist()) == {4.0}
     assert set(heavy[encoded.token_classes_S == ENTITY].tolist()) == {1.0}
+
+
+def test_points_and_lists_of_other_lengths():
+    text = '{"point_2d": [3, 4], "label": "x"} [1, 2] [1, 2, 3] [1, 2, 3, 4, 5] [1,2,3,4]'
+    assert [text[slice(*span)] for span in box_spans(text, [(0, len(text))])] == ["[3, 4]", "[1,2,3,4]"]
+    assert box_spans(text, [(0, 14)]) == []
 
 
 def test_images_are_never_learned(qwen_dir, tmp_path):

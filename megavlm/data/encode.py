@@ -7,19 +7,18 @@ import dataclasses
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from megavlm.config.inputs import InputSpec
 from megavlm.config.schema import DataConfig
 from megavlm.data.boxes import write_boxes
-from megavlm.data.cut import exchange_ends, first_turns
+from megavlm.data.cut import TooLongRule, cut_row
 from megavlm.data.encode_video import Inset, VideoEncoder
 from megavlm.data.images import ImageSpec, read_image_size, read_image_spec, target_grid
 from megavlm.data.media import media_name
 from megavlm.data.messages import ANSWER_ROLES
-from megavlm.data.numbered_images import show_references
+from megavlm.data.numbered_images import show_numbered
 from megavlm.data.positions import linear_positions, mrope_positions
 from megavlm.data.readers import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 from megavlm.data.sample import EncodedSample, FrameFiles, Media, Sample, Turn
@@ -27,8 +26,6 @@ from megavlm.data.token_weights import DEFAULT_SCHEDULE, READ, RESPONSE, TokenSc
 from megavlm.data.tokens import EncodedChat, Tokenizer
 from megavlm.data.video_spec import VideoLimits, VideoSpec, read_video_spec
 from megavlm.errors import UseError, use_error
-
-TooLongRule = Literal["drop", "cut_turns", "cut_answer", "stop"]
 
 
 class TooLong(Exception):  # noqa: N818 - not an error: the row is dropped and counted
@@ -53,7 +50,6 @@ def open_encoder(
     min_pixels: int = 0,
     max_pixels: int = 0,
     videos: VideoLimits | None = None,
-    *,
     box_format: str = "",
     max_image_pixels: int = DataConfig.max_image_pixels,
     template: str = "",
@@ -80,17 +76,9 @@ def open_encoder(
     """
     image_spec = read_image_spec(hf_dir, inputs, min_pixels, max_pixels)
     tokenizer = Tokenizer(hf_dir, inputs.image_token_id, inputs.has_borders, template, schedule.reads_prompts)
-    return SampleEncoder(
-        inputs,
-        image_spec,
-        tokenizer,
-        max_length,
-        read_video_spec(hf_dir, inputs, image_spec, videos),
-        box_format=box_format,
-        max_image_pixels=max_image_pixels,
-        too_long=too_long,
-        schedule=schedule,
-    )
+    video_spec = read_video_spec(hf_dir, inputs, image_spec, videos)
+    limits = (max_length, video_spec, box_format, max_image_pixels, too_long)
+    return SampleEncoder(inputs, image_spec, tokenizer, *limits, schedule)
 
 
 class SampleEncoder:
@@ -103,7 +91,6 @@ class SampleEncoder:
         tokenizer: Tokenizer,
         max_length: int,
         video_spec: VideoSpec | None = None,
-        *,
         box_format: str = "",
         max_image_pixels: int = DataConfig.max_image_pixels,
         too_long: TooLongRule = "drop",
@@ -160,10 +147,11 @@ class SampleEncoder:
             TooLong: nothing of the row fits into `max_length` tokens.
         """
         try:
-            sample = show_references(self.with_boxes(sample))
             self._check_text(sample.turns)
             self._check_videos(sample)
-            encoded = self._encode(sample)
+            names = _entities(sample)
+            sample = show_numbered(self.with_boxes(sample))
+            encoded = self._encode(sample, names)
             num_tokens = len(encoded.tokens_S)
             if num_tokens <= self.max_length:
                 return encoded
@@ -174,7 +162,7 @@ class SampleEncoder:
                     f"at most data.max_length {self.max_length}",
                     "raise data.max_length, or let data.too_long drop or cut such rows",
                 )
-            cut = self._cut(sample) if self.too_long != "drop" else None
+            cut = cut_row(sample, self.max_length, self.too_long, lambda part: self._encode(part, names))
         except UseError as error:
             raise UseError(f"{sample.sample_id}: {error}") from error
         if cut is None:
@@ -193,7 +181,7 @@ class SampleEncoder:
             TooLong: it has more than `max_length` tokens.
         """
         try:
-            sample = show_references(self.with_boxes(sample))
+            sample = show_numbered(self.with_boxes(sample))
             turns = sample.turns
             while turns[-1].role in ANSWER_ROLES:
                 turns = turns[:-1]
@@ -208,52 +196,9 @@ class SampleEncoder:
             raise TooLong(sample.sample_id, len(encoded.tokens_S), self.max_length)
         return encoded
 
-    def _encode(self, sample: Sample) -> EncodedSample:
-        listed = sample.extra.get("entities")
-        names = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
-        names += [box.reference for box in sample.boxes]
-        chat = self.tokenizer.encode_chat(sample.turns, sample.tools, names)
-        encoded = self._finish(sample, chat)
+    def _encode(self, sample: Sample, names: Sequence[str]) -> EncodedSample:
+        encoded = self._finish(sample, self.tokenizer.encode_chat(sample.turns, sample.tools, names))
         return dataclasses.replace(encoded, scales_S=encoded.scales_S * np.float32(sample.weight))
-
-    def _cut(self, sample: Sample) -> EncodedSample | None:
-        """As many whole exchanges as fit, and with `cut_answer` a part of the next answer; None: nothing fits."""
-        ends = exchange_ends(sample.turns)
-        fitting: EncodedSample | None = None
-        if not ends:
-            return None
-        low, high = 0, len(ends) + (ends[-1] < len(sample.turns))  # the first `low` fit, the first `high` do not
-        while high - low > 1:
-            middle = (low + high) // 2
-            encoded = self._encode(first_turns(sample, ends[middle - 1]))
-            if len(encoded.tokens_S) <= self.max_length:
-                low, fitting = middle, dataclasses.replace(encoded, cut="turns")
-            else:
-                high = middle
-        if self.too_long == "cut_answer":
-            start = ends[low - 1] if low else 0
-            for number in range(start, ends[low] if low < len(ends) else start):
-                if sample.turns[number].role == "assistant":
-                    begun = self._cut_answer(self._encode(first_turns(sample, number + 1)))
-                    if begun is not None:
-                        return begun
-        return fitting
-
-    def _cut_answer(self, encoded: EncodedSample) -> EncodedSample | None:
-        """The row up to `max_length`, if that falls into its last answer."""
-        length = self.max_length
-        answer_S = np.flatnonzero(encoded.token_classes_S >= RESPONSE)
-        between_S = encoded.token_classes_S[length - 1 : answer_S[-1] + 1]
-        if len(between_S) < 2 or not (between_S >= RESPONSE).all():
-            return None
-        return dataclasses.replace(
-            encoded,
-            tokens_S=encoded.tokens_S[:length],
-            token_classes_S=encoded.token_classes_S[:length],
-            scales_S=encoded.scales_S[:length],
-            position_ids_3S=encoded.position_ids_3S[:, :length],
-            cut="answer",
-        )
 
     def with_boxes(self, sample: Sample) -> Sample:
         """The row with what its `objects` say written into its texts, as the recipe's `data.box_format` has it.
@@ -389,3 +334,10 @@ class SampleEncoder:
         grids = [grid for inset in insets for grid in inset.placed]
         intervals = [inset.interval for inset in insets for _ in inset.placed]
         return mrope_positions(tokens_S, self.inputs.image_token_id, grids, self.inputs.merge_size, intervals)
+
+
+def _entities(sample: Sample) -> list[str]:
+    """Names that a row gives to things: of its boxes, and in its column `entities`."""
+    listed = sample.extra.get("entities")
+    names = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
+    return [*names, *(box.reference for box in sample.boxes)]

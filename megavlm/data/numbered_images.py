@@ -16,18 +16,18 @@ from megavlm.errors import use_error
 _REFERENCE = re.compile(r"<image(?::(\d+))?>")
 
 
-def has_references(turns: Sequence[Turn]) -> bool:
+def has_numbers(turns: Sequence[Turn]) -> bool:
     """Whether any text names an image by number."""
     return any(found.group(1) for turn in turns for found in _REFERENCE.finditer(turn.text))
 
 
-def show_references(sample: Sample) -> Sample:
+def show_numbered(sample: Sample) -> Sample:
     """The row with names in place of numbers, and its images in the order in which they are shown.
 
     Raises:
         UseError: a number without an image, an image that is not shown, or shown in an answer.
     """
-    if not has_references(sample.turns):
+    if not has_numbers(sample.turns):
         return sample
     shown: list[int] = []
     turns = []

@@ -5,7 +5,7 @@ import math
 from typing import Any, Literal
 
 from megavlm.data.formats.turns import PLACEHOLDERS, Conversation, Kind, PartMedia, as_json, row_error
-from megavlm.data.numbered_images import has_references
+from megavlm.data.numbered_images import has_numbers
 from megavlm.data.references import References
 from megavlm.data.sample import Box, FrameFiles, Media, Turn, Video
 
@@ -117,7 +117,7 @@ class Columns:
     def _in_order(self, kind: Kind, listed: Any, conversation: Conversation) -> list[PartMedia]:
         listed = [] if listed is None else listed if isinstance(listed, list) else [listed]
         named, placeholder = conversation.named[kind], PLACEHOLDERS[kind]
-        if kind == "image" and has_references(conversation.turns):
+        if kind == "image" and has_numbers(conversation.turns):
             # Texts name the row's images by number: which of them are shown where is found when the row is encoded.
             if any(one is not None for one in named):
                 raise row_error(self.where, "images in parts beside <image:1>", "all images in `images`")

@@ -101,7 +101,9 @@ def _one_by_one(entries: list[Any], where: str) -> list[Any]:
             answer = {key: value for key, value in entry.items() if key != "tool_calls"}
             if answer.get("content"):
                 turns.append(answer)
-            turns.append({**answer, "role": "tool_call", "content": as_json(entry["tool_calls"], where)})
+            calls = entry["tool_calls"] if isinstance(entry["tool_calls"], list) else [entry["tool_calls"]]
+            functions = [call.get("function", call) if isinstance(call, dict) else call for call in calls]
+            turns += [{**answer, "role": "tool_call", "content": as_json(one, where)} for one in functions]
             continue
         if isinstance(entry, dict) and set(entry) == {"human", "assistant"}:
             turns += [{"role": role, "content": entry[role]} for role in ("human", "assistant")]

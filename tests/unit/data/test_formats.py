@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megavlm.data.messages import spoken
-from megavlm.data.numbered_images import show_references
+from megavlm.data.numbered_images import show_numbered
 from megavlm.data.row_options import RowOptions
 from megavlm.data.rows import Rows
 from megavlm.data.sample import Box, FrameFiles, Turn
@@ -168,7 +168,7 @@ def test_images_by_number(folder):
     talk = [user("Like <image:2> or <image:1>?"), assistant("<image:2>")]
     sample = read(folder, {"messages": talk, "images": ["a.png", "b.png"]})
     assert [path[-5:] for path in sample.images] == ["a.png", "b.png"]
-    shown = show_references(sample)
+    shown = show_numbered(sample)
     assert [path[-5:] for path in shown.images] == ["b.png", "a.png"]
     assert [turn.text for turn in shown.turns] == ["Like Picture 2: <image> or Picture 1: <image>?", "Picture 2"]
 

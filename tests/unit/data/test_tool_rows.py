@@ -59,5 +59,5 @@ def test_a_row_that_ends_with_what_a_tool_says(tmp_path):
 def test_numbers_and_parts_with_images_do_not_mix(tmp_path):
     parts = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "<image:1>?"}]
     row = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "x"}]}
-    with pytest.raises(UseError, match="one way to say where images are"):
+    with pytest.raises(UseError, match="images in parts beside <image:1>; expected all images in `images`"):
         read(tmp_path, row)

@@ -34,7 +34,7 @@ class Source:
         """All rows, in order."""
         from megavlm.data.inspect.rows import open_rows
 
-        return open_rows(self.paths, self.recipe.data.image_dir)
+        return open_rows(self.paths, self.recipe.data)
 
     def encoder(self, max_length: int = 0) -> "SampleEncoder | None":
         """What turns rows into tokens; None where no model is named.
@@ -48,7 +48,7 @@ class Source:
 
         start()
         from megavlm.checkpoint.hf_io import read_architecture
-        from megavlm.train.state import encoder_of
+        from megavlm.train.datasets import encoder_of
 
         data = replace(self.recipe.data, max_length=max_length or self.recipe.data.max_length)
         return encoder_of(replace(self.recipe, data=data), read_architecture(Path(self.recipe.model.hf_dir)).inputs)
@@ -124,6 +124,14 @@ def write_json(path: str, tree: Any) -> None:
         Path(path).write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise use_error("--json", str(error), "a file that can be written", "choose another place") from error
+
+
+def write_page(path: str, text: str) -> None:
+    """A page, at the place that was asked for."""
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise use_error(path, str(error), "a file that can be written", "choose another place") from error
 
 
 def show_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -38,7 +38,7 @@ def wrong_boxes(sample: Sample, sizes: Sequence[Size]) -> list[str]:
         sample: the row.
         sizes: of its images.
     """
-    found = [problem for box in sample.boxes if (problem := _wrong_object(box, sizes))]
+    found = [problem for box in sample.boxes if box.corners and (problem := _wrong_object(box, sizes))]
     written = [box for turn in sample.turns + sample.rejected_turns for box in written_boxes(turn.text)]
     for box in written:
         if _is_reversed(box):

@@ -43,8 +43,8 @@ REMARKS = {
 # What the reader's messages say, by which its refusals are sorted.
 _READER_WORDS = (
     ("broken JSON", "broken_json"),
-    ("got no image file", "missing_image"),
-    ("got no video file", "missing_image"),
+    ("got no image", "missing_image"),
+    ("got no video", "missing_image"),
     ("got turns by", "turn_order"),
     ("got no answer at the end", "turn_order"),
     ("got the empty answer", "empty_answer"),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import imagehash
 import numpy as np
 
-from megavlm.data.images import read_image
+from megavlm.data.images import load_rgb
 from megavlm.data.inspect.processes import map_items
 from megavlm.data.media import media_name, open_media
 from megavlm.data.sample import InlineBytes, Media, Sample
@@ -61,7 +61,7 @@ def look_at(media: Media, *, with_looks: bool = True) -> Picture:
         reason = str(use_error(name, f"no image ({error.strerror or error})", "an image file", "correct the path"))
         return Picture(name, "missing_image", reason)
     try:
-        image = read_image(InlineBytes(data, name))
+        image = load_rgb(InlineBytes(data, name))
     except UseError as error:
         return Picture(name, "broken_image", str(error))
     looks = np.packbits(imagehash.phash(image, hash_size=HASH_SIDE).hash).tobytes() if with_looks else b""

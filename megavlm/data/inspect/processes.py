@@ -11,7 +11,7 @@ from megavlm.errors import RunError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_CHUNK = 64
+_CHUNK = 32
 
 
 def map_items(work: Callable[[Item], Result], items: Sequence[Item], nproc: int = 1) -> Iterator[Result]:

@@ -5,22 +5,23 @@ import os
 from collections.abc import Sequence
 from typing import Any, overload
 
+from megavlm.config.schema import DataConfig
 from megavlm.data import readers
 from megavlm.data.sample import Sample
 from megavlm.errors import UseError, use_error
 
 
-def open_rows(paths: Sequence[str], image_dir: str = "") -> Sequence[Sample]:
+def open_rows(paths: Sequence[str], data: DataConfig | None = None) -> Sequence[Sample]:
     """All rows of all files, in order; taking one that cannot be read raises its UseError.
 
     Args:
         paths: `.json` (an array of rows) or `.jsonl` (one row a line) files.
-        image_dir: root of relative image paths; empty: the folder of the row's file.
+        data: how rows are read; None: by the defaults.
 
     Raises:
         UseError: a file that is missing, empty, or holds no rows.
     """
-    return _ReadRows(paths, image_dir)
+    return _ReadRows(paths, (data or DataConfig()).image_dir)
 
 
 def read_row(samples: Sequence[Sample], row: int) -> Sample | UseError:

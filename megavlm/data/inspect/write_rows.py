@@ -66,10 +66,10 @@ def row_of(sample: Sample, folder: Path) -> dict[str, Any]:
         row["rejected_images"] = [_reference(one, folder) for one in sample.rejected_images]
     if sample.boxes:
         row["objects"] = {
-            "ref": [box.reference for box in sample.boxes],
-            "bbox": [list(box.corners) for box in sample.boxes],
+            "ref": [box.reference for box in sample.boxes if box.reference],
+            "bbox": [list(box.corners) for box in sample.boxes if box.corners],
             "bbox_type": sample.boxes[0].unit,
-            "image_id": [box.image for box in sample.boxes],
+            "image_id": [box.image for box in sample.boxes if box.corners],
         }
     for key, value, default in (
         ("margin", sample.margin, None),

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 SUMMARY = "look at every row and decode every image: what is missing, broken, repeated or out of range"
 
 EPILOG = """\
-Reads every row, decodes every image whole, and looks for: broken JSON, turns out of order, empty answers, repeated rows;
-images that are missing, cannot be decoded or are truncated; boxes outside their image (of `objects`, and written into
-the texts as shares, thousandths or pixels). With --hf-dir also rows that its chat template, tokenizer or image processor
-refuse. These are mistakes: such a row does not pass.
+Reads every row, decodes every image whole, and looks for: broken JSON, turns out of order, empty answers, repeated
+rows; images that are missing, cannot be decoded or are truncated; boxes outside their image (of `objects`, and
+written into the texts as shares, thousandths or pixels). With --hf-dir also rows that its chat template, tokenizer or
+image processor refuse. These are mistakes: such a row does not pass.
 
 Other things are only remarked on: images that are byte for byte another one or look like it (a perceptual hash of 256
 bits that differs in at most --max-distance), rows that are too long or in which nothing is learned.

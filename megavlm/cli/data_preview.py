@@ -7,9 +7,9 @@ from megavlm.cli.data_source import ANY_LENGTH, add_source_arguments, console, o
 SUMMARY = "write an HTML page with rows as the model will see them: tokens, weights, positions, pixels"
 
 EPILOG = """\
-Encodes rows as training does, and shows every token, coloured by the weight of its loss, with its id and position, the
-model's own tokens included. Images are shown as the encoder gets them: resized, cropped or cut into tiles, from the very
-patches, with normalising undone.
+Encodes rows as training does, and shows every token, coloured by the weight of its loss, with its id and position,
+the model's own tokens included. Images are shown as the encoder gets them: resized, cropped or cut into tiles, from
+the very patches, with normalising undone.
 
 examples:
   megavlm data preview rows.jsonl --image-dir images --hf-dir models/qwen3-vl --out preview.html

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 SUMMARY = "histograms of turns, tokens, image sizes and answers, and what padding would cost"
 
 EPILOG = """\
-Reads every row and the header of every image. With a model (--hf-dir, or a recipe) rows are encoded, too: tokens, those
-that are learned, those of images; and the share of padding if each row were padded to max_length, and if rows are packed
-(best fit decreasing, 1,024 rows at a time).
+Reads every row and the header of every image. With a model (--hf-dir, or a recipe) rows are encoded, too: tokens,
+those that are learned, those of images; and the share of padding if each row were padded to max_length, and if rows
+are packed (best fit decreasing, 1,024 rows at a time).
 
 examples:
   megavlm data stats rows.jsonl --image-dir images --hf-dir models/qwen3-vl --html stats.html

@@ -1,7 +1,7 @@
 """Boxes of a row that lie outside its images: those of its `objects`, and those written into its texts.
 
-In texts the unit is not stated. A row's boxes are taken for shares of the sides (0 to 1), for pixels, or for thousandths
-(0 to 1000, Qwen2-VL and InternVL), whichever fits all of them; a box is wrong where none does.
+In texts the unit is not stated. A row's boxes are taken for shares of the sides (0 to 1), for pixels, or for
+thousandths (0 to 1000, Qwen2-VL and InternVL), whichever fits all of them; a box is wrong where none does.
 """
 
 import json
@@ -22,7 +22,7 @@ _FOUR = re.compile(rf"{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}")
 
 
 def written_boxes(text: str) -> Iterator[tuple[float, ...]]:
-    """(x1, y1, x2, y2) of the boxes in a text: `<box>[[..]]</box>`, Qwen's box tokens, JSON with `bbox_2d` or `bbox`."""
+    """(x1, y1, x2, y2) of boxes in a text: `<box>[[..]]</box>`, Qwen's box tokens, JSON with `bbox_2d` or `bbox`."""
     for match in _TAGGED.finditer(text):
         for numbers in _FOUR.findall(match.group(1)):
             yield tuple(map(float, numbers))

@@ -144,8 +144,7 @@ def _looked_at(row: int, sample: Sample, pictures: dict[Media, Picture]) -> list
     if not found:
         sizes = [(one.width_px, one.height_px) for one in seen[: len(sample.images)]]
         found = [
-            Finding(row, "box_out_of_range", f"{sample.sample_id}: {problem}")
-            for problem in wrong_boxes(sample, sizes)
+            Finding(row, "box_out_of_range", f"{sample.sample_id}: {problem}") for problem in wrong_boxes(sample, sizes)
         ]
     for video in sample.videos:
         try:
@@ -155,9 +154,7 @@ def _looked_at(row: int, sample: Sample, pictures: dict[Media, Picture]) -> list
     return found
 
 
-def _alike(
-    readable: Sequence[tuple[int, Sample]], pictures: dict[Media, Picture], max_distance: int
-) -> list[Finding]:
+def _alike(readable: Sequence[tuple[int, Sample]], pictures: dict[Media, Picture], max_distance: int) -> list[Finding]:
     """Each image that is like an earlier one, once, with the row that shows it first."""
     shown_in: dict[Media, tuple[int, str]] = {}
     for row, sample in readable:
@@ -177,7 +174,7 @@ def _alike(
 
 
 def origins(pictures: Sequence[Picture], max_distance: int) -> tuple[list[int], list[int]]:
-    """For each image the first one with the same bytes, and the first one that it looks like; itself if there is none."""
+    """For each image the first one with the same bytes, and the first that it looks like; itself if there is none."""
     first: dict[bytes, int] = {}
     same = [first.setdefault(picture.digest, number) for number, picture in enumerate(pictures)]
     looks = np.frombuffer(b"".join(picture.looks for picture in pictures), dtype=np.uint8)

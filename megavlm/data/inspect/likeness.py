@@ -1,7 +1,8 @@
 """Which of many items is like an earlier one, by the Hamming distance of their hashes, without comparing all pairs.
 
-Hashes that differ in at most d bits agree wholly in at least one of d + 1 pieces that they are cut into; only items that
-agree in a piece are compared (Manku, Jain and Das Sarma, "Detecting near-duplicates for web crawling", WWW 2007).
+Hashes that differ in at most d bits agree wholly in at least one of d + 1 pieces that they are cut into; only items
+that agree in a piece are compared (Manku, Jain and Das Sarma, "Detecting near-duplicates for web crawling", WWW
+2007).
 
 Shape suffixes: N items, U different hashes, B bytes of a hash, M pairs.
 """
@@ -49,7 +50,8 @@ def first_alike(hashes_NB: np.ndarray, max_distance: int) -> np.ndarray:
 
 def near_pairs(hashes_NB: np.ndarray, max_distance: int) -> np.ndarray:
     """All pairs that differ in at most so many bits: int64 [M, 2], the lesser number first, by the greater, then the
-    lesser."""
+    lesser.
+    """
     num_items, num_bytes = hashes_NB.shape
     bits_NL = np.unpackbits(hashes_NB, axis=1)
     found = [np.zeros((0, 2), dtype=np.int64)]

@@ -1,4 +1,4 @@
-"""What is known of every image of a data set once it was decoded whole: its size, its hashes, or what is wrong with it."""
+"""What is known of an image once it was decoded whole: its size, its hashes, or what is wrong with it."""
 
 import functools
 import hashlib
@@ -15,7 +15,7 @@ from megavlm.data.sample import InlineBytes, Media, Sample
 from megavlm.errors import UseError, use_error
 
 HASH_SIDE = 16
-"""The perceptual hash has this squared of bits. With the usual 64 bits, unrelated small images of black and white are as
+"""The perceptual hash has this squared of bits. With the usual 64, unrelated small images in black and white are as
 near to each other as an image is to its JPEG; with 256 they are not."""
 HASH_BYTES = HASH_SIDE**2 // 8
 

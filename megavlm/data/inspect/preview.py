@@ -114,12 +114,16 @@ def show_tokens(encoded: EncodedSample, encoder: SampleEncoder) -> list[ShownTok
     """Tokens in order; runs of visual tokens become one."""
     tokens_S, weights_S, positions_3S = encoded.tokens_S, encoded.loss_weights_S, encoded.position_ids_3S
     is_visual = tokens_S == encoder.inputs.image_token_id
+    # Images may follow each other without a token in between; each gets a run of its own.
+    ends = set(np.cumsum([encoder.inputs.num_image_tokens(grid) for grid in encoded.grids_thw]).tolist())
     shown: list[ShownToken] = []
-    start = 0
+    start = num_visual = 0
     while start < len(tokens_S):
         stop = start + 1
-        while is_visual[start] and stop < len(tokens_S) and is_visual[stop]:
-            stop += 1
+        if is_visual[start]:
+            num_visual += 1
+            while num_visual not in ends and stop < len(tokens_S) and is_visual[stop]:
+                stop, num_visual = stop + 1, num_visual + 1
         text = encoder.tokenizer.decode([int(tokens_S[start])], skip_special_tokens=False)
         plain = encoder.tokenizer.decode([int(tokens_S[start])], skip_special_tokens=True)
         kind = "visual" if is_visual[start] else "text" if plain else "special"
@@ -173,9 +177,7 @@ def _image(encoded: EncodedSample, number: int, encoder: SampleEncoder) -> Shown
     return ShownImage(media_name(source), facts, (_frame(whole, "the whole"),), tuple(named), columns)
 
 
-def pixels_of(
-    patches_PC: torch.Tensor, grid: Grid, spec: ImageSpec, *, every_frame: bool = False
-) -> list[np.ndarray]:
+def pixels_of(patches_PC: torch.Tensor, grid: Grid, spec: ImageSpec, *, every_frame: bool = False) -> list[np.ndarray]:
     """The pictures that patches were made of: normalising and cutting undone.
 
     Args:

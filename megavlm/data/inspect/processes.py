@@ -1,10 +1,10 @@
-"""The same work on many items, in this process or in several: the result is the same either way, in the items' order."""
+"""The same work on many items, in this process or in several: the same results either way, in the items' order."""
 
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from megavlm.errors import RunError
 
@@ -36,13 +36,13 @@ def map_items(work: Callable[[Item], Result], items: Sequence[Item], nproc: int 
             raise RunError("a process that looks at the rows was killed (out of memory?); try --nproc 1") from error
 
 
-_work: list[Callable] = []
+_work: list[Callable[[Any], Any]] = []
 
 
-def _set_work(work: Callable) -> None:
+def _set_work(work: Callable[[Any], Any]) -> None:
     """Once a process, so that a tokenizer does not travel with every item."""
     _work[:] = [work]
 
 
-def _do_work(item: Item) -> object:
+def _do_work(item: Any) -> Any:
     return _work[0](item)

@@ -202,7 +202,9 @@ def _histograms(rows: Sequence[RowFigures], has_tokens: bool) -> Iterable[Histog
             histogram("answers", "Length of an answer", "characters", answers),
             histogram("images", "Images of a row", "images", [len(row.image_sizes) for row in rows]),
             histogram("pixels", "Area of an image", "pixels", [width * height for width, height in sizes]),
-            histogram("aspect", "Width of an image over its height", "ratio", [width / height for width, height in sizes]),
+            histogram(
+                "aspect", "Width of an image over its height", "ratio", [width / height for width, height in sizes]
+            ),
         )
         if one is not None
     )

@@ -1,4 +1,4 @@
-"""Rows back to a file: ms-swift's `messages`, whatever they were read from, so that files of several spellings can be one.
+"""Rows back to a file: as ms-swift's `messages`, whatever they were read from, so that several spellings become one.
 
 Paths of images become relative to the new file where they lie below its folder, absolute elsewhere. An image out of an
 archive or a table is written into the row, as a data URI.

@@ -82,10 +82,10 @@ def test_stats_and_preview_of_a_recipe(rows: Path, hf_dir: Path, tmp_path: Path,
     words = ["data", "stats", str(recipe), "data.max_length=30", "--nproc", "1", "--html", str(page)]
     ((code, out, err),) = workers(1).run(call, words=[*words, "--json", str(stats)])
     assert code == 0, err
-    assert "Tokens of a row" in out and "1 rows are left out" in out
+    assert "Tokens of a row" in out and "Padding" in out
     found = json.loads(stats.read_text())
-    assert found["totals"]["images"] == 5 and found["totals"]["visual tokens"] > 0
-    assert found["num_too_long"] == 0 and [one["num_packs"] for one in found["padding"]] == [5, 5]
+    assert found["totals"]["images"] == 6 and found["totals"]["visual tokens"] > 0
+    assert found["num_too_long"] == 0 and [one["num_packs"] for one in found["padding"]] == [6, 6]
     text = page.read_text()
     assert "histogram-tokens" in text and "Visual tokens of a row" in text and "http" not in text
     preview = tmp_path / "preview.html"

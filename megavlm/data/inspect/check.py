@@ -36,6 +36,7 @@ REMARKS = {
     "duplicate_image": "another file with the same bytes comes earlier",
     "near_duplicate_image": "an image that looks like an earlier one",
     "too_long": "more tokens than max_length: training leaves it out",
+    "cut": "more tokens than max_length: training leaves out its last turns, or the end of an answer",
     "nothing_to_learn": "no token has a weight: training leaves it out",
 }
 """What is said of a row or image that passes all the same."""
@@ -188,6 +189,8 @@ def _encode_problem(encoder: SampleEncoder, sample: Sample) -> tuple[str, str] |
         return "too_long", str(error)
     except UseError as error:
         return "does_not_encode", str(error)
-    if not encoded.loss_weights_S[1:].any():
+    if encoded.cut:
+        return "cut", f"{sample.sample_id}: cut ({encoded.cut})"
+    if not encoder.learns(encoded):
         return "nothing_to_learn", f"{sample.sample_id}: no token with a weight"
     return None

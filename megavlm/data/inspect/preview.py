@@ -103,7 +103,7 @@ def show_row(samples: Sequence[Sample], row: int, encoder: SampleEncoder, max_le
     except UseError as error:
         return ShownRow(sample.sample_id, "", problem=str(error))
     num_visual = int((encoded.tokens_S == encoder.inputs.image_token_id).sum())
-    num_learned = int((encoded.loss_weights_S > 0).sum())
+    num_learned = int((encoded.loss_weights_S(encoder.token_schedule.last) > 0).sum())
     facts = f"{len(encoded.tokens_S):,} tokens, {num_visual:,} of them visual, {num_learned:,} learned"
     if len(encoded.tokens_S) > max_length:
         facts += f"; longer than max_length {max_length:,}: training leaves it out"
@@ -112,7 +112,8 @@ def show_row(samples: Sequence[Sample], row: int, encoder: SampleEncoder, max_le
 
 def show_tokens(encoded: EncodedSample, encoder: SampleEncoder) -> list[ShownToken]:
     """Tokens in order; runs of visual tokens become one."""
-    tokens_S, weights_S, positions_3S = encoded.tokens_S, encoded.loss_weights_S, encoded.position_ids_3S
+    tokens_S, positions_3S = encoded.tokens_S, encoded.position_ids_3S
+    weights_S = encoded.loss_weights_S(encoder.token_schedule.last)
     is_visual = tokens_S == encoder.inputs.image_token_id
     # Images may follow each other without a token in between; each gets a run of its own.
     ends = set(np.cumsum([encoder.inputs.num_image_tokens(grid) for grid in encoded.grids_thw]).tolist())

@@ -13,6 +13,7 @@ from megavlm.data.encode import SampleEncoder
 from megavlm.data.images import read_image_size
 from megavlm.data.inspect.processes import map_items
 from megavlm.data.inspect.rows import read_row
+from megavlm.data.messages import ANSWER_ROLES
 from megavlm.data.readers import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 from megavlm.data.sample import Sample
 from megavlm.errors import UseError
@@ -141,13 +142,13 @@ def measure(samples: Sequence[Sample], encoder: SampleEncoder | None, row: int) 
     if isinstance(sample, UseError):
         return RowFigures(problem=str(sample))
     texts = [turn.text.replace(IMAGE_PLACEHOLDER, "").replace(VIDEO_PLACEHOLDER, "") for turn in sample.turns]
-    answers = [text for turn, text in zip(sample.turns, texts, strict=True) if turn.role == "assistant"]
+    answers = [text for turn, text in zip(sample.turns, texts, strict=True) if turn.role in ANSWER_ROLES]
     tokens = (0, 0, 0)
     try:
         sizes = tuple(read_image_size(image) for image in sample.images)
         if encoder is not None:
             encoded = encoder.encode(sample)
-            tokens_S, weights_S = encoded.tokens_S, encoded.loss_weights_S
+            tokens_S, weights_S = encoded.tokens_S, encoded.loss_weights_S(encoder.token_schedule.last)
             visual = int((tokens_S == encoder.inputs.image_token_id).sum())
             tokens = (len(tokens_S), int((weights_S > 0).sum()), visual)
     except UseError as error:

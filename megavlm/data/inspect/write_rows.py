@@ -1,7 +1,8 @@
 """Rows back to a file: as ms-swift's `messages`, whatever they were read from, so that several spellings become one.
 
-Paths of images become relative to the new file where they lie below its folder, absolute elsewhere. An image out of an
-archive or a table is written into the row, as a data URI.
+Paths of images become relative to the new file where they lie below its folder, absolute elsewhere. Images out of
+tar shards and tables are written into the row, as data URIs. A video of single pictures stays a list of them; their
+rate is `data.frames_fps` when it is read again.
 """
 
 import base64
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.data.media import open_media
-from megavlm.data.sample import Media, Sample, Turn
+from megavlm.data.sample import FrameFiles, Media, Sample, Turn, Video, ZipMember
 from megavlm.errors import use_error
 
 _SIGNATURES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp"}
@@ -39,7 +40,7 @@ def write_rows(samples: Iterable[Sample], path: Path, columns: Iterable[dict[str
         with temporary.open("w", encoding="utf-8") as file:
             for sample in samples:
                 row = row_of(sample, path.parent) | (next(more) if more is not None else {})
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(_line(row, sample.sample_id))
                 num_rows += 1
         temporary.replace(path)
     except OSError as error:
@@ -59,11 +60,12 @@ def row_of(sample: Sample, folder: Path) -> dict[str, Any]:
     row: dict[str, Any] = {"messages": [_turn(turn) for turn in sample.turns]}
     if sample.rejected_turns:
         row["rejected_messages"] = [_turn(turn) for turn in sample.rejected_turns]
-    for key, media in (("images", sample.images), ("videos", sample.videos)):
-        if media:
-            row[key] = [_reference(one, folder) for one in media]
+    if sample.images:
+        row["images"] = [_reference(one, folder, "image") for one in sample.images]
+    if sample.videos:
+        row["videos"] = [_video(one, folder) for one in sample.videos]
     if sample.rejected_images is not None:
-        row["rejected_images"] = [_reference(one, folder) for one in sample.rejected_images]
+        row["rejected_images"] = [_reference(one, folder, "image") for one in sample.rejected_images]
     if sample.boxes:
         row["objects"] = {
             "ref": [box.reference for box in sample.boxes if box.reference],
@@ -92,15 +94,31 @@ def _turn(turn: Turn) -> dict[str, Any]:
     return entry
 
 
-def _reference(media: Media, folder: Path) -> str:
+def _line(row: dict[str, Any], sample_id: str) -> str:
+    try:
+        return json.dumps(row, ensure_ascii=False) + "\n"
+    except TypeError as error:  # a column of a table that JSON has no type for
+        raise use_error(
+            sample_id, str(error), "columns of texts, numbers and lists", "leave that column out"
+        ) from error
+
+
+def _video(video: Video, folder: Path) -> str | list[str]:
+    if isinstance(video, FrameFiles):
+        return [_reference(one, folder, "image") for one in video.files]
+    return _reference(video, folder, "video")
+
+
+def _reference(media: Media, folder: Path, kind: str) -> str:
+    if isinstance(media, ZipMember):
+        media = f"{media.path}/{media.name}"
     if isinstance(media, str | Path):
         name = str(media)
-        if "://" in name or name.startswith("data:"):
+        if "://" in name:
             return name
         seen = os.path.relpath(name, folder)
         return os.path.abspath(name) if seen.startswith(os.pardir) else seen
     with open_media(media) as file:
         data = file.read()
-    kind = next((kind for signature, kind in _SIGNATURES.items() if data.startswith(signature)), "")
-    mime = f"image/{kind}" if kind else "application/octet-stream"
-    return f"data:{mime};base64,{base64.b64encode(data).decode()}"
+    known = (name for signature, name in _SIGNATURES.items() if data.startswith(signature))
+    return f"data:{kind}/{next(known, 'x-unknown')};base64,{base64.b64encode(data).decode()}"

@@ -98,6 +98,14 @@ def test_what_the_model_says(folder: Write, qwen_dir: Path) -> None:
     assert report.passing == (0, 2, 3)
 
 
+def test_rows_that_training_would_cut(folder: Write, qwen_dir: Path) -> None:
+    turns = [TURN, {"role": "assistant", "content": "no"}, TURN, {"role": "assistant", "content": "word " * 60}]
+    path = folder([{"messages": turns}])
+    for rule, reason in (("cut_turns", "cut"), ("drop", "too_long")):
+        report = check(path, encoder=open_encoder(qwen_dir, QWEN_INPUTS, max_length=60, too_long=rule))
+        assert report.counts() == {reason: 1} and report.passing == (0,)
+
+
 def test_clean_rows_are_the_same_rows(folder: Write, tmp_path: Path) -> None:
     llava = {
         "id": 7,

@@ -92,7 +92,7 @@ def test_tokens_with_weights_and_positions(folder: Write, qwen_dir: Path) -> Non
     assert [token.text for token in tokens if token.kind == "special"][:2] == ["<|im_start|>", "<|vision_start|>"]
     learned = "".join(token.text for token in tokens if token.weight > 0)
     assert learned == "two<|im_end|>"
-    assert sum(token.weight * token.count for token in tokens) == encoded.loss_weights_S.sum()
+    assert sum(token.weight * token.count for token in tokens) == encoded.loss_weights_S().sum()
     assert any(token.breaks and "\u23ce" in token.text for token in tokens)
     start = next(index for index, token_id in enumerate(encoded.tokens_S) if token_id == QWEN_INPUTS.image_token_id)
     time, rows, columns = encoded.position_ids_3S[:, start : start + visual[0].count]

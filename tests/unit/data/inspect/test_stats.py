@@ -43,7 +43,7 @@ def test_tokens_are_those_of_the_encoder(folder: Write, qwen_dir: Path) -> None:
     lengths = [len(one.tokens_S) for one in encoded]
     stats = gather(samples, encoder, max_length=max(lengths) - 1, packing_length=200)
     assert stats.totals["tokens"] == sum(lengths)
-    assert stats.totals["learned tokens"] == sum(int((one.loss_weights_S > 0).sum()) for one in encoded)
+    assert stats.totals["learned tokens"] == sum(int((one.loss_weights_S() > 0).sum()) for one in encoded)
     num_patches = sum(int(np.prod(grid)) for one in encoded for grid in one.grids_thw)
     assert stats.totals["visual tokens"] == num_patches // QWEN_INPUTS.merge_size**2
     assert stats.num_too_long == 1

@@ -21,7 +21,7 @@ EPILOG = """\
   score    how well images and texts fit, by a CLIP model; hard negatives
   mix      several files into one, by weights
 
-Each takes files of rows, or a recipe (and overrides) whose rows it then looks at.
+All but mix take files of rows, or a recipe (and overrides) whose rows they then look at.
 
 examples:
   megavlm data check rows.jsonl --image-dir images

@@ -87,7 +87,7 @@ def test_stats_and_preview_of_a_recipe(rows: Path, hf_dir: Path, tmp_path: Path,
     assert found["totals"]["images"] == 6 and found["totals"]["visual tokens"] > 0
     assert found["num_too_long"] == 0 and [one["num_packs"] for one in found["padding"]] == [6, 6]
     text = page.read_text()
-    assert "histogram-tokens" in text and "Visual tokens of a row" in text and "http" not in text
+    assert "histogram-tokens" in text and "Visual tokens of a row" in text and "://" not in text
     preview = tmp_path / "preview.html"
     words = ["data", "preview", str(recipe), "--num-rows", "4", "--out", str(preview)]
     ((code, out, err),) = workers(1).run(call, words=words)

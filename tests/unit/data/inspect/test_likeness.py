@@ -42,6 +42,15 @@ def test_each_is_alike_to_the_first_that_is_kept(num: int, seed: int, most: int)
     assert first_alike(hashes, most).tolist() == expected
 
 
+@pytest.mark.parametrize("most", [1, 2, 16, MAX_DISTANCE])
+def test_differences_spread_as_evenly_as_can_be(most: int) -> None:
+    bits = np.zeros((2, 256), dtype=np.uint8)
+    bits[1, [piece[0] for piece in np.array_split(np.arange(256), most)]] = 1
+    hashes = np.packbits(bits, axis=1)
+    assert near_pairs(hashes, most).tolist() == [[0, 1]]
+    assert near_pairs(hashes, most - 1).tolist() == []
+
+
 def test_a_chain_is_not_one_thing() -> None:
     bits = np.zeros((3, 256), dtype=np.uint8)
     bits[1, :10] = 1

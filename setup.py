@@ -33,6 +33,9 @@ INSTALL_REQUIRES = [
     # Parquet files and Hugging Face datasets; URLs in rows.
     "pyarrow>=15.0",
     "fsspec>=2024.2",
+    # Perceptual hashes, and sketches of texts, by which `megavlm data check` and `dedup` find what is alike.
+    "imagehash>=4.3.1",
+    "datasketch>=1.6,<3",
     "pyyaml>=6.0",
     "rich>=13.7",
     "jinja2>=3.1",

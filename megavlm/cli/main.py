@@ -21,10 +21,13 @@ COMMANDS: dict[str, str] = {
     "compose": "megavlm.cli.compose",
     "convert": "megavlm.cli.convert",
     "generate": "megavlm.cli.generate",
+    "data": "megavlm.cli.data",
     "plan": "megavlm.cli.plan",
     "report": "megavlm.cli.report_run",
     "doctor": "megavlm.cli.doctor",
 }
+# Commands of commands, `megavlm data check ...`: their modules have COMMANDS of their own.
+GROUPS = ("data",)
 _EPILOG = """\
 examples:
   megavlm doctor
@@ -78,11 +81,21 @@ def _run(words: list[str]) -> int:
         if name not in COMMANDS:
             frame.error(f"unknown command `{name}` (there are {', '.join(COMMANDS)})")
         module = importlib.import_module(COMMANDS[name])
+        if name in GROUPS:
+            name, module, rest = _member(name, module, rest)
         # Intermixed: options may stand between the positional words, as in `RECIPE --nproc 2 key=value`.
         args = _command_parser(name, module).parse_intermixed_args(rest)
     except SystemExit as stop:  # --help and --version
         return int(stop.code or 0)
     return int(module.run(args))
+
+
+def _member(group: str, module: ModuleType, rest: list[str]) -> tuple[str, ModuleType, list[str]]:
+    """The command of a group that is named first among the words, and the other words; the group itself if none is."""
+    at = next((index for index, word in enumerate(rest) if not word.startswith("-")), len(rest))
+    if at == len(rest) or rest[at] not in module.COMMANDS:
+        return group, module, rest
+    return f"{group} {rest[at]}", importlib.import_module(module.COMMANDS[rest[at]]), rest[:at] + rest[at + 1 :]
 
 
 def _frame_parser(lists_commands: bool) -> _Parser:

@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageFile, ImageOps, PngImagePlugin
+from PIL import ExifTags, Image, ImageFile, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from megavlm.data.anyres import cut_anyres, padded_square
 from megavlm.data.image_spec import ImageSpec, read_image_spec, target_grid
@@ -141,7 +141,9 @@ def _whole_files_only() -> Iterator[None]:
 
 
 def _broken_image(path: Media, error: Exception) -> UseError:
-    reason = str(error) or type(error).__name__
+    # PIL's own words name the file object with its address in memory.
+    unknown = isinstance(error, UnidentifiedImageError)
+    reason = "cannot identify image file" if unknown else str(error) or type(error).__name__
     return use_error(
         media_name(path), f"unreadable image ({reason})", "a complete image file", "replace it or drop the row"
     )

@@ -10,8 +10,8 @@ _FOLDER = Path(__file__).parent
 _TEMPLATE = "report.html.j2"
 
 
-def render(**parts: Any) -> str:
-    """The page for what `report.write_report` gathered; every text in `parts` is escaped."""
+def render(template: str = _TEMPLATE, **parts: Any) -> str:
+    """The page of a template, by default for what `report.write_report` gathered; every text in `parts` is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_FOLDER),
         autoescape=True,
@@ -20,7 +20,7 @@ def render(**parts: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters["dotted"] = _dotted
-    return environment.get_template(_TEMPLATE).render(**parts)
+    return environment.get_template(template).render(**parts)
 
 
 def _dotted(path: str) -> str:

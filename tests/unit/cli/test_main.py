@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from megavlm import __version__
+from megavlm.cli import data
 from megavlm.cli import main as frame
 from megavlm.errors import RunError, UseError, use_error
 
@@ -149,7 +150,13 @@ def test_every_command_explains_itself_with_an_example(name: str) -> None:
     assert module.SUMMARY
 
 
-@pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in frame.COMMANDS), ["--version"]])
+_MEMBERS = [["data", name] for name in data.COMMANDS]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--version"], ["--help"], *([*words, "--help"] for words in [*([name] for name in frame.COMMANDS), *_MEMBERS])],
+)
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
     code = f"""
 import sys

@@ -2,9 +2,10 @@
 
 import argparse
 
-SUMMARY = "look at rows and images before training: check, stats, preview, dedup, score, mix"
+SUMMARY = "look at rows and images before training: index, check, stats, preview, dedup, score, mix"
 
 COMMANDS: dict[str, str] = {
+    "index": "megavlm.cli.data_index",
     "check": "megavlm.cli.data_check",
     "stats": "megavlm.cli.data_stats",
     "preview": "megavlm.cli.data_preview",
@@ -14,6 +15,7 @@ COMMANDS: dict[str, str] = {
 }
 
 EPILOG = """\
+  index    tokens and images of every row, found out once, beside the rows
   check    every row and every image: what is missing, broken, repeated or out of range
   stats    histograms of turns, tokens, image sizes and answers
   preview  a page with rows as the model will see them

@@ -109,7 +109,8 @@ def open_source(args: argparse.Namespace) -> Source:
             key = f"{'model' if value == 'hf_dir' else 'data'}.{value}"
             raise use_error(option, "it and a recipe", "one of the two", f"write {key}=... behind the recipe")
     recipe = load_recipe(first, rest)
-    paths = recipe.data.eval if args.eval else recipe.data.train
+    mixed = tuple(path for source in recipe.data.mixture for path in source.paths)
+    paths = recipe.data.eval if args.eval else recipe.data.train or mixed
     if not paths:
         key = "data.eval" if args.eval else "data.train"
         raise use_error(f"{first} {key}", "nothing", "files of rows", f"set {key}")

@@ -147,3 +147,37 @@ def test_help_ends_with_an_example(name: str, capsys: pytest.CaptureFixture[str]
     for words in (["data", name, "--help"], ["data", "--help", name]):
         assert main(words) == 0
         assert f"  megavlm data {name} " in capsys.readouterr().out
+
+
+def test_index(rows: Path, tmp_path: Path, workers: PoolKeeper) -> None:
+    """Training finds it, and looks at no row again; a row with a broken image stops it, or is left out."""
+    hf_dir = write_tiny_qwen3vl(tmp_path / "model")
+    words = ["data", "index", str(rows), "--hf-dir", str(hf_dir), "--nproc", "2", "--max-length", "512"]
+    [(code, out, err)] = workers(1).run(call, words=[*words, "--json", str(tmp_path / "index.json")])
+    assert code == 0, err
+    assert "broken_image" in out and "rows.jsonl:4" in out
+    facts = json.loads((tmp_path / "index.json").read_text())
+    assert (facts["rows"], facts["kept"], facts["broken_image"]) == (6, 5, 1)
+    folder = Path(facts["folder"])
+    assert folder.parent == rows.parent / ".megavlm_index"
+    recipe = {
+        "name": "run",
+        "output_dir": str(tmp_path / "runs"),
+        "model": {"hf_dir": str(hf_dir)},
+        "data": {"train": [str(rows)], "max_length": 512},
+        "train": {"train_iters": 1, "global_batch_size": 2, "precision": "fp32"},
+        "checkpoint": {"save_at_end": False},
+        "observe": {"report": False, "progress": False, "tensorboard": False},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    [(code, _, err)] = workers(1).run(call, words=["train", str(tmp_path / "recipe.yaml")])
+    assert code == 2
+    the_error(err, "rows.jsonl:4", "broken.png")
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    [(code, _, err)] = workers(1).run(call, words=["train", str(tmp_path / "recipe.yaml"), "data.on_error=skip"])
+    assert code == 0, err
+    assert "dropped 1 of 6 rows: broken_image" in err
+    assert not (tmp_path / "runs" / "run" / "index").exists()
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir() if path.name.startswith("part_")}.items() <= (
+        before.items()
+    )

@@ -11,6 +11,7 @@ import numpy as np
 
 from megavlm.config.inputs import InputSpec
 from megavlm.data.encode_video import Inset, VideoEncoder
+from megavlm.data.image_loading import BY_PIL, ImageLoading, check_resample
 from megavlm.data.images import ImageSpec, read_image_size, read_image_spec, target_grid
 from megavlm.data.media import media_name
 from megavlm.data.positions import linear_positions, mrope_positions
@@ -43,6 +44,7 @@ def open_encoder(
     min_pixels: int = 0,
     max_pixels: int = 0,
     videos: VideoLimits | None = None,
+    loading: ImageLoading = BY_PIL,
 ) -> "SampleEncoder":
     """The encoder of a Hugging Face directory.
 
@@ -53,13 +55,16 @@ def open_encoder(
         min_pixels: least area of an image; 0: what the directory says.
         max_pixels: largest area of an image; 0: what the directory says.
         videos: what the recipe says of videos.
+        loading: how images are decoded.
 
     Raises:
         UseError: one of them is missing, or unlike the model.
     """
     image_spec = read_image_spec(hf_dir, inputs, min_pixels, max_pixels)
+    check_resample(loading, image_spec.resample)
     tokenizer = Tokenizer(hf_dir, inputs.image_token_id, inputs.has_borders)
-    return SampleEncoder(inputs, image_spec, tokenizer, max_length, read_video_spec(hf_dir, inputs, image_spec, videos))
+    video_spec = read_video_spec(hf_dir, inputs, image_spec, videos)
+    return SampleEncoder(inputs, image_spec, tokenizer, max_length, video_spec, loading)
 
 
 class SampleEncoder:
@@ -72,6 +77,7 @@ class SampleEncoder:
         tokenizer: Tokenizer,
         max_length: int,
         video_spec: VideoSpec | None = None,
+        loading: ImageLoading = BY_PIL,
     ) -> None:
         """Put the parts together.
 
@@ -81,6 +87,7 @@ class SampleEncoder:
             tokenizer: made for the same image placeholder.
             max_length: longest sample in tokens, images included.
             video_spec: how it takes frames of videos; None: it takes none.
+            loading: how its images are decoded.
         """
         assert tokenizer.image_token_id == inputs.image_token_id
         self.inputs = inputs
@@ -88,6 +95,7 @@ class SampleEncoder:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.video_spec = video_spec
+        self.loading = loading
         video = VideoEncoder(inputs, video_spec, tokenizer) if video_spec is not None else None
         self.video = video if video is not None and video.token else None
 

@@ -66,7 +66,7 @@ def _image_flops(architecture: Architecture, grid: Grid) -> float:
 
 
 def step_inputs(
-    topology: Topology, rank: int, dataset: Dataset, rows_D: Sequence[Sequence[Row]], costs: CostModel
+    topology: Topology, rank: int, dataset: Dataset, rows_D: Sequence[Sequence[Row]], costs: CostModel, step: int = -1
 ) -> StepInputs:
     """Share out the images of some rows, and say what this rank loads.
 
@@ -76,6 +76,7 @@ def step_inputs(
         dataset: what the sample indices mean.
         rows_D: by data rank, its microbatches; as many for each.
         costs: of encoding and decoding.
+        step: of training, from 0; negative: this is no training, and images are not augmented.
     """
     home = topology.loading_data_rank(rank)
     takes_all = topology.placement in ("spread", "own_ranks")
@@ -114,5 +115,5 @@ def step_inputs(
         if part is not None and part[1] == 0:  # only an encoder's first stage takes pixels
             keys = shares.microbatches[m].images_of(part[0].number)
             wanted = [images_MD[m][key.data][key.number] for key in keys]
-        orders.append(MicrobatchOrder(indices, tuple(wanted), filler))
+        orders.append(MicrobatchOrder(indices, tuple(wanted), filler, step))
     return StepInputs(tuple(orders), shares, lengths)

@@ -16,9 +16,11 @@ from megavlm.checkpoint.hf_io import HFDirectory
 from megavlm.config.inputs import InputSpec
 from megavlm.config.layout import layers_per_stage
 from megavlm.config.schema import DataConfig, Recipe
+from megavlm.data.augment import Augmentation
 from megavlm.data.balance import SampleCosts
 from megavlm.data.dataset import Dataset
 from megavlm.data.encode import SampleEncoder, open_encoder
+from megavlm.data.image_loading import ImageLoading, choose_backend
 from megavlm.data.index_files import Builders, build_index, fingerprint, index_beside, is_complete
 from megavlm.data.loader import BatchLoader
 from megavlm.data.plan import GlobalBatchPlan
@@ -83,6 +85,7 @@ class TrainState:
             *row_multiples(self.recipe),
             self.recipe.data.dataloader_num_workers,
             self.recipe.data.dataloader_prefetch_factor,
+            pin_memory=self.device.type == "cuda",
         )
 
     @property
@@ -118,7 +121,7 @@ class TrainState:
             ]
             while len(self._inputs) >= _KEPT_STEPS:
                 self._inputs.pop(next(iter(self._inputs)))
-            self._inputs[step] = step_inputs(topology, self.parts.rank, self.train_set, rows_D, self.costs)
+            self._inputs[step] = step_inputs(topology, self.parts.rank, self.train_set, rows_D, self.costs, step)
         return self._inputs[step]
 
 
@@ -137,7 +140,26 @@ def encoder_of(recipe: Recipe, inputs: InputSpec) -> SampleEncoder:
     videos = VideoLimits(
         data.fps, data.fps_min_frames, data.fps_max_frames, data.video_min_pixels, data.video_max_pixels
     )
-    return open_encoder(recipe.model.hf_dir, inputs, data.max_length, data.min_pixels, data.max_pixels, videos)
+    loading = image_loading(recipe)
+    return open_encoder(recipe.model.hf_dir, inputs, data.max_length, data.min_pixels, data.max_pixels, videos, loading)
+
+
+def image_loading(recipe: Recipe) -> ImageLoading:
+    """How a recipe's images are decoded on this machine.
+
+    Raises:
+        UseError: DALI, or a GPU for it, is asked for and not there.
+    """
+    data = recipe.data
+    augmentation = Augmentation(
+        data.augment_crop_min_area, data.augment_color_jitter, data.augment_flip_probability, recipe.train.seed
+    )
+    return ImageLoading(
+        backend=choose_backend(data.image_backend, data.dali_device),
+        device=data.dali_device,
+        jpeg_draft=data.jpeg_draft,
+        augmentation=augmentation if augmentation.changes_something else None,
+    )
 
 
 def build_dataset(

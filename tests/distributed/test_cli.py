@@ -88,10 +88,10 @@ def native_logits(hf_dir: str, checkpoint: str, rows: str) -> tuple[list[int], t
     from megavlm.checkpoint.convert import load_checkpoint_weights
     from megavlm.checkpoint.hf_io import HFDirectory
     from megavlm.checkpoint.native import find_checkpoint
-    from megavlm.data.pixels import load_sample_patches
     from megavlm.data.encode import SampleEncoder
     from megavlm.data.images import read_image_spec
     from megavlm.data.packing import pack
+    from megavlm.data.pixels import load_sample_patches
     from megavlm.data.tokens import Tokenizer
     from megavlm.train.single import build_single
 

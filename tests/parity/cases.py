@@ -34,8 +34,8 @@ def input_spec(hf_dir: Path) -> Any:
 def encode_rows(hf_dir: Path, rows_file: Path) -> list[Item]:
     """A file's rows as our data room prepares them."""
     from megavlm.checkpoint.hf_io import HFDirectory
-    from megavlm.data.pixels import load_sample_patches
     from megavlm.data.images import read_image_size
+    from megavlm.data.pixels import load_sample_patches
     from megavlm.data.readers import read_samples
     from megavlm.train.state import build_encoder
 

@@ -37,6 +37,12 @@ TITLES = {
         "still for an asynchronous save, against copying the state in memory. Written by "
         "`make bench-checkpoint`.",
     ),
+    "data": (
+        "Data",
+        "Images: patches of odd images against transformers' image processors; DALI against PIL; how fast the loader is, "
+        "against decoding and resizing alone on the same cores. Written by `make bench-data` and the tests that measure "
+        "it.",
+    ),
     "demo": (
         "Demo",
         "A tiny Qwen3-VL trained on handwriting by four CPU processes, exported, and asked by transformers about "

@@ -126,7 +126,7 @@ def decode(data: bytes, orientation: int, device: Device) -> Pixels | None:
         except RuntimeError:  # nvImageCodec has no finer ones
             return None
         if swapped:
-            pixels = dynamic.transpose(pixels, perm=[1, 0, 2])
+            pixels = dynamic.transpose(pixels, perm=[1, 0, 2], transpose_layout=False)
         if mirrored or upside_down:
             pixels = dynamic.flip(pixels, horizontal=int(mirrored), vertical=int(upside_down))
         return pixels

@@ -21,7 +21,7 @@ class View:
     Attributes:
         size: (width, height) that the image is resized to.
         canvas: (width, height) of what is cut.
-        offset: (left, top) of the resized image on the canvas; negative where it is cropped.
+        offset: (left, top) of the resized image on the canvas; negative where it is cropped to it.
         tile: (width, height) of a frame.
         square: colour (red, green, blue) with which the image is padded to a square before it is resized; None: it
             is not.
@@ -83,11 +83,10 @@ def cut_frames(view: View, resized_HWC: np.ndarray) -> list[np.ndarray]:
         resized_HWC: uint8, of `view.size`.
     """
     assert resized_HWC.shape[:2] == view.size[::-1], (resized_HWC.shape, view.size)
-    canvas_HWC = resized_HWC
     left, top = view.offset
-    if view.canvas != view.size and min(left, top) < 0:
+    if view.size[0] >= view.canvas[0] and view.size[1] >= view.canvas[1]:
         canvas_HWC = resized_HWC[-top : view.canvas[1] - top, -left : view.canvas[0] - left]
-    elif view.canvas != view.size:
+    else:
         canvas_HWC = np.zeros((view.canvas[1], view.canvas[0], 3), dtype=np.uint8)
         canvas_HWC[top : top + view.size[1], left : left + view.size[0]] = resized_HWC
     if view.tile == view.canvas:

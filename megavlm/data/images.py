@@ -9,7 +9,8 @@ EXIF orientation is applied, then `convert("RGB")`. So, on purpose:
 - Of an animation (GIF, WebP, APNG) and of a TIFF of several pages the first frame is taken.
 - A truncated file is refused, not filled up, and so is one that claims more pixels than PIL's limit
   (`PIL.Image.MAX_IMAGE_PIXELS`), at which PIL itself only warns.
-- `dynamic` families refuse sides that differ by more than a factor of 200; the others resize whatever there is.
+- `dynamic` families refuse sides that differ by more than a factor of 200, those that pad to a square very long sides
+  (`MAX_PADDED_PX`); the others resize whatever there is.
 
 With another backend (`ImageLoading`) decoding and resizing are done elsewhere; geometry and normalisation are the same.
 
@@ -148,11 +149,11 @@ def load_patches(
             _, rows, columns = target_grid(spec, *size, num_images)[:3]
             views = image_views(spec, *size, rows, columns, num_images)
             resized = _resizer(file, image, views, spec.resample, loading, draw, left_to_pil)
-            frames = [frame for view in views for frame in cut_frames(view, resized(view))]
     except UseError as error:
         raise UseError(f"{media_name(path)}: {error}") from error
     except _BROKEN_IMAGE_ERRORS as error:
         raise _broken_image(path, error) from error
+    frames = [frame for view in views for frame in cut_frames(view, resized(view))]
     num_patches = len(frames) * rows * columns
     if out_PC is not None and len(out_PC) != num_patches:
         raise use_error(

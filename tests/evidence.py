@@ -40,7 +40,9 @@ TITLES = {
     "data": (
         "Data",
         "Samples into packs: speed on one core, packs over their bound, padding under the alignment of layouts; "
-        "training in packed rows against padded batches. Written by `make bench-data`.",
+        "training in packed rows against padded batches. Images: patches of odd images against transformers' image "
+        "processors; DALI against PIL; how fast the loader is, against decoding and resizing alone on the same cores. "
+        "Written by `make bench-data` and the tests that measure it.",
     ),
     "demo": (
         "Demo",

@@ -225,6 +225,22 @@ class DataConfig:
     """Processes of each rank that prepare microbatches ahead; 0: prepared in the rank itself when they are needed."""
     dataloader_prefetch_factor: int = 2
     """Microbatches that each worker prepares ahead."""
+    image_backend: Literal["auto", "pil", "dali"] = "auto"
+    """Who decodes and resizes images. auto: PIL, unless there are both CUDA and DALI. PIL's pixels are transformers';
+    DALI's differ by less than 1/255 in the mean."""
+    dali_device: Literal["cpu", "gpu"] = "cpu"
+    """Where DALI works."""
+    jpeg_draft: bool = False
+    """PIL may decode a JPEG at a half, a quarter or an eighth of its size where that is no smaller than what the model
+    sees: faster, but other pixels."""
+    augment_crop_min_area: float = 1.0
+    """Training images are cropped to a random share of their area, at least this, and resized to the size (and number
+    of tokens) that the whole image has; 1: they are not."""
+    augment_color_jitter: float = 0.0
+    """Brightness, contrast and saturation of training images are multiplied by 1 - this to 1 + this; 0: not."""
+    augment_flip_probability: float = 0.0
+    """Of mirroring a training image left and right. Rows with boxes or coordinates are neither mirrored nor cropped,
+    rows whose text names left or right are not mirrored; what is written IN an image nobody checks."""
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,9 @@ LEAST: dict[str, float] = {
     "data.mixture_temperature": 0,
     "data.dataloader_num_workers": 0,
     "data.dataloader_prefetch_factor": 1,
+    "data.augment_crop_min_area": 0.01,
+    "data.augment_color_jitter": 0,
+    "data.augment_flip_probability": 0,
     "optimizer.lr": 0,
     "optimizer.min_lr": 0,
     "optimizer.vit_lr": -math.inf,
@@ -331,6 +334,17 @@ def _check_data(recipe: Recipe) -> None:
     if 0 < data.max_pixels < data.min_pixels:
         raise use_error(
             "data.min_pixels", data.min_pixels, f"at most data.max_pixels {data.max_pixels}", "lower min_pixels"
+        )
+    for name in ("augment_crop_min_area", "augment_color_jitter", "augment_flip_probability"):
+        if vars(data)[name] > 1:
+            raise use_error(f"data.{name}", vars(data)[name], "at most 1", f"set data.{name}=1 or less")
+    if data.jpeg_draft and data.image_backend == "dali":
+        raise use_error(
+            "data.jpeg_draft", "true with data.image_backend=dali", "data.image_backend=pil", "set one of the two"
+        )
+    if data.dali_device == "gpu" and data.image_backend == "pil":
+        raise use_error(
+            "data.dali_device", "gpu with data.image_backend=pil", "data.image_backend=dali", "set one of the two"
         )
     if recipe.checkpoint.keep_best and not data.eval:
         raise use_error(

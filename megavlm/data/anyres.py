@@ -1,15 +1,10 @@
 """Images of any size on tiles of one size: padded to the most fitting of some sizes, and cut (LLaVA-NeXT, OneVision).
 
 Source: LLaVA-NeXT (https://llava-vl.github.io/blog/2024-01-30-llava-next), equal to transformers' image processors.
-
-Shape suffixes: HWC image axes.
 """
 
 import functools
 import math
-
-import numpy as np
-from PIL import Image
 
 from megavlm.config.inputs import Grid
 
@@ -50,25 +45,9 @@ def anyres_grid(width_px: int, height_px: int, sizes: tuple[Size, ...], tile_px:
     return 1 + tile_rows * tile_columns, side, side, tile_columns, rows, columns
 
 
-def cut_anyres(image: Image.Image, sizes: tuple[Size, ...], tile_px: int, resample: int) -> list[np.ndarray]:
-    """The whole image as a square, then its tiles row by row: uint8 [H, W, C] each."""
-    height, width = best_size(*image.size, sizes)
-    scale_width, scale_height = width / image.width, height / image.height
+def fitted_size(width_px: int, height_px: int, canvas_width: int, canvas_height: int) -> tuple[int, int]:
+    """(width, height) of an image that is resized until it fills one side of a canvas."""
+    scale_width, scale_height = canvas_width / width_px, canvas_height / height_px
     if scale_width < scale_height:
-        fitted = width, min(math.ceil(image.height * scale_width), height)
-    else:
-        fitted = min(math.ceil(image.width * scale_height), width), height
-    padded_HWC = np.zeros((height, width, 3), dtype=np.uint8)
-    left, top = (width - fitted[0]) // 2, (height - fitted[1]) // 2
-    padded_HWC[top : top + fitted[1], left : left + fitted[0]] = np.asarray(image.resize(fitted, resample=resample))
-    bands = np.split(padded_HWC, height // tile_px)
-    tiles = [tile for band in bands for tile in np.split(band, width // tile_px, axis=1)]
-    return [np.asarray(image.resize((tile_px, tile_px), resample=resample)), *tiles]
-
-
-def padded_square(image: Image.Image, colour: tuple[int, int, int], tile_px: int, resample: int) -> np.ndarray:
-    """The image in the middle of a square of a colour, as a tile: uint8 [H, W, C]."""
-    side = max(image.size)
-    square = Image.new("RGB", (side, side), colour)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return np.asarray(square.resize((tile_px, tile_px), resample=resample))
+        return canvas_width, min(math.ceil(height_px * scale_width), canvas_height)
+    return min(math.ceil(width_px * scale_height), canvas_width), canvas_height

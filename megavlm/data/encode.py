@@ -15,6 +15,7 @@ from megavlm.config.schema import DataConfig
 from megavlm.data.boxes import write_boxes
 from megavlm.data.cut import TooLongRule, cut_row
 from megavlm.data.encode_video import Inset, VideoEncoder
+from megavlm.data.image_loading import BY_PIL, ImageLoading, check_resample
 from megavlm.data.images import ImageSpec, read_image_size, read_image_spec, target_grid
 from megavlm.data.media import media_name
 from megavlm.data.messages import ANSWER_ROLES
@@ -50,11 +51,13 @@ def open_encoder(
     min_pixels: int = 0,
     max_pixels: int = 0,
     videos: VideoLimits | None = None,
+    *,
     box_format: str = "",
     max_image_pixels: int = DataConfig.max_image_pixels,
     template: str = "",
     too_long: TooLongRule = "drop",
     schedule: TokenSchedule = DEFAULT_SCHEDULE,
+    loading: ImageLoading = BY_PIL,
 ) -> "SampleEncoder":
     """The encoder of a Hugging Face directory.
 
@@ -70,15 +73,27 @@ def open_encoder(
         template: chat template instead of the directory's own, see `templates.template_text`.
         too_long: what becomes of a row that is longer than max_length.
         schedule: weights of the kinds of tokens.
+        loading: how images are decoded.
 
     Raises:
         UseError: one of them is missing, or unlike the model.
     """
     image_spec = read_image_spec(hf_dir, inputs, min_pixels, max_pixels)
+    check_resample(loading, image_spec.resample)
     tokenizer = Tokenizer(hf_dir, inputs.image_token_id, inputs.has_borders, template, schedule.reads_prompts)
     video_spec = read_video_spec(hf_dir, inputs, image_spec, videos)
-    limits = (max_length, video_spec, box_format, max_image_pixels, too_long)
-    return SampleEncoder(inputs, image_spec, tokenizer, *limits, schedule)
+    return SampleEncoder(
+        inputs,
+        image_spec,
+        tokenizer,
+        max_length,
+        video_spec,
+        box_format=box_format,
+        max_image_pixels=max_image_pixels,
+        too_long=too_long,
+        schedule=schedule,
+        loading=loading,
+    )
 
 
 class SampleEncoder:
@@ -91,10 +106,12 @@ class SampleEncoder:
         tokenizer: Tokenizer,
         max_length: int,
         video_spec: VideoSpec | None = None,
+        *,
         box_format: str = "",
         max_image_pixels: int = DataConfig.max_image_pixels,
         too_long: TooLongRule = "drop",
         schedule: TokenSchedule = DEFAULT_SCHEDULE,
+        loading: ImageLoading = BY_PIL,
     ) -> None:
         """Put the parts together.
 
@@ -108,6 +125,7 @@ class SampleEncoder:
             max_image_pixels: largest image, before it is resized.
             too_long: what becomes of longer ones.
             schedule: weights of the kinds of tokens over a training.
+            loading: how its images are decoded.
         """
         assert tokenizer.image_token_id == inputs.image_token_id
         self.inputs = inputs
@@ -119,6 +137,7 @@ class SampleEncoder:
         self.max_image_pixels = max_image_pixels
         self.too_long = too_long
         self.token_schedule = schedule
+        self.loading = loading
         video = VideoEncoder(inputs, video_spec, tokenizer) if video_spec is not None else None
         self.video = video if video is not None and video.token else None
 

@@ -14,6 +14,9 @@ from megavlm.errors import use_error
 MAX_ASPECT_RATIO = 200
 """Longer side over shorter side, beyond which a `dynamic` image is refused (as transformers does)."""
 
+MAX_PADDED_PX = 10_000
+"""Longest side of an image that is padded to a square (300 MB of bytes); transformers has no such limit."""
+
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _BICUBIC = 3
@@ -259,12 +262,20 @@ def target_grid(spec: ImageSpec, width_px: int, height_px: int, num_images: int 
         num_images: of its row.
 
     Raises:
-        UseError: a `dynamic` image whose sides differ by more than a factor of 200.
+        UseError: a `dynamic` image whose sides differ by more than a factor of 200, or one that is padded to a square
+            and longer than `MAX_PADDED_PX`.
     """
     if spec.kind != "dynamic":
         side = spec.image_px // spec.patch_px
         if spec.kind == "anyres":
             if not spec.has_tiles(num_images):
+                if max(width_px, height_px) > MAX_PADDED_PX:
+                    raise use_error(
+                        "image size",
+                        f"{width_px} x {height_px} pixels",
+                        f"sides of at most {MAX_PADDED_PX} pixels in a row with several images",
+                        "crop the image or drop the row",
+                    )
                 return 1, side, side, 0, 0, 0
             return anyres_grid(width_px, height_px, spec.tile_sizes, spec.image_px, side)
         limits = spec.min_tiles, spec.max_tiles

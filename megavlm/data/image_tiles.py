@@ -1,14 +1,9 @@
 """Images cut into square tiles of one size, and a thumbnail of the whole (InternVL's dynamic tiling).
 
 Source: InternVL 1.5, arXiv 2404.16821, section 3.3; equal to transformers' GotOcr2 image processor.
-
-Shape suffixes: HWC image axes.
 """
 
 import functools
-
-import numpy as np
-from PIL import Image
 
 
 @functools.lru_cache(maxsize=4096)
@@ -39,13 +34,3 @@ def num_tiles(width_px: int, height_px: int, tile_px: int, min_tiles: int, max_t
     """Tiles of an image, the thumbnail included where there is one: with more than one tile."""
     columns, rows = tile_arrangement(width_px, height_px, tile_px, min_tiles, max_tiles)
     return columns * rows + (1 if columns * rows > 1 else 0)
-
-
-def cut_tiles(image: Image.Image, tile_px: int, min_tiles: int, max_tiles: int, resample: int) -> list[np.ndarray]:
-    """The tiles row by row, then the thumbnail: uint8 [H, W, C] each."""
-    columns, rows = tile_arrangement(*image.size, tile_px, min_tiles, max_tiles)
-    resized_HWC = np.asarray(image.resize((columns * tile_px, rows * tile_px), resample=resample))
-    tiles = [tile for band in np.split(resized_HWC, rows) for tile in np.split(band, columns, axis=1)]
-    if len(tiles) > 1:
-        tiles.append(np.asarray(image.resize((tile_px, tile_px), resample=resample)))
-    return tiles

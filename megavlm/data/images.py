@@ -1,24 +1,38 @@
 """The one definition of how each family's images become patches; PIL is the reference.
 
-Equal, bit for bit, to what transformers' PIL image processors make of `transformers.image_utils.load_image(path)`:
-the EXIF orientation is applied, then `convert("RGB")` (palettes are looked up, alpha is dropped, 16-bit greys
-clip at 255), and of an animation the first frame is taken.
+Equal, bit for bit, to what transformers' PIL image processors make of `transformers.image_utils.load_image(path)`: the
+EXIF orientation is applied, then `convert("RGB")`. So, on purpose:
 
-Shape suffixes: P patches, C values of a flattened patch, HWC / CHW image axes.
+- Palettes are looked up; a transparent entry shows its colour. Alpha (RGBA, LA) is dropped, not blended.
+- Greys and 1-bit images are repeated in all three colours. CMYK and YCbCr are converted without colour profiles.
+- 16-bit greys clip at 255 (bring such images to 8 bits beforehand); of 16-bit colours the upper byte is kept.
+- Of an animation (GIF, WebP, APNG) and of a TIFF of several pages the first frame is taken.
+- A truncated file is refused, not filled up, and so is one that claims more pixels than PIL's limit
+  (`PIL.Image.MAX_IMAGE_PIXELS`), at which PIL itself only warns.
+- `dynamic` families refuse sides that differ by more than a factor of 200, those that pad to a square very long sides
+  (`MAX_PADDED_PX`); the others resize whatever there is.
+
+With another backend (`ImageLoading`) decoding and resizing are done elsewhere; geometry and normalisation are the same.
+
+Shape suffixes: P patches, C values of a flattened patch.
 """
 
 import contextlib
+import math
 import struct
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageFile, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from megavlm.data.anyres import cut_anyres, padded_square
+from megavlm.data.augment import Draw, augmented
+from megavlm.data.image_loading import BY_PIL, ImageLoading
+from megavlm.data.image_patches import patches_of
 from megavlm.data.image_spec import ImageSpec, read_image_spec, target_grid
-from megavlm.data.image_tiles import cut_tiles
+from megavlm.data.image_views import View, cut_frames, image_views
 from megavlm.data.media import media_name, open_media
 from megavlm.data.sample import Media
 from megavlm.errors import UseError, use_error
@@ -26,22 +40,49 @@ from megavlm.errors import UseError, use_error
 __all__ = ["ImageSpec", "load_patches", "read_image_size", "read_image_spec", "target_grid"]
 
 # What PIL's decoders raise for broken files; MemoryError and bugs of our own are not among them.
-_BROKEN_IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+_BROKEN_IMAGE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
 
 
 def read_image_size(path: Media) -> tuple[int, int]:
     """(width, height) in pixels as the image will be seen, from the file's header: nothing is decoded.
 
     Raises:
-        UseError: the file is missing or no image.
+        UseError: the file is missing or no image, or has too many pixels.
     """
     try:
-        with open_media(path) as file, Image.open(file) as image:
-            width, height = image.size
-            swapped = _header_orientation(image, file) >= 5
+        with _opened(path) as (file, image):
+            return _seen_size(image, _header_orientation(image, file))
     except _BROKEN_IMAGE_ERRORS as error:
         raise _broken_image(path, error) from error
-    return (height, width) if swapped else (width, height)
+
+
+@contextlib.contextmanager
+def _opened(path: Media) -> Iterator[tuple[BinaryIO, Image.Image]]:
+    """The file and PIL's view of it, nothing decoded yet; strict while it is open."""
+    # PIL fills up what is missing where some library set this switch; such an image would be trained on.
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            # Palettes with transparency: said once an image, of what is meant to be (see above).
+            warnings.filterwarnings("ignore", "Palette images with Transparency", UserWarning)
+            with open_media(path) as file, Image.open(file) as image:
+                yield file, image
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
+def _seen_size(image: Image.Image, orientation: int) -> tuple[int, int]:
+    width, height = image.size
+    return (height, width) if orientation >= 5 else (width, height)
 
 
 def _header_orientation(image: Image.Image, file: BinaryIO) -> int:
@@ -73,41 +114,55 @@ def _png_has_late_metadata(file: BinaryIO) -> bool:
         file.seek(before)
 
 
-def load_patches(path: Media, spec: ImageSpec, num_images: int = 1) -> torch.Tensor:
+def load_patches(
+    path: Media,
+    spec: ImageSpec,
+    num_images: int = 1,
+    loading: ImageLoading = BY_PIL,
+    *,
+    draw: Draw | None = None,
+    left_to_pil: list[str] | None = None,
+    out_PC: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Decode one image into patches.
 
     Args:
         path: where the image is.
         spec: of the family.
         num_images: of its row.
+        loading: who decodes and resizes.
+        draw: how the image is augmented; the grid is that of the whole image.
+        left_to_pil: an entry is appended if DALI was to decode the image and left it to PIL: its kind.
+        out_PC: where to write, of the result's shape; None: somewhere new.
 
     Returns:
         float32 [P, C]. `dynamic`: patches in merge-block order, C = (colour, frame, row, column) flattened.
         The others: patches row by row (tile by tile), C = (colour, row, column) flattened.
 
     Raises:
-        UseError: the file is missing, truncated or no image, or its aspect ratio is beyond the limit.
+        UseError: the file is missing, truncated or no image, has too many pixels, or its aspect ratio is beyond the
+            limit; or the image is not what `out_PC` was made for.
     """
-    image = load_rgb(path)
     try:
-        _, rows, columns = target_grid(spec, *image.size, num_images)[:3]
+        with _opened(path) as (file, image):
+            size = _seen_size(image, _header_orientation(image, file))
+            _, rows, columns = target_grid(spec, *size, num_images)[:3]
+            views = image_views(spec, *size, rows, columns, num_images)
+            resized = _resizer(file, image, views, spec.resample, loading, draw, left_to_pil)
     except UseError as error:
         raise UseError(f"{media_name(path)}: {error}") from error
-    if spec.kind == "dynamic":
-        size = (columns * spec.patch_px, rows * spec.patch_px)
-        frames = [np.asarray(image.resize(size, resample=spec.resample))]
-    elif spec.kind == "resized":
-        frames = [np.asarray(image.resize((spec.image_px, spec.image_px), resample=spec.resample))]
-    elif spec.kind == "tiles":
-        frames = cut_tiles(image, spec.image_px, spec.min_tiles, spec.max_tiles, spec.resample)
-    elif spec.kind == "anyres" and spec.has_tiles(num_images):
-        frames = cut_anyres(image, spec.tile_sizes, spec.image_px, spec.resample)
-    elif spec.kind == "anyres":
-        red, green, blue = (int(value * 255) for value in spec.mean)
-        frames = [padded_square(image, (red, green, blue), spec.image_px, spec.resample)]
-    else:
-        frames = [_resize_and_crop(image, spec)]
-    return torch.cat([_to_patches(pixels_HWC, spec, rows, columns) for pixels_HWC in frames])
+    except _BROKEN_IMAGE_ERRORS as error:
+        raise _broken_image(path, error) from error
+    frames = [frame for view in views for frame in cut_frames(view, resized(view))]
+    num_patches = len(frames) * rows * columns
+    if out_PC is not None and len(out_PC) != num_patches:
+        raise use_error(
+            media_name(path),
+            f"{num_patches} patches",
+            f"{len(out_PC)} by its header",
+            "do not change images during a run",
+        )
+    return patches_of(frames, spec, rows, columns, out_PC)
 
 
 def load_rgb(path: Media) -> Image.Image:
@@ -117,27 +172,66 @@ def load_rgb(path: Media) -> Image.Image:
         UseError: the file is missing, truncated or no image.
     """
     try:
-        with _whole_files_only(), open_media(path) as file, Image.open(file) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
+        with _opened(path) as (_file, image):
+            return ImageOps.exif_transpose(image).convert("RGB")
     except _BROKEN_IMAGE_ERRORS as error:
         raise _broken_image(path, error) from error
 
 
-def _to_patches(pixels_HWC: np.ndarray, spec: ImageSpec, rows: int, columns: int) -> torch.Tensor:
-    # Of 384 pixels SigLIP's convolution reads 27 x 14 and leaves the rest.
-    seen_HWC = pixels_HWC[: rows * spec.patch_px, : columns * spec.patch_px]
-    pixels_CHW = np.ascontiguousarray(_normalise(seen_HWC, spec).transpose(2, 0, 1))
-    return _patchify(torch.from_numpy(pixels_CHW), spec, rows, columns)
+def _resizer(
+    file: BinaryIO,
+    image: Image.Image,
+    views: Sequence[View],
+    resample: int,
+    loading: ImageLoading,
+    draw: Draw | None,
+    left_to_pil: list[str] | None,
+) -> Callable[[View], np.ndarray]:
+    """The decoded image, as what gives a view of it: uint8 [H, W, C]."""
+    if loading.backend == "dali":
+        from megavlm.data import dali
+
+        kind = dali.left_to_pil(image, image.format == "PNG" and _png_has_late_metadata(file))
+        if not kind:
+            before = file.tell()
+            file.seek(0)
+            data = file.read()
+            file.seek(before)
+            pixels = dali.decode(data, _header_orientation(image, file), loading.device)
+            if pixels is not None:
+                if draw is not None:
+                    shown = augmented(Image.fromarray(dali.as_array(pixels)), draw)
+                    pixels = dali.as_pixels(np.asarray(shown))
+                return lambda view: dali.resized(pixels, view, resample, loading.device)
+            kind = f"{image.format} that DALI cannot decode"
+        if left_to_pil is not None:
+            left_to_pil.append(kind)
+    if loading.jpeg_draft:
+        _draft(image, _header_orientation(image, file), views, draw)
+    ImageOps.exif_transpose(image, in_place=True)
+    shown = image if image.mode == "RGB" else image.convert("RGB")
+    shown = shown if draw is None else augmented(shown, draw)
+    return lambda view: _resized(shown, view, resample)
 
 
-@contextlib.contextmanager
-def _whole_files_only() -> Iterator[None]:
-    """PIL fills up what is missing where some library set this switch; such an image would be trained on."""
-    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
-    try:
-        yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
+def _draft(image: Image.Image, orientation: int, views: Sequence[View], draw: Draw | None) -> None:
+    """Tell PIL's JPEG decoder how small the image may become; it takes a half, a quarter or an eighth, or none."""
+    width, height = _seen_size(image, orientation)
+    scale = 0.0
+    for view in views:
+        shown = (width, height) if view.square is None else (max(width, height),) * 2
+        scale = max(scale, view.size[0] / shown[0], view.size[1] / shown[1])
+    scale /= 1.0 if draw is None else draw.side
+    image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
+
+
+def _resized(image: Image.Image, view: View, resample: int) -> np.ndarray:
+    if view.square is not None:
+        side = max(image.size)
+        square = Image.new("RGB", (side, side), view.square)
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        image = square
+    return np.asarray(image.resize(view.size, resample=resample))
 
 
 def _broken_image(path: Media, error: Exception) -> UseError:
@@ -147,28 +241,3 @@ def _broken_image(path: Media, error: Exception) -> UseError:
     return use_error(
         media_name(path), f"unreadable image ({reason})", "a complete image file", "replace it or drop the row"
     )
-
-
-def _resize_and_crop(image: Image.Image, spec: ImageSpec) -> np.ndarray:
-    width, height = image.size
-    longer = int(spec.resize_px * max(width, height) / min(width, height))
-    size = (spec.resize_px, longer) if width <= height else (longer, spec.resize_px)
-    top, left = (size[1] - spec.image_px) // 2, (size[0] - spec.image_px) // 2
-    resized_HWC = np.asarray(image.resize(size, resample=spec.resample))
-    return resized_HWC[top : top + spec.image_px, left : left + spec.image_px]
-
-
-def _normalise(pixels_HWC: np.ndarray, spec: ImageSpec) -> np.ndarray:
-    # float64 for the rescaling and float32 for the rest is what transformers does: equal to the last bit.
-    scaled_HWC = (pixels_HWC.astype(np.float64) * spec.rescale).astype(np.float32)
-    return (scaled_HWC - np.array(spec.mean, dtype=np.float32)) / np.array(spec.std, dtype=np.float32)
-
-
-def _patchify(pixels_CHW: torch.Tensor, spec: ImageSpec, rows: int, columns: int) -> torch.Tensor:
-    patch = spec.patch_px
-    merge = spec.merge_size if spec.kind == "dynamic" else 1
-    blocks = pixels_CHW.reshape(3, rows // merge, merge, patch, columns // merge, merge, patch)
-    # -> block row, block column, row in block, column in block, colour, patch row, patch column
-    blocks = blocks.permute(1, 4, 2, 5, 0, 3, 6).unsqueeze(5)
-    blocks = blocks.expand(-1, -1, -1, -1, -1, spec.temporal_patch_size, -1, -1)
-    return blocks.reshape(rows * columns, 3 * spec.temporal_patch_size * patch * patch)

@@ -1,8 +1,10 @@
 """From orders to the microbatches of one rank, in this process or in worker processes: the same either way."""
 
 import atexit
+import collections
 import itertools
 import logging
+import math
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.utils.data
 
+from megavlm.data.augment import draw_for
 from megavlm.data.dataset import Dataset, PrepareReport
 from megavlm.data.packing import pack
 from megavlm.data.pixels import load_image_patches
@@ -55,15 +58,35 @@ class _MicrobatchBuilder(torch.utils.data.Dataset):
         if order.filler:
             batch.loss_weights_T.zero_()
             batch.real_T.zero_()
-        patches = [load_image_patches(self.dataset.encoded(index), number, encoder) for index, number in order.images]
-        empty = torch.zeros(0, encoder.inputs.patch_channels)
-        return Microbatch(batch, torch.cat(patches) if patches else empty)
+        return Microbatch(batch, *self._pixels(order))
+
+    def _pixels(self, order: MicrobatchOrder) -> tuple[torch.Tensor, tuple[str, ...]]:
+        """Patches of the ordered images, each written where it stays, and what DALI left to PIL."""
+        dataset, encoder = self.dataset, self.dataset.encoder
+        sizes = [math.prod(dataset.grids_each[index][number][:3]) for index, number in order.images]
+        patches_PC = _shared_empty(sum(sizes), encoder.inputs.patch_channels)
+        left_to_pil: list[str] = []
+        for (index, number), out_PC in zip(order.images, patches_PC.split(sizes), strict=True):
+            draw = None
+            if order.step >= 0 and encoder.loading.augmentation is not None:
+                draw = draw_for(encoder.loading.augmentation, dataset.sample(index), order.step, index, number)
+            load_image_patches(
+                dataset.encoded(index), number, encoder, draw=draw, left_to_pil=left_to_pil, out_PC=out_PC
+            )
+        return patches_PC, tuple(left_to_pil)
 
     def __getitem__(self, order: MicrobatchOrder) -> Microbatch | _Failure:
         try:
             return self.build(order)
         except UseError as error:
             return _Failure(str(error))
+
+
+def _shared_empty(num_patches: int, patch_channels: int) -> torch.Tensor:
+    """Float32 [P, C]; in a worker in memory that the rank sees too, so that pixels are not copied once more."""
+    patches_PC = torch.empty(num_patches, patch_channels)
+    # Before anything is written: sharing it later, as torch does with what a worker returns, would copy the pixels.
+    return patches_PC if torch.utils.data.get_worker_info() is None else patches_PC.share_memory_()
 
 
 class BatchLoader:
@@ -77,6 +100,7 @@ class BatchLoader:
         total_multiple: int,
         num_workers: int = 0,
         prefetch_factor: int = 2,
+        pin_memory: bool = False,
     ) -> None:
         """Nothing is loaded yet.
 
@@ -87,12 +111,16 @@ class BatchLoader:
             total_multiple: see `packing.pack`.
             num_workers: processes that prepare microbatches ahead; 0: prepared in this process when asked for.
             prefetch_factor: microbatches that each of them prepares ahead.
+            pin_memory: whether what workers prepare is put into page-locked memory, for a GPU.
         """
         self._dataset = dataset
         self._orders_of = orders_of
         self._build = (sample_multiple, total_multiple)
         self._num_workers = num_workers
         self._prefetch_factor = prefetch_factor
+        self._pin_memory = pin_memory
+        self.left_to_pil: collections.Counter[str] = collections.Counter()
+        """Images that DALI was to decode and PIL has decoded, by kind."""
         self._stream: Iterator[Microbatch] | None = None
         self._stream_next = (-1, -1)
         self._eval_loaders: dict[tuple[int, tuple[MicrobatchOrder, ...]], torch.utils.data.DataLoader] = {}
@@ -108,7 +136,7 @@ class BatchLoader:
         """
         orders = self._orders_of(step)
         if self._num_workers == 0:
-            yield from self._in_this_process(self._dataset, orders)
+            yield from self._counted(self._in_this_process(self._dataset, orders))
             return
         for number in range(len(orders)):
             batch = self._next_of_anybody(step, number, orders[number])
@@ -149,17 +177,26 @@ class BatchLoader:
             RunError: as in `batches`.
         """
         if self._num_workers == 0:
-            return self._in_this_process(held_out, orders)
+            return self._counted(self._in_this_process(held_out, orders))
         key = (id(held_out), tuple(orders))
         if key not in self._eval_loaders:
             self._eval_loaders[key] = self._loader(held_out, orders, keep_workers=True)
-        return _checked(iter(self._eval_loaders[key]))
+        return self._counted(_checked(iter(self._eval_loaders[key])))
 
     def close(self) -> None:
         """End the worker processes; the loader can be used again after."""
         self._stream = None
         self._stream_next = (-1, -1)
         self._eval_loaders.clear()
+
+    def _counted(self, stream: Iterator[Microbatch]) -> Iterator[Microbatch]:
+        """Count what DALI leaves to PIL, and say it once for each kind."""
+        for microbatch in stream:
+            for kind in microbatch.left_to_pil:
+                if kind not in self.left_to_pil:
+                    logger.warning("data.image_backend=dali: images of the kind %s are decoded by PIL", kind)
+                self.left_to_pil[kind] += 1
+            yield microbatch
 
     def _in_this_process(self, dataset: Dataset, orders: Iterable[MicrobatchOrder]) -> Iterator[Microbatch]:
         builder = _MicrobatchBuilder(dataset, *self._build)
@@ -170,7 +207,7 @@ class BatchLoader:
         self._stream = None  # ends the workers of the stream before
         steps = (self._orders_of(later) for later in itertools.count(step))
         upcoming = itertools.islice(itertools.chain.from_iterable(steps), number, None)
-        self._stream = _checked(iter(self._loader(self._dataset, upcoming, keep_workers=False)))
+        self._stream = self._counted(_checked(iter(self._loader(self._dataset, upcoming, keep_workers=False))))
 
     def _loader(
         self, dataset: Dataset, orders: Iterable[MicrobatchOrder], *, keep_workers: bool
@@ -181,6 +218,7 @@ class BatchLoader:
             sampler=orders,
             num_workers=self._num_workers,
             prefetch_factor=self._prefetch_factor,
+            pin_memory=self._pin_memory,
             collate_fn=_unchanged,  # type: ignore[arg-type]
             worker_init_fn=_begin_worker if self._num_workers else None,
             # Not fork: this process has threads (of the collectives, of the CUDA runtime).

@@ -4,6 +4,7 @@ Shape suffixes: S tokens of one sample, T tokens of one packed row, P patches, C
 N images, V visual tokens, 3 the (temporal, height, width) axes.
 """
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -193,17 +194,35 @@ class MicrobatchOrder:
             belong to other rows.
         filler: whether all weights are to be 0.
         token_weights: of the kinds of tokens in this step.
+        step: of training, from 0, for which images are augmented; negative: they are not.
     """
 
     indices: tuple[int, ...]
     images: tuple[tuple[int, int], ...] = ()
     filler: bool = False
     token_weights: TokenWeights = DEFAULT_WEIGHTS
+    step: int = -1
 
 
 @dataclass(frozen=True)
 class Microbatch:
-    """A packed row without pixels, and float32 patches [P, C] of the images that were ordered with it."""
+    """A packed row without pixels, and float32 patches [P, C] of the images that were ordered with it.
+
+    Attributes:
+        batch: the row.
+        patches_PC: of the images, in the order in which they were ordered.
+        left_to_pil: kinds of the images that DALI was to decode and left to PIL, one entry an image.
+    """
 
     batch: Batch
     patches_PC: torch.Tensor
+    left_to_pil: tuple[str, ...] = ()
+
+    def pin_memory(self) -> "Microbatch":
+        """Copies in page-locked memory, from which a GPU copies faster; torch's DataLoader calls this."""
+        tensors: dict[str, Any] = {
+            name: value.pin_memory() for name, value in vars(self.batch).items() if torch.is_tensor(value)
+        }
+        return dataclasses.replace(
+            self, batch=dataclasses.replace(self.batch, **tensors), patches_PC=self.patches_PC.pin_memory()
+        )

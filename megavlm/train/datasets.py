@@ -8,8 +8,10 @@ import numpy as np
 from megavlm.checkpoint.hf_io import HFDirectory
 from megavlm.config.inputs import InputSpec
 from megavlm.config.schema import DataConfig, Recipe
+from megavlm.data.augment import Augmentation
 from megavlm.data.dataset import Dataset
 from megavlm.data.encode import SampleEncoder, open_encoder
+from megavlm.data.image_loading import ImageLoading, choose_backend
 from megavlm.data.index_files import Builders, build_index, fingerprint, index_beside, is_complete
 from megavlm.data.row_options import row_options
 from megavlm.data.rows import Rows
@@ -43,6 +45,25 @@ def encoder_of(recipe: Recipe, inputs: InputSpec) -> SampleEncoder:
         template=data.template,
         too_long=data.too_long,
         schedule=token_schedule(data),
+        loading=image_loading(recipe),
+    )
+
+
+def image_loading(recipe: Recipe) -> ImageLoading:
+    """How a recipe's images are decoded on this machine.
+
+    Raises:
+        UseError: DALI, or a GPU for it, is asked for and not there.
+    """
+    data = recipe.data
+    augmentation = Augmentation(
+        data.augment_crop_min_area, data.augment_color_jitter, data.augment_flip_probability, recipe.train.seed
+    )
+    return ImageLoading(
+        backend=choose_backend(data.image_backend, data.dali_device),
+        device=data.dali_device,
+        jpeg_draft=data.jpeg_draft,
+        augmentation=augmentation if augmentation.changes_something else None,
     )
 
 

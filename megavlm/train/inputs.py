@@ -84,6 +84,7 @@ def step_inputs(
     rows_D: Sequence[Sequence[Row]],
     costs: CostModel,
     token_weights: TokenWeights = DEFAULT_WEIGHTS,
+    step: int = -1,
 ) -> StepInputs:
     """Share out the images of some rows, and say what this rank loads.
 
@@ -94,6 +95,7 @@ def step_inputs(
         rows_D: by data rank, its microbatches; as many for each.
         costs: of encoding and decoding.
         token_weights: of the kinds of tokens in this step.
+        step: of training, from 0; negative: this is no training, and images are not augmented.
     """
     home = topology.loading_data_rank(rank)
     takes_all = topology.placement in ("spread", "own_ranks")
@@ -133,5 +135,5 @@ def step_inputs(
         if part is not None and part[1] == 0:  # only an encoder's first stage takes pixels
             keys = shares.microbatches[m].images_of(part[0].number)
             wanted = [images_MD[m][key.data][key.number] for key in keys]
-        orders.append(MicrobatchOrder(indices, tuple(wanted), filler, token_weights))
+        orders.append(MicrobatchOrder(indices, tuple(wanted), filler, token_weights, step))
     return StepInputs(tuple(orders), shares, lengths, grids)

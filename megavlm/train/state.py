@@ -83,6 +83,7 @@ class TrainState:
             *row_multiples(self.recipe),
             self.recipe.data.dataloader_num_workers,
             self.recipe.data.dataloader_prefetch_factor,
+            pin_memory=self.device.type == "cuda",
         )
 
     @property
@@ -119,7 +120,9 @@ class TrainState:
             while len(self._inputs) >= _KEPT_STEPS:
                 self._inputs.pop(next(iter(self._inputs)))
             weights = self.token_schedule.at(step, self.total_steps)
-            self._inputs[step] = step_inputs(topology, self.parts.rank, self.train_set, rows_D, self.costs, weights)
+            self._inputs[step] = step_inputs(
+                topology, self.parts.rank, self.train_set, rows_D, self.costs, weights, step
+            )
         return self._inputs[step]
 
 

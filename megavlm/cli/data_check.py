@@ -8,9 +8,9 @@ from megavlm.cli.data_source import (
     add_nproc,
     add_output_arguments,
     add_source_arguments,
-    console,
     nproc_of,
     open_source,
+    say,
     show_table,
     write_json,
 )
@@ -64,14 +64,14 @@ def run(args: argparse.Namespace) -> int:
     write_json(args.json, _tree(report))
     if args.write_clean:
         write_rows((samples[row] for row in report.passing), Path(args.write_clean))
-        console().print(f"{len(report.passing):,} rows written to {args.write_clean}", markup=False)
+        say(f"{len(report.passing):,} rows written to {args.write_clean}")
     return 0 if len(report.passing) == report.num_rows else 1
 
 
 def _show(report: "CheckReport", num_shown: int) -> None:
     from megavlm.data.inspect.check import MISTAKES, REMARKS
 
-    out, counts = console(), report.counts()
+    counts = report.counts()
     if counts:
         rows = [
             [reason, "mistake" if reason in MISTAKES else "remark", count, (MISTAKES | REMARKS)[reason]]
@@ -80,17 +80,16 @@ def _show(report: "CheckReport", num_shown: int) -> None:
         show_table("What was found", ["reason", "", "count", "what it is"], rows)
     for reason in counts if num_shown else ():
         messages = [finding.message for finding in report.findings if finding.reason == reason]
-        out.print(f"{reason}:", style="bold", markup=False)
+        say(f"{reason}:", style="bold")
         for message in messages[:num_shown]:
-            out.print(f"  {message}", markup=False, soft_wrap=True)
+            say(f"  {message}")
         if len(messages) > num_shown:
-            out.print(f"  and {len(messages) - num_shown:,} more (--show, or --json for all)", markup=False)
+            say(f"  and {len(messages) - num_shown:,} more (--show, or --json for all)")
     num_wrong = report.num_rows - len(report.passing)
     verdict = f"{num_wrong:,} do not pass" if num_wrong else "all pass"
-    out.print(
+    say(
         f"{report.num_rows:,} rows, {report.num_images:,} images: {verdict}",
         style="bold red" if num_wrong else "bold green",
-        markup=False,
     )
 
 

@@ -8,9 +8,9 @@ from megavlm.cli.data_source import (
     add_nproc,
     add_output_arguments,
     add_source_arguments,
-    console,
     nproc_of,
     open_source,
+    say,
     write_json,
 )
 
@@ -59,17 +59,15 @@ def run(args: argparse.Namespace) -> int:
     )
     num_written = write_rows((samples[row] for row in report.kept), Path(args.out))
     write_json(args.json, asdict(report))
-    out = console()
     for one in report.dropped[:10]:
-        out.print(f"  {one.sample_id} is like {one.kept}", markup=False, soft_wrap=True)
+        say(f"  {one.sample_id} is like {one.kept}")
     if len(report.dropped) > 10:
-        out.print(f"  and {len(report.dropped) - 10:,} more (--json for all)", markup=False)
-    out.print(
+        say(f"  and {len(report.dropped) - 10:,} more (--json for all)")
+    say(
         f"{report.num_rows:,} rows: {len(report.dropped):,} dropped, {len(report.problems):,} not readable, "
         f"{num_written:,} written to {args.out}",
         style="bold",
-        markup=False,
     )
     if report.problems:
-        out.print(f"  the first that is not readable: {report.problems[0]}", markup=False, soft_wrap=True)
+        say(f"  the first that is not readable: {report.problems[0]}")
     return 0

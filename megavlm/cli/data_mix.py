@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from megavlm.cli.data_source import add_output_arguments, console, show_table, write_json
+from megavlm.cli.data_source import add_output_arguments, say, show_table, write_json
 from megavlm.errors import use_error
 
 SUMMARY = "write one file out of several, in stated shares, by a stated seed"
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         for path, size, share, count in zip(args.files, sizes, shares, counts, strict=True)
     ]
     show_table("Mixture", ["file", "rows", "share", "in the mixture", "passes"], rows)
-    console().print(f"{num_rows:,} rows written to {args.out}, seed {args.seed}", style="bold", markup=False)
+    say(f"{num_rows:,} rows written to {args.out}, seed {args.seed}", style="bold")
     tree = [
         {"file": path, "rows": size, "share": share, "count": count}
         for path, size, share, count in zip(args.files, sizes, shares, counts, strict=True)

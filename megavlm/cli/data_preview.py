@@ -2,7 +2,7 @@
 
 import argparse
 
-from megavlm.cli.data_source import ANY_LENGTH, add_source_arguments, console, open_source, write_page
+from megavlm.cli.data_source import ANY_LENGTH, add_source_arguments, open_source, say, write_page
 
 SUMMARY = "write an HTML page with rows as the model will see them: tokens, weights, positions, pixels"
 
@@ -42,5 +42,5 @@ def run(args: argparse.Namespace) -> int:
     rows = [show_row(samples, number, encoder, source.recipe.data.max_length) for number in numbers]
     write_page(args.out, preview_page(", ".join(source.paths), rows))
     num_broken = sum(bool(row.problem) for row in rows)
-    console().print(f"{len(rows)} rows written to {args.out}" + f", {num_broken} with a problem" * bool(num_broken))
+    say(f"{len(rows)} rows written to {args.out}" + f", {num_broken} with a problem" * bool(num_broken))
     return 0

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from megavlm.cli.data_source import (
     add_output_arguments,
     add_source_arguments,
-    console,
     open_source,
+    say,
     show_table,
     write_json,
     write_page,
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     write_json(args.json, _summary(scores, passing))
     if args.out:
         num_rows = write_rows((samples[one.row] for one in passing), Path(args.out), map(_columns, passing))
-        console().print(f"{num_rows:,} rows written to {args.out}", style="bold", markup=False)
+        say(f"{num_rows:,} rows written to {args.out}", style="bold")
     return 0
 
 
@@ -112,7 +112,6 @@ def _summary(scores: "Sequence[RowScore]", passing: "Sequence[RowScore]") -> dic
 
 
 def _show(scores: "Sequence[RowScore]", max_tokens: int) -> None:
-    out = console()
     values = sorted(one.score for one in scores if one.score is not None)
     if values:
         points = [
@@ -123,9 +122,9 @@ def _show(scores: "Sequence[RowScore]", max_tokens: int) -> None:
         show_table("Scores", ["of the rows lie below", "score"], rows)
     num_cut = sum(one.is_cut for one in scores)
     if num_cut:
-        out.print(f"{num_cut:,} texts are longer than the model's {max_tokens} tokens and were cut", style="bold")
+        say(f"{num_cut:,} texts are longer than the model's {max_tokens} tokens and were cut", style="bold")
     problems = [one.problem for one in scores if one.problem]
     if problems:
-        out.print(f"{len(problems):,} rows have a problem; the first:", style="bold")
-        out.print(f"  {problems[0]}", markup=False, soft_wrap=True)
-    out.print(f"{len(scores):,} rows, {len(values):,} scored", style="bold")
+        say(f"{len(problems):,} rows have a problem; the first:", style="bold")
+        say(f"  {problems[0]}")
+    say(f"{len(scores):,} rows, {len(values):,} scored", style="bold")

@@ -144,9 +144,13 @@ def show_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[obje
     for row in rows:
         # Brackets are the rows' own, not markup.
         table.add_row(*(f"{cell:,}" if isinstance(cell, int) else escape(str(cell)) for cell in row))
-    console().print(table)
+    _console().print(table)
 
 
-def console() -> Console:
-    """Where tables go."""
+def say(text: str, style: str | None = None) -> None:
+    """Print a line: never wrapped, and brackets in it are its own, not markup."""
+    _console().print(text, style=style, markup=False, soft_wrap=True)
+
+
+def _console() -> Console:
     return Console(highlight=False)

@@ -9,9 +9,9 @@ from megavlm.cli.data_source import (
     add_nproc,
     add_output_arguments,
     add_source_arguments,
-    console,
     nproc_of,
     open_source,
+    say,
     show_table,
     write_json,
     write_page,
@@ -69,7 +69,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show(stats: "Stats") -> None:
-    out = console()
     for one in stats.histograms:
         _show_histogram(one)
     show_table("In all", ["", "sum"], [["rows", stats.num_rows], *([*pair] for pair in stats.totals.items())])
@@ -77,10 +76,10 @@ def _show(stats: "Stats") -> None:
         rows = [[one.way, one.num_packs, f"{one.share:.1%}"] for one in stats.padding]
         show_table("Padding", ["rows", "packs", "share of padding"], rows)
     if stats.num_too_long:
-        out.print(f"{stats.num_too_long:,} rows are longer than max_length: training leaves them out", style="bold")
+        say(f"{stats.num_too_long:,} rows are longer than max_length: training leaves them out", style="bold")
     if stats.problems:
-        out.print(f"{len(stats.problems):,} rows are left out (megavlm data check says why); the first:", style="bold")
-        out.print(f"  {stats.problems[0]}", markup=False, soft_wrap=True)
+        say(f"{len(stats.problems):,} rows are left out (megavlm data check says why); the first:", style="bold")
+        say(f"  {stats.problems[0]}")
 
 
 def _show_histogram(one: "Histogram") -> None:
@@ -88,4 +87,4 @@ def _show_histogram(one: "Histogram") -> None:
     bars = [[label, "█" * round(_BAR_CHARACTERS * count / most), count] for label, count in one.bars]
     show_table(one.title, [one.unit or "name", "", "count"], bars)
     if one.figures:
-        console().print("  " + "   ".join(f"{name} {value:,.4g}" for name, value in one.figures.items()) + "\n")
+        say("  " + "   ".join(f"{name} {value:,.4g}" for name, value in one.figures.items()) + "\n")

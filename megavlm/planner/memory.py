@@ -2,8 +2,8 @@
 
 Weights, gradients, optimizer and activations are exact for the `torch` backend (up to the alignment of small tensors);
 tests compare them with the bytes of real runs. Of experts they are those of balanced routing, or of given numbers of
-tokens. `buffers` is an estimate: messages that wait, and the largest temporary
-tensors. What an allocator adds (fragments), and the CUDA context, are not in here: leave some memory free for them.
+tokens. `buffers` is an estimate: messages that wait, and the largest temporary tensors. What an allocator adds
+(fragments), and the CUDA context, are not in here: leave some memory free for them.
 
 Flash attention and Transformer Engine fuse norms and rotary positions and keep less than the layers of the `torch`
 backend. Their figures here are those of the `torch` backend, an upper bound that no run has verified.

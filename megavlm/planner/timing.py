@@ -79,7 +79,7 @@ def language_times(
     head_M = np.array([pack.head_flops for pack in packs])
     hidden_M = tokens_M / layout.context * language.hidden_size * ELEMENT_BYTES
     gather_M = _rings(hardware, hidden_M, layout.tensor, layout.tensor)
-    # layers that read images are half a layer more, and all of one's heads have keys and values of their own
+    # a layer that reads images has an attention and an MLP more; all of its heads have keys and values of their own
     gated = num_gated_layers(architecture) / language.num_layers
     channels = 2 * (language.num_query_groups + gated * language.num_attention_heads) * language.head_dim
     context_M = _rings(hardware, tokens_M * channels / layout.tensor * ELEMENT_BYTES, layout.context, ranks)

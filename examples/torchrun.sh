@@ -17,6 +17,11 @@ fi
 # The first node keeps the list of who is there. Told, not guessed: torchrun compares host names, which need not match.
 is_host=$([ "$node_rank" = 0 ] && echo 1 || echo 0)
 
+# Ranks get a store of their own for each start. With the agents' own, which torch takes by default, an agent that comes
+# back waits in vain for an address that the others have kept (torch 2.13; github.com/pytorch/pytorch/issues/135712).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
+
+# When a node is lost, the agents of the others wait for a new one and start again from the newest checkpoint.
 exec torchrun \
     --nnodes "$nnodes" \
     --nproc-per-node "$nproc_per_node" \

@@ -3,7 +3,7 @@
 Not through torch's elastic agent, which cannot be made to behave as a run must: it kills processes that take longer to
 save after SIGTERM than it waits, and ends with an error although they end well; it does not say which of the failed
 processes failed first; and it leaves behind what a killed process had started. On several machines torchrun, SLURM and
-the like start the processes, and `megavlm train` joins them.
+the like start the processes, by scripts of `megavlm launch` (launch_command.py), and `megavlm train` joins them.
 """
 
 import contextlib

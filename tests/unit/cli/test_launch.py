@@ -1,5 +1,6 @@
 """Scripts that start runs: what is refused, what is written, and that every word arrives where it should."""
 
+import argparse
 import os
 import re
 import shlex
@@ -92,6 +93,27 @@ def test_scripts_are_written_with_the_recipes_name(tmp_path: Path, capsys: pytes
         assert launch(capsys, *words, "--write", str(tmp_path / "out")) == f"{tmp_path}/out/{name}\n"
         assert (tmp_path / "out" / name).read_text() == printed
         assert os.access(tmp_path / "out" / name, os.X_OK)
+
+
+def test_local_is_train_with_processes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[argparse.Namespace] = []
+
+    def train(args: argparse.Namespace) -> int:
+        trained.append(args)
+        return 5
+
+    monkeypatch.setattr("megavlm.cli.train.run", train)
+    (tmp_path / "rows.jsonl").touch()
+    paths = [f"model.hf_dir={tmp_path}", f"data.train=[{tmp_path}/rows.jsonl]", f"data.eval=[{tmp_path}/rows.jsonl]"]
+    words = ["local", RECIPE, *paths, "--nproc-per-node", "8"]
+    assert main(["launch", *words]) == 5
+    [args] = trained
+    assert (args.recipe, args.overrides, args.nproc, args.dry_run) == (RECIPE, paths, 8, False)
+    script = launch(capsys, *words, "--dry-run")
+    bash(script, tmp_path, **put_commands(tmp_path, {"megavlm": RECORD}))
+    assert (tmp_path / "words").read_text().splitlines() == ["train", RECIPE, *paths, "--nproc", "8"]
 
 
 def test_example_and_written_script_give_torchrun_the_same_words(

@@ -198,7 +198,7 @@ def test_slurm_directives(capsys: pytest.CaptureFixture[str]) -> None:
     text = launch(capsys, *words, "--partition", "gpu", "--account", "vlm", "--gpus-per-node", "0", "--dry-run")
     directives = {line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")}
     assert directives == {
-        "--job-name=qwen3_vl_8b", "--nodes=2", "--ntasks-per-node=4", "--cpus-per-task=3", "--exclusive",
+        "--job-name=qwen3_vl_8b", "--nodes=2", "--ntasks-per-node=4", "--cpus-per-task=3", "--exclusive", "--mem=0",
         "--time=2-00:00:00", "--partition=gpu", "--account=vlm", "--signal=B:USR1@600", "--requeue",
         "--open-mode=append", "--output=%x-%j.log",
     }  # fmt: skip

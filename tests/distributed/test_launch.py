@@ -86,7 +86,8 @@ def test_a_lost_node_comes_back_and_the_run_goes_on(inputs: Inputs, workers: Poo
         started[0].wait_for(lambda: max(losses(tmp_path), default=0) >= 3)
         started[1].kill()
         saved = max(int(name.removeprefix("step_")) for name in checkpoints(tmp_path) if name.startswith("step_"))
-        write_recipe(inputs, tmp_path, saved + 3)
+        num_steps = saved + 5  # a checkpoint that was all but complete may still appear
+        write_recipe(inputs, tmp_path, num_steps)
         started.append(start_node(command, tmp_path, 1, RDZV_CONF="keep_alive_interval=1"))
         for node in (started[0], started[2]):
             assert node.end() == 0, node.text()
@@ -94,8 +95,8 @@ def test_a_lost_node_comes_back_and_the_run_goes_on(inputs: Inputs, workers: Poo
         for node in started:
             node.kill()
     [resumed] = [row for row in log_rows(tmp_path) if row.get("event") == "resume"]
-    assert resumed["step"] == saved
-    check_as_whole(inputs, workers, tmp_path, saved + 3)
+    assert resumed["step"] in (saved, saved + 2)
+    check_as_whole(inputs, workers, tmp_path, num_steps)
 
 
 def test_slurm_saves_before_the_time_limit_and_goes_on(inputs: Inputs, workers: PoolKeeper, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ TESTS := $(wildcard tests/unit tests/parity tests/invariant tests/distributed te
 PYTEST_ARGS ?=
 NEXT_TESTS := tests/parity tests/unit/checkpoint tests/invariant tests/distributed
 BALANCE_BENCHES := balance packing spreading planner real
-DATA_BENCHES := packing_speed packed_training
+DATA_BENCHES := packing_speed packed_training images
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .PHONY: help setup demo test test-full test-serve test-next test-video check bench bench-balance bench-checkpoint bench-data clean
@@ -21,7 +21,7 @@ help:
 	@echo 'make test-video pixels of videos against the processors that need torchvision, in an environment of its own'
 	@echo 'make check      lint, format, types'
 	@echo 'make bench      all benches (bench-balance: places of the encoder, simulated and real; packing; spreading;'
-	@echo '                bench-checkpoint: conversion, asynchronous saves; bench-data: packing, training on packed rows)'
+	@echo '                bench-checkpoint: conversion, asynchronous saves; bench-data: packing, training on packed rows, images)'
 	@echo 'make setup      .venv alone'
 	@echo 'make clean      remove caches and build folders; .venv and runs/ stay'
 

@@ -93,10 +93,8 @@ def test_photographs_are_nearly_as_by_pil(kind: str) -> None:
         largest, means = max(largest, float(apart.max())), [*means, float(apart.mean())]
     assert 0 < largest <= MOST + 1e-3 and max(means) <= MOST_MEAN
     rows = [
-        row(
-            f"DALI, {kind}: largest", largest, unit="of 255", required=f"<= {MOST:g}", reference="PIL, real photographs"
-        ),
-        row(f"DALI, {kind}: mean", max(means), unit="of 255", required=f"<= {MOST_MEAN}", reference="PIL, the same"),
+        row(f"DALI, {kind}: {what}", value, unit="of 255", required=f"<= {most:g}", reference="PIL, real photographs")
+        for what, value, most in (("largest difference", largest, MOST), ("mean difference", max(means), MOST_MEAN))
     ]
     record("data", rows)
 
@@ -200,8 +198,8 @@ def capability(name: str, available: bool) -> Capability:
         ("auto", True, False, "pil"),
         ("auto", True, True, "dali"),
         ("pil", True, True, "pil"),
-    ]
-    + [("dali", False, True, "dali")],
+        ("dali", False, True, "dali"),
+    ],
 )
 def test_choice(asked: Any, cuda: bool, there: bool, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {"cuda": capability("cuda", cuda), "nvidia-dali": capability("nvidia-dali", there)}

@@ -1,0 +1,192 @@
+# ruff: noqa: T201 (a program: it prints)
+"""Images a second through the loader, against decoding and resizing alone with the same library on the same cores.
+
+    python -m benchmarks.images [--images 256]
+
+Photographs (JPEG, 640 x 427) become patches of a Qwen-VL of about 252 x 168 pixels. The loader reads rows, decodes,
+resizes, normalises, patchifies and packs, in this process or in workers that hand their pixels over; the yardstick only
+decodes and resizes, in as many processes. Both take turns; the best round of each counts. Exit code 1 when a required
+figure is missed.
+"""
+
+import argparse
+import functools
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from megavlm.config.inputs import InputSpec
+from megavlm.data.dataset import Dataset
+from megavlm.data.encode import open_encoder
+from megavlm.data.image_loading import ImageLoading
+from megavlm.data.loader import BatchLoader
+from megavlm.data.readers import read_samples
+from megavlm.data.sample import MicrobatchOrder
+from megavlm.platform.capabilities import probe
+from tests.evidence import record, row
+from tests.pictures import encoded, photo
+from tests.tiny import VOCAB_SIZE, write_tiny_qwen3vl
+
+LEAST_RATIO, AIM = 0.85, 0.95
+NUM_ROUNDS = 3
+NUM_FILES = 32
+ROWS_A_MICROBATCH = 8
+SIZE = (256, 160)
+"""(width, height) in pixels of what the model sees."""
+
+Backend = Literal["pil", "dali"]
+INPUTS = InputSpec(5, VOCAB_SIZE, "dynamic", 16, 2, 2, 0, "mrope")
+
+
+def write_rows(root: Path, num_images: int) -> Path:
+    """Rows of one photograph each; the same few files again and again, so that the disk plays no part."""
+    for number in range(NUM_FILES):
+        (root / f"{number}.jpg").write_bytes(encoded(photo(number, 640, 427), "JPEG", quality=90))
+    turns = [{"role": "user", "content": "<image>what is it?"}, {"role": "assistant", "content": "a red square"}]
+    rows = [{"messages": turns, "images": [f"{number % NUM_FILES}.jpg"]} for number in range(num_images)]
+    (root / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    return root / "rows.jsonl"
+
+
+def bare_pil(path: Path) -> int:
+    """Decode and resize with PIL, nothing else."""
+    with Image.open(path) as image:
+        return len(np.asarray(image.convert("RGB").resize(SIZE, resample=3)))
+
+
+def bare_dali(path: Path) -> int:
+    """Decode and resize with DALI, nothing else."""
+    import nvidia.dali.experimental.dynamic as dynamic
+    from nvidia.dali import types
+
+    with dynamic.EvalMode.sync_cpu:
+        pixels = dynamic.decoders.image(dynamic.as_tensor(np.fromfile(path, np.uint8)))
+        pixels = dynamic.resize(pixels, size=SIZE[::-1], interp_type=types.INTERP_CUBIC, antialias=True)
+        return len(np.asarray(pixels.cpu()))
+
+
+BARE: dict[Backend, Callable[[Path], int]] = {"pil": bare_pil, "dali": bare_dali}
+
+
+def bare_rate(backend: Backend, paths: Sequence[Path], pool: "multiprocessing.pool.Pool | None") -> float:
+    """Images a second without the loader; processes are warm."""
+    started_s = time.perf_counter()
+    if pool is None:
+        for path in paths:
+            BARE[backend](path)
+    else:
+        pool.map(BARE[backend], paths, chunksize=ROWS_A_MICROBATCH)
+    return len(paths) / (time.perf_counter() - started_s)
+
+
+def begin_bare(backend: Backend, path: Path) -> None:
+    """What a process does before its images are counted."""
+    if backend == "dali":
+        import nvidia.dali.experimental.dynamic as dynamic
+
+        dynamic.set_num_threads(1)
+    BARE[backend](path)
+
+
+def loader_rate(loader: BatchLoader, num_steps: int) -> float:
+    """Images a second of all steps but the first, in which workers start."""
+    for _ in loader.batches(0):
+        pass
+    started_s, num_images = time.perf_counter(), 0
+    for step in range(1, num_steps):
+        num_images += sum(len(microbatch.batch.sample_ids) for microbatch in loader.batches(step))
+    rate = num_images / (time.perf_counter() - started_s)
+    loader.close()
+    return rate
+
+
+def measure(backend: Backend, hf_dir: Path, rows: Path, num_workers: int) -> tuple[float, float]:
+    """Images a second: (loader, bare)."""
+    loading = ImageLoading(backend=backend)
+    encoder = open_encoder(hf_dir, INPUTS, 512, max_pixels=SIZE[0] * SIZE[1] + 4000, loading=loading)
+    dataset = Dataset(read_samples([str(rows)]), encoder)
+    dataset.prepare()
+    assert dataset.grids_each[0] == ((1, SIZE[1] // 16, SIZE[0] // 16),), dataset.grids_each[0]
+    microbatches = [
+        MicrobatchOrder(tuple(indices), tuple((index, 0) for index in indices))
+        for indices in np.arange(len(dataset)).reshape(-1, ROWS_A_MICROBATCH).tolist()
+    ]
+    paths = [rows.parent / f"{number % NUM_FILES}.jpg" for number in range(len(dataset))]
+    # A step of a few microbatches to start with, then all.
+    orders = functools.partial(_orders, microbatches)
+    through, bare = [], []
+    start = functools.partial(begin_bare, backend, paths[0])
+    pool = multiprocessing.get_context("spawn").Pool(num_workers, start) if num_workers else None
+    if pool is None:
+        start()
+    else:
+        pool.map(BARE[backend], paths[: 4 * num_workers], chunksize=1)
+    for _ in range(NUM_ROUNDS):
+        bare.append(bare_rate(backend, paths, pool))
+        through.append(loader_rate(BatchLoader(dataset, orders, 1, 1, num_workers), 2))
+    if pool is not None:
+        pool.terminate()
+    return max(through), max(bare)
+
+
+def _orders(microbatches: Sequence[MicrobatchOrder], step: int) -> Sequence[MicrobatchOrder]:
+    return microbatches[:4] if step == 0 else microbatches
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the figures; 1 if one is missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=256, help="a round, a multiple of 8 (default: 256)")
+    options = parser.parse_args(arguments)
+    backends: list[Backend] = ["pil", "dali"] if probe("nvidia-dali").available else ["pil"]
+    num_workers = max(1, min(2, os.cpu_count() or 1))
+    reached = True
+    with tempfile.TemporaryDirectory() as folder:
+        hf_dir = write_tiny_qwen3vl(Path(folder) / "model")
+        rows = write_rows(Path(folder), options.images)
+        for backend in backends:
+            for workers in (0, num_workers):
+                loader, bare = measure(backend, hf_dir, rows, workers)
+                where = f"{workers} workers" if workers else "one process"
+                ratio = loader / bare
+                reached &= ratio >= LEAST_RATIO
+                print(f"{backend}, {where}: loader {loader:.0f} images/s, bare {bare:.0f}, ratio {ratio:.2f}")
+                _write_down(backend, where, loader, bare)
+    print(f"{'reached' if reached else 'MISSED'}: at least {LEAST_RATIO} of bare decoding and resizing, aim {AIM}")
+    return 0 if reached else 1
+
+
+def _write_down(backend: str, where: str, loader: float, bare: float) -> None:
+    record(
+        "data",
+        [
+            row(
+                f"Loader, images by {backend}, {where}: images/s",
+                loader,
+                unit="images/s, JPEG of 640 x 427 to 256 x 160",
+                reference="decoding and resizing alone, images/s",
+                reference_value=bare,
+                command="make bench-data",
+            ),
+            row(
+                f"Loader, images by {backend}, {where}: share",
+                loader / bare,
+                unit="of decoding and resizing alone, same library and cores",
+                required=f">= {LEAST_RATIO} (aim {AIM})",
+                command="make bench-data",
+            ),
+        ],
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -337,15 +337,7 @@ class SampleEncoder:
         return Inset(path, grid, tokens_S)
 
     def _image_size(self, path: Media) -> tuple[int, int]:
-        width_px, height_px = read_image_size(path)
-        if width_px * height_px > self.max_image_pixels:
-            raise use_error(
-                media_name(path),
-                f"an image of {width_px}x{height_px} pixels",
-                f"at most data.max_image_pixels {self.max_image_pixels:,} of them",
-                "shrink the image, or raise data.max_image_pixels",
-            )
-        return width_px, height_px
+        return read_image_size(path, self.max_image_pixels)
 
     def _positions(self, tokens_S: np.ndarray, insets: Sequence[Inset]) -> np.ndarray:
         if self.inputs.position_kind == "linear":

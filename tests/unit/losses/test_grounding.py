@@ -1,0 +1,115 @@
+import pytest
+import torch
+from transformers.loss import loss_for_object_detection as theirs
+
+from megavlm.losses.grounding import (
+    box_loss,
+    corners_of,
+    dice,
+    expected_coordinate,
+    focal,
+    generalized_iou,
+    mask_loss,
+)
+
+NUM_BOXES = 50
+
+
+def boxes(seed):
+    generator = torch.Generator().manual_seed(seed)
+    corners = torch.rand(NUM_BOXES, 2, 2, generator=generator).sort(dim=1).values
+    return corners.flatten(1)
+
+
+def masks():
+    generator = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(3, 5, 7, generator=generator)
+    return logits, (torch.rand(3, 5, 7, generator=generator) < 0.4).float()
+
+
+def test_generalized_iou_equals_transformers():
+    first, second = boxes(0).requires_grad_(), boxes(1)
+    ours = generalized_iou(first, second)
+    reference = theirs.generalized_box_iou(first, second).diagonal()
+    torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-6)
+    assert (ours < 0).any() and (ours > 0).any()
+    upstream = torch.linspace(-1, 1, NUM_BOXES)
+    actual, expected = (torch.autograd.grad((value * upstream).sum(), first)[0] for value in (ours, reference))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("second", "expected"),
+    [
+        ((0.0, 0.0, 2.0, 2.0), 1.0),
+        # A quarter in common: 1 / 7 of the union of 7, in a hull of 9.
+        ((1.0, 1.0, 3.0, 3.0), 1 / 7 - 2 / 9),
+        # Apart: 8 of a hull of 2 x 6 are covered.
+        ((0.0, 4.0, 2.0, 6.0), -4 / 12),
+        # Turned inside out: no area; the hull is that of its nearer corners.
+        ((2.0, 2.0, 0.0, 0.0), 0.0),
+    ],
+)
+def test_generalized_iou_of_known_boxes(second, expected):
+    actual = generalized_iou(torch.tensor([[0.0, 0.0, 2.0, 2.0]]), torch.tensor([second]))
+    torch.testing.assert_close(actual, torch.tensor([expected]))
+
+
+def test_points_and_far_boxes_give_finite_gradients():
+    first = torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.9, 0.9, 0.1, 0.1]], requires_grad=True)
+    second = torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.2, 0.2, 0.3, 0.3]])
+    loss_sum, _, _ = box_loss(first, second)
+    loss_sum.backward()
+    assert loss_sum.isfinite() and first.grad.isfinite().all()
+
+
+def test_box_loss_adds_both_parts():
+    predicted, target = boxes(0), boxes(1)
+    loss_sum, count, metrics = box_loss(predicted.bfloat16(), target, l1_weight=3.0, giou_weight=0.5)
+    rounded = predicted.bfloat16().float()
+    l1 = torch.nn.functional.l1_loss(rounded, target, reduction="sum")
+    giou = (1 - theirs.generalized_box_iou(rounded, target).diagonal()).sum()
+    torch.testing.assert_close(loss_sum, 3 * l1 + 0.5 * giou, rtol=1e-5, atol=0)
+    torch.testing.assert_close(metrics["box/l1"], l1)
+    torch.testing.assert_close(metrics["box/giou"], giou)
+    assert count == NUM_BOXES
+
+
+def test_corners_of_centres():
+    assert corners_of(torch.tensor([[5.0, 6.0, 4.0, 2.0]])).tolist() == [[3, 5, 7, 7]]
+
+
+def test_dice_and_focal_equal_transformers():
+    logits, target = masks()
+    for ours, reference in (
+        (dice(logits, target).sum(), theirs.dice_loss(logits, target.flatten(1), 1)),
+        (focal(logits, target).sum(), theirs.sigmoid_focal_loss(logits.flatten(1), target.flatten(1), 1)),
+        (
+            focal(logits, target, alpha=0.7, gamma=1.0).sum(),
+            theirs.sigmoid_focal_loss(logits.flatten(1), target.flatten(1), 1, alpha=0.7, gamma=1.0),
+        ),
+    ):
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=0)
+
+
+def test_mask_loss_is_a_sum_over_masks_with_their_gradients():
+    logits, target = masks()
+    actual, expected = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    loss_sum, count, metrics = mask_loss(actual, target, dice_weight=1.0, focal_weight=20.0)
+    reference = theirs.dice_loss(expected, target.flatten(1), 1) + 20 * theirs.sigmoid_focal_loss(
+        expected.flatten(1), target.flatten(1), 1
+    )
+    torch.testing.assert_close(loss_sum, reference, rtol=1e-5, atol=0)
+    loss_sum.backward()
+    reference.backward()
+    torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-5, atol=1e-6)
+    assert count == 3 and set(metrics) == {"mask/dice", "mask/focal"}
+
+
+def test_expected_coordinate():
+    certain = torch.full((1, 5), -100.0)
+    certain[0, 3] = 100.0
+    assert expected_coordinate(certain).item() == 0.75
+    between = torch.full((1, 5), -torch.inf)
+    between[0, 1], between[0, 2] = torch.tensor(3.0).log(), 0.0
+    torch.testing.assert_close(expected_coordinate(between), torch.tensor([0.75 * 0.25 + 0.25 * 0.5]))

@@ -50,7 +50,12 @@ def shown_commands(text: str) -> list[list[str]]:
 def check_parses(words: list[str]) -> None:
     """The command's own parser takes the words; recipes that are named are there, placeholders aside."""
     name, rest = words[0], words[1:]
-    parser = frame._command_parser(name, importlib.import_module(frame.COMMANDS[name]))
+    module = importlib.import_module(frame.COMMANDS[name])
+    if name in frame.GROUPS:
+        if rest == ["COMMAND", "--help"]:
+            return
+        name, module, rest = frame._member(name, module, rest)
+    parser = frame._command_parser(name, module)
     if rest == ["--help"]:
         return
     args = parser.parse_intermixed_args(rest)

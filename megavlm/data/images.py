@@ -51,6 +51,10 @@ _BROKEN_IMAGE_ERRORS = (
 )
 
 
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA", "TIFF", "WEBP")
+"""What rows may show. PIL knows more: EPS would have Ghostscript run a program out of the file."""
+
+
 def read_image_size(path: Media, max_pixels: int = DataConfig.max_image_pixels) -> tuple[int, int]:
     """(width, height) in pixels as the image will be seen, from the file's header: nothing is decoded.
 
@@ -87,7 +91,7 @@ def _opened(path: Media) -> Iterator[tuple[BinaryIO, Image.Image]]:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             # Palettes with transparency: said once an image, of what is meant to be (see above).
             warnings.filterwarnings("ignore", "Palette images with Transparency", UserWarning)
-            with open_media(path) as file, Image.open(file) as image:
+            with open_media(path) as file, Image.open(file, formats=FORMATS) as image:
                 yield file, image
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = before

@@ -10,21 +10,26 @@ import torch
 import torch.distributed as dist
 
 
+def _shifted(
+    logits_TW: torch.Tensor, labels_T: torch.Tensor, group: dist.ProcessGroup
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """fp32 logits less the largest of all ranks, that one, each label's place here, and whether it is elsewhere."""
+    width = logits_TW.shape[1]
+    logits_TW = logits_TW.float()
+    largest_T = logits_TW.max(dim=1).values
+    if group.size() > 1:
+        dist.all_reduce(largest_T, op=dist.ReduceOp.MAX, group=group)
+    local_T = labels_T - group.rank() * width
+    elsewhere_T = (local_T < 0) | (local_T >= width)
+    return logits_TW - largest_T[:, None], largest_T, local_T.masked_fill(elsewhere_T, 0), elsewhere_T
+
+
 class _VocabularyParallelLogprob(torch.autograd.Function):
     """log softmax(logits)[label], with two all-reduces of [T] instead of gathering logits."""
 
     @staticmethod
     def forward(ctx: Any, logits_TW: torch.Tensor, labels_T: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        width = logits_TW.shape[1]
-        first = group.rank() * width
-        logits_TW = logits_TW.float()
-        largest_T = logits_TW.max(dim=1).values
-        if group.size() > 1:
-            dist.all_reduce(largest_T, op=dist.ReduceOp.MAX, group=group)
-        shifted_TW = logits_TW - largest_T[:, None]
-        local_T = labels_T - first
-        elsewhere_T = (local_T < 0) | (local_T >= width)
-        local_T = local_T.masked_fill(elsewhere_T, 0)
+        shifted_TW, _largest_T, local_T, elsewhere_T = _shifted(logits_TW, labels_T, group)
         picked_T = shifted_TW.gather(1, local_T[:, None])[:, 0].masked_fill(elsewhere_T, 0.0)
         exponent_TW = shifted_TW.exp_()
         sums_2T = torch.stack((exponent_TW.sum(1), picked_T))
@@ -64,19 +69,11 @@ class _VocabularyParallelStatistics(torch.autograd.Function):
     def forward(
         ctx: Any, logits_TW: torch.Tensor, labels_T: torch.Tensor, vocabulary_size: int, group: dist.ProcessGroup
     ) -> torch.Tensor:
-        width = logits_TW.shape[1]
-        first = group.rank() * width
-        logits_TW = logits_TW.float()
-        largest_T = logits_TW.max(dim=1).values
-        if group.size() > 1:
-            dist.all_reduce(largest_T, op=dist.ReduceOp.MAX, group=group)
-        shifted_TW = logits_TW - largest_T[:, None]
-        local_T = labels_T - first
-        elsewhere_T = (local_T < 0) | (local_T >= width)
-        local_T = local_T.masked_fill(elsewhere_T, 0)
+        shifted_TW, largest_T, local_T, elsewhere_T = _shifted(logits_TW, labels_T, group)
         picked_T = shifted_TW.gather(1, local_T[:, None])[:, 0].masked_fill(elsewhere_T, 0.0)
         # Ids beyond the vocabulary, which only fill up the shards, are no part of the mean.
-        num_real = min(max(vocabulary_size - first, 0), width)
+        width = logits_TW.shape[1]
+        num_real = min(max(vocabulary_size - group.rank() * width, 0), width)
         mean_T = shifted_TW[:, :num_real].sum(1) / vocabulary_size
         exponent_TW = shifted_TW.exp_()
         sums_3T = torch.stack((exponent_TW.sum(1), picked_T, mean_T))

@@ -94,17 +94,17 @@ _CORE = layout(recompute="selective", recompute_modules=("core_attn",))
 _THREE = layout(recompute="selective", recompute_modules=("core_attn", "mlp", "layernorm"))
 _OVERLAP = layout(overlap_reduce=True)
 _OVERLAP_BOTH = layout(overlap_reduce=True, overlap_gather=True)
-_PLAIN = layout(sharded_optimizer=False)
+PLAIN = layout(sharded_optimizer=False)
 
 # Rows of at most 160 tokens, split by cost (the longest sample has fewer).
-_PACKED = {"packing": True, "max_length": 160}
+PACKED = {"packing": True, "max_length": 160}
 
-_EP2 = layout(ep=2)
-_EP2_TP2 = layout(ep=2, etp=1, tp=2, sp=True)
+EP2 = layout(ep=2)
+EP2_TP2 = layout(ep=2, etp=1, tp=2, sp=True)
 _MOE = layout(recompute="selective", recompute_modules=("core_attn", "moe", "layernorm"))
 
 
-def _experts(
+def experts(
     name: str, world_size: int, parallel: dict[str, Any], quick: bool = False, balanced: bool = True, **rest: Any
 ) -> Member:
     """A member with experts, whose load-balancing loss is learned, or not."""
@@ -118,7 +118,7 @@ MEMBERS: tuple[Member, ...] = (
     Member("micro batch 2", 1, micro_batch_size=2),
     Member("micro batch 4", 1, micro_batch_size=4, quick=True),
     Member("micro batch 8: all rows packed into one", 1, micro_batch_size=8, quick=True),
-    Member("packed by cost", 1, data=_PACKED, quick=True),
+    Member("packed by cost", 1, data=PACKED, quick=True),
     Member("LLaVA, all rows packed into one", 1, micro_batch_size=8, against="llava"),
     Member("gated cross-attention, all rows packed into one", 1, micro_batch_size=8, against="gated_cross_attention"),
     Member("gated cross-attention, recompute full", 1, _FULL, True, "gated_cross_attention"),
@@ -127,23 +127,23 @@ MEMBERS: tuple[Member, ...] = (
     Member("recompute full, block", 1, _BLOCK, quick=True),
     Member("recompute selective, core_attn", 1, _CORE),
     Member("recompute selective, core_attn + mlp + layernorm", 1, _THREE, quick=True),
-    Member("optimizer not distributed", 1, _PLAIN),
-    _experts("recompute full", 1, _FULL),
-    _experts("recompute selective, core_attn + moe + layernorm", 1, _MOE, True),
-    _experts("micro batch 4", 1, {}, balanced=False, micro_batch_size=4),
-    _experts("EP2", 2, _EP2, True),
-    _experts("EP2", 2, _EP2 | _PLAIN, balanced=False),
-    _experts("EP2, allgather", 2, _EP2 | layout(dispatcher="allgather"), True),
-    _experts("EP2, overlap", 2, _EP2 | _OVERLAP_BOTH, bucket_size=SMALL_BUCKET),
-    _experts("TP2+SP", 2, layout(tp=2, sp=True)),
-    _experts("EP2 of TP2+SP", 2, _EP2_TP2, True),
-    _experts("copied over TP2+SP", 2, layout(etp=1, tp=2, sp=True)),
-    _experts("TP2+SP, allgather", 2, layout(tp=2, sp=True, dispatcher="allgather")),
-    _experts("CP2", 2, layout(cp=2), True),
-    _experts("EP2 of CP2", 2, layout(cp=2, ep=2), balanced=False, micro_batch_size=2),
-    _experts("DP2", 2, {}),
-    _experts("PP2", 2, layout(pp=2)),
-    _experts("PP2 x VPP2", 2, layout(pp=2, vpp=2)),
+    Member("optimizer not distributed", 1, PLAIN),
+    experts("recompute full", 1, _FULL),
+    experts("recompute selective, core_attn + moe + layernorm", 1, _MOE, True),
+    experts("micro batch 4", 1, {}, balanced=False, micro_batch_size=4),
+    experts("EP2", 2, EP2, True),
+    experts("EP2", 2, EP2 | PLAIN, balanced=False),
+    experts("EP2, allgather", 2, EP2 | layout(dispatcher="allgather"), True),
+    experts("EP2, overlap", 2, EP2 | _OVERLAP_BOTH, bucket_size=SMALL_BUCKET),
+    experts("TP2+SP", 2, layout(tp=2, sp=True)),
+    experts("EP2 of TP2+SP", 2, EP2_TP2, True),
+    experts("copied over TP2+SP", 2, layout(etp=1, tp=2, sp=True)),
+    experts("TP2+SP, allgather", 2, layout(tp=2, sp=True, dispatcher="allgather")),
+    experts("CP2", 2, layout(cp=2), True),
+    experts("EP2 of CP2", 2, layout(cp=2, ep=2), balanced=False, micro_batch_size=2),
+    experts("DP2", 2, {}),
+    experts("PP2", 2, layout(pp=2)),
+    experts("PP2 x VPP2", 2, layout(pp=2, vpp=2)),
     # tensor parallel
     Member("TP2", 2, layout(tp=2)),
     Member("TP2+SP", 2, layout(tp=2, sp=True)),
@@ -159,7 +159,7 @@ MEMBERS: tuple[Member, ...] = (
     Member("PP2, micro batch 4", 2, layout(pp=2), micro_batch_size=4),
     Member("PP2, frozen vision", 2, layout(pp=2), True, "frozen vision"),
     Member("PP2, frozen language model: a rank without anything to train", 2, layout(pp=2), True, "frozen language"),
-    Member("PP2, frozen language model, optimizer not distributed", 2, layout(pp=2) | _PLAIN, False, "frozen language"),
+    Member("PP2, frozen language model, optimizer not distributed", 2, layout(pp=2) | PLAIN, False, "frozen language"),
     Member("LLaVA PP2", 2, layout(pp=2), False, "llava"),
     # context parallel
     Member("CP2 all_gather", 2, layout(cp=2, cp_comm="all_gather"), quick=True),
@@ -169,8 +169,8 @@ MEMBERS: tuple[Member, ...] = (
     Member("LLaVA CP2 all_gather", 2, layout(cp=2, cp_comm="all_gather"), True, "llava", micro_batch_size=4),
     Member("LLaVA CP2 p2p", 2, layout(cp=2, cp_comm="p2p"), False, "llava"),
     # data parallel
-    Member("DP2", 2, _PLAIN, quick=True),
-    Member("DP2, overlap", 2, _PLAIN | _OVERLAP, quick=True, bucket_size=SMALL_BUCKET),
+    Member("DP2", 2, PLAIN, quick=True),
+    Member("DP2, overlap", 2, PLAIN | _OVERLAP, quick=True, bucket_size=SMALL_BUCKET),
     Member("DP2, distributed optimizer", 2, {}, quick=True),
     Member("DP2, distributed optimizer, overlap", 2, _OVERLAP_BOTH, quick=True, bucket_size=SMALL_BUCKET),
     Member("DP2, distributed optimizer, gradient overlap only", 2, _OVERLAP, bucket_size=SMALL_BUCKET),
@@ -248,10 +248,10 @@ MEMBERS: tuple[Member, ...] = (
     Member("encoder on own ranks TP2 + one", 3, layout(placement="own_ranks", vision_tp=2), True),
     Member("encoder on own rank + TP2+SP", 3, layout(placement="own_ranks", tp=2, sp=True)),
     Member("encoder on own rank + CP2", 3, layout(placement="own_ranks", cp=2), micro_batch_size=4),
-    Member("packed by cost, DP2", 2, data=_PACKED),
+    Member("packed by cost, DP2", 2, data=PACKED),
     Member("mixture with a curriculum: DP2", 2, quick=True, against="mixture", micro_batch_size=2),
-    Member("mixture with a curriculum: packed by cost, DP2", 2, against="mixture", data=_PACKED),
-    Member("packed by cost, encoder in bubbles, PP2 x VPP2", 2, layout(placement="bubble", pp=2, vpp=2), data=_PACKED),
+    Member("mixture with a curriculum: packed by cost, DP2", 2, against="mixture", data=PACKED),
+    Member("packed by cost, encoder in bubbles, PP2 x VPP2", 2, layout(placement="bubble", pp=2, vpp=2), data=PACKED),
     Member("LLaVA-NeXT TP2+SP", 2, layout(tp=2, sp=True), against="llava_next", micro_batch_size=2),
     Member("LLaVA-NeXT CP2 all_gather", 2, layout(cp=2), True, "llava_next"),
     Member("LLaVA-NeXT, encoder spread, PP2", 2, layout(placement="spread", pp=2), against="llava_next"),
@@ -260,8 +260,8 @@ MEMBERS: tuple[Member, ...] = (
     Member("LLaVA-OneVision, encoder in bubbles, PP2", 2, layout(placement="bubble", pp=2), True, "llava_onevision"),
     Member("LLaVA-OneVision, encoder on own rank", 2, layout(placement="own_ranks"), against="llava_onevision"),
     # four ranks
-    Member("mixture with a curriculum: packed by cost, PP2 x DP2", 4, layout(pp=2), True, "mixture", data=_PACKED),
-    Member("packed by cost, encoder spread, PP2 x DP2", 4, layout(placement="spread", pp=2), True, data=_PACKED),
+    Member("mixture with a curriculum: packed by cost, PP2 x DP2", 4, layout(pp=2), True, "mixture", data=PACKED),
+    Member("packed by cost, encoder spread, PP2 x DP2", 4, layout(placement="spread", pp=2), True, data=PACKED),
     Member("3 encoder stages + PP1", 4, layout(placement="stage", pp=4, vision_pp=3)),
     Member("2 encoder stages + PP2", 4, layout(placement="stage", pp=4, vision_pp=2), quick=True),
     Member("2 encoder stages + PP2, LLaVA", 4, layout(placement="stage", pp=4, vision_pp=2), True, "llava"),
@@ -282,7 +282,7 @@ MEMBERS: tuple[Member, ...] = (
         True,
         bucket_size=SMALL_BUCKET,
     ),
-    Member("encoder spread, PP2 x DP2, optimizer not distributed", 4, layout(placement="spread", pp=2) | _PLAIN),
+    Member("encoder spread, PP2 x DP2, optimizer not distributed", 4, layout(placement="spread", pp=2) | PLAIN),
     Member("encoder spread, CP2 x DP2", 4, layout(placement="spread", cp=2)),
     Member("encoder spread, TP2+SP x PP2", 4, layout(placement="spread", tp=2, sp=True, pp=2), micro_batch_size=2),
     Member(
@@ -304,7 +304,7 @@ MEMBERS: tuple[Member, ...] = (
         bucket_size=SMALL_BUCKET,
     ),
     Member(
-        "encoder in bubbles, PP2 x DP2, optimizer not distributed", 4, layout(placement="bubble", pp=2) | _PLAIN, True
+        "encoder in bubbles, PP2 x DP2, optimizer not distributed", 4, layout(placement="bubble", pp=2) | PLAIN, True
     ),
     Member(
         "encoder on own ranks DP2 + TP2", 4, layout(placement="own_ranks", vision_dp=2, tp=2), True, micro_batch_size=2
@@ -320,7 +320,7 @@ MEMBERS: tuple[Member, ...] = (
     Member("PP2 x DP2, overlap", 4, layout(pp=2) | _OVERLAP_BOTH, True, bucket_size=SMALL_BUCKET),
     Member("CP4 all_gather", 4, layout(cp=4, cp_comm="all_gather"), micro_batch_size=2),
     Member("CP4 p2p", 4, layout(cp=4, cp_comm="p2p"), True, micro_batch_size=4),
-    Member("CP2 x DP2, optimizer not distributed", 4, layout(cp=2, cp_comm="p2p") | _PLAIN, True, micro_batch_size=2),
+    Member("CP2 x DP2, optimizer not distributed", 4, layout(cp=2, cp_comm="p2p") | PLAIN, True, micro_batch_size=2),
     Member("TP2 x PP2", 4, layout(tp=2, pp=2)),
     Member("TP2+SP x PP2, recompute full", 4, layout(tp=2, sp=True, pp=2) | _FULL, True, micro_batch_size=4),
     Member("TP2 x PP2, recompute full", 4, layout(tp=2, pp=2) | _FULL),
@@ -333,16 +333,16 @@ MEMBERS: tuple[Member, ...] = (
     Member("CP2 p2p x PP2 x VPP2", 4, layout(cp=2, cp_comm="p2p", pp=2, vpp=2)),
     Member("TP2+SP x DP2, distributed optimizer", 4, layout(tp=2, sp=True), True, micro_batch_size=4),
     Member("LLaVA TP2 x PP2", 4, layout(tp=2, pp=2), True, "llava", micro_batch_size=2),
-    _experts("EP4", 4, layout(ep=4)),
-    _experts("EP2 x DP2, optimizer not distributed", 4, _EP2 | _PLAIN),
-    _experts("EP2 of DP2 x PP2, encoder in bubbles", 4, _EP2 | layout(pp=2, placement="bubble"), True),
-    _experts("EP4 of TP2+SP x DP2", 4, layout(ep=4, etp=1, tp=2, sp=True), micro_batch_size=1),
-    _experts("EP2 x TP2+SP", 4, layout(ep=2, tp=2, sp=True)),
-    _experts("EP2 of CP2 x DP2, allgather", 4, layout(ep=2, cp=2, dispatcher="allgather")),
-    _experts("EP2 of TP2+SP x PP2, encoder spread", 4, _EP2_TP2 | layout(pp=2, placement="spread"), balanced=False),
-    _experts("EP2 of DP2, encoder on own ranks DP2", 4, _EP2 | layout(placement="own_ranks", vision_dp=2)),
+    experts("EP4", 4, layout(ep=4)),
+    experts("EP2 x DP2, optimizer not distributed", 4, EP2 | PLAIN),
+    experts("EP2 of DP2 x PP2, encoder in bubbles", 4, EP2 | layout(pp=2, placement="bubble"), True),
+    experts("EP4 of TP2+SP x DP2", 4, layout(ep=4, etp=1, tp=2, sp=True), micro_batch_size=1),
+    experts("EP2 x TP2+SP", 4, layout(ep=2, tp=2, sp=True)),
+    experts("EP2 of CP2 x DP2, allgather", 4, layout(ep=2, cp=2, dispatcher="allgather")),
+    experts("EP2 of TP2+SP x PP2, encoder spread", 4, EP2_TP2 | layout(pp=2, placement="spread"), balanced=False),
+    experts("EP2 of DP2, encoder on own ranks DP2", 4, EP2 | layout(placement="own_ranks", vision_dp=2)),
     # eight ranks
-    _experts("EP2 of TP2+SP x PP2 x DP2, overlap", 8, _EP2_TP2 | layout(pp=2) | _OVERLAP_BOTH),
+    experts("EP2 of TP2+SP x PP2 x DP2, overlap", 8, EP2_TP2 | layout(pp=2) | _OVERLAP_BOTH),
     Member("2 encoder stages + PP2, TP2+SP", 8, layout(placement="stage", pp=4, vision_pp=2, tp=2, sp=True)),
     Member("encoder spread, TP2+SP x PP2 x DP2", 8, layout(placement="spread", tp=2, sp=True, pp=2)),
     Member(
@@ -357,100 +357,6 @@ MEMBERS: tuple[Member, ...] = (
     ),
     Member("TP2 x PP2 x DP2", 8, layout(tp=2, pp=2)),
     Member("TP2+SP x PP2 x DP2, overlap", 8, layout(tp=2, sp=True, pp=2) | _OVERLAP_BOTH, bucket_size=SMALL_BUCKET),
-)
-
-
-@dataclass(frozen=True)
-class Switch:
-    """Steps in one layout, a checkpoint, and the rest in another.
-
-    `is_async`: the checkpoint is written while the first run goes on.
-    """
-
-    name: str
-    before: Member
-    after: Member
-    quick: bool = False
-    is_async: bool = False
-
-
-_ONE, _ONE_PLAIN = Member("one process", 1), Member("one process", 1, _PLAIN)
-_TP2, _TP2_PLAIN = Member("TP2", 2, layout(tp=2), micro_batch_size=4), Member("TP2", 2, layout(tp=2) | _PLAIN)
-_TP2_PP2 = Member("TP2 x PP2", 4, layout(tp=2, pp=2), micro_batch_size=4)
-_VPP2 = Member("PP2 x VPP2", 2, layout(pp=2, vpp=2))
-_CP2, _DP2 = Member("CP2", 2, layout(cp=2), micro_batch_size=4), Member("DP2", 2)
-
-_STAGES = Member("2 encoder stages + PP2", 4, layout(placement="stage", pp=4, vision_pp=2))
-_BUBBLE = Member("encoder in bubbles, TP2+SP x PP2", 4, layout(placement="bubble", tp=2, sp=True, pp=2))
-_SPREAD = Member("encoder spread, PP2", 2, layout(placement="spread", pp=2))
-_OWN = Member("encoder on own rank + DP2", 3, layout(placement="own_ranks"))
-_OWN_PLAIN = Member("encoder on own rank + one", 2, layout(placement="own_ranks") | _PLAIN)
-
-_EXPERTS_ONE, _EXPERTS_EP2 = _experts("one process", 1, {}), _experts("EP2", 2, _EP2)
-_EXPERTS_FOUR = _experts("EP2 of TP2+SP x PP2", 4, _EP2_TP2 | layout(pp=2))
-
-_HEADS_ONE, _HEADS_TP2 = (
-    Member(name, size, layout(tp=size), against="internvl_6b") for name, size in (("one process", 1), ("TP2", 2))
-)
-_HEADS_TP2_PLAIN = Member("TP2", 2, layout(tp=2) | _PLAIN, against="internvl_6b")
-_HEADS_ONE_PLAIN = Member("one process", 1, _PLAIN, against="internvl_6b")
-
-_GATED_ONE = Member("one process", 1, against="gated_cross_attention")
-_GATED_FOUR = Member("TP2+SP x PP2", 4, layout(tp=2, sp=True, pp=2), against="gated_cross_attention")
-
-_MIXTURE_DP2 = Member("DP2", 2, against="mixture", micro_batch_size=2)
-_MIXTURE_PACKED = Member("packed by cost, PP2", 2, layout(pp=2), against="mixture", data=_PACKED)
-
-SWITCHES: tuple[Switch, ...] = (
-    Switch("mixture with a curriculum: DP2 to packed by cost, PP2", _MIXTURE_DP2, _MIXTURE_PACKED, quick=True),
-    Switch("gated cross-attention: TP2+SP x PP2 to one process", _GATED_FOUR, _GATED_ONE, quick=True),
-    Switch("InternVL 6B: TP2 to one process", _HEADS_TP2, _HEADS_ONE, quick=True),
-    Switch("InternVL 6B: one process to TP2, optimizer not distributed", _HEADS_ONE_PLAIN, _HEADS_TP2_PLAIN),
-    Switch("experts: one process to EP2 of TP2+SP x PP2", _EXPERTS_ONE, _EXPERTS_FOUR, quick=True),
-    Switch("experts: EP2 to one process", _EXPERTS_EP2, _EXPERTS_ONE, quick=True),
-    Switch("experts: EP2 of TP2+SP x PP2 to EP2", _EXPERTS_FOUR, _EXPERTS_EP2),
-    Switch("one process to one process", _ONE, _ONE, quick=True),
-    Switch("one process to TP2 x PP2", _ONE, _TP2_PP2, quick=True),
-    Switch("TP2 x PP2 to one process", _TP2_PP2, _ONE),
-    Switch("PP2 x VPP2 to TP2", _VPP2, _TP2, quick=True),
-    Switch("DP2 with distributed optimizer to CP2", _DP2, _CP2, quick=True),
-    Switch("TP2 to DP2", _TP2, _DP2),
-    Switch("one process to TP2, optimizer not distributed", _ONE_PLAIN, _TP2_PLAIN, quick=True),
-    Switch("DP2 to DP2, saved while it goes on", _DP2, _DP2, quick=True, is_async=True),
-    Switch("TP2 to one process, saved while it goes on", _TP2, _ONE, is_async=True),
-    Switch(
-        "one process to TP2, optimizer not distributed, saved while it goes on", _ONE_PLAIN, _TP2_PLAIN, is_async=True
-    ),
-    Switch("2 encoder stages + PP2 to encoder in bubbles, TP2+SP x PP2", _STAGES, _BUBBLE, quick=True),
-    Switch("encoder in bubbles, TP2+SP x PP2 to one process", _BUBBLE, _ONE),
-    Switch("encoder on own rank + DP2 to encoder spread, PP2", _OWN, _SPREAD, quick=True),
-    Switch("encoder spread, PP2 to encoder on own rank + DP2", _SPREAD, _OWN),
-    Switch("one process to encoder on own rank, optimizer not distributed", _ONE_PLAIN, _OWN_PLAIN),
-    Switch("encoder on own rank to TP2, optimizer not distributed", _OWN_PLAIN, _TP2_PLAIN),
-)
-
-# Names of members and switches of `make test` that make test-next runs with the newest megatron-core, too.
-NEXT_CORE: frozenset[str] = frozenset(
-    {
-        "micro batch 8: all rows packed into one",
-        "recompute full, block",
-        "TP2+SP, micro batch 4, selective recompute",
-        "PP2, layers 1 + 3",
-        "PP2 x VPP2",
-        "CP2 all_gather",
-        "CP2 p2p, micro batch 4",
-        "DP2",
-        "DP2, distributed optimizer, overlap",
-        "experts balanced: EP2",
-        "experts balanced: EP2 of TP2+SP",
-        "encoder stage + PP1",
-        "encoder spread, PP2",
-        "encoder in bubbles, PP2 x VPP2",
-        "encoder on own rank + one",
-        "InternVL 6B TP2+SP",
-        "gated cross-attention, CP2 all_gather",
-    }
-    | {switch.name for switch in SWITCHES if switch.quick}
 )
 
 

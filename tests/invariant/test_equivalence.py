@@ -10,7 +10,8 @@ import pytest
 from megavlm.config.schema import Recipe
 from tests.invariant import canon
 from tests.invariant.measure import LIMITS, StepRow, broken, distances, record
-from tests.invariant.members import MEMBERS, NEXT_CORE, REFERENCES, SMALL_BUCKET, SWITCHES, Member, Switch
+from tests.invariant.members import MEMBERS, REFERENCES, SMALL_BUCKET, Member
+from tests.invariant.switches import NEXT_CORE, SWITCHES, Switch
 from tests.pool import PoolKeeper
 
 Canonical = Callable[[str], list[StepRow]]

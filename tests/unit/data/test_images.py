@@ -324,3 +324,13 @@ def test_missing_and_broken_processor_files(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(UseError, match=r"preprocessor_config\.json: got .*expected a JSON object"):
         read_image_spec(tmp_path, QWEN_INPUTS)
+
+
+def test_programs_that_call_themselves_images_are_refused(tmp_path, square_spec):
+    """EPS is a program: PIL would hand it to Ghostscript, if that is installed."""
+    path = tmp_path / "picture.png"
+    Image.new("RGB", (8, 8)).save(path, format="EPS")
+    with pytest.raises(UseError, match="unreadable image"):
+        read_image_size(path)
+    with pytest.raises(UseError, match="unreadable image"):
+        load_patches(path, square_spec)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from megavlm.checkpoint.hf_io import read_architecture
 from megavlm.data.encode import open_encoder
-from megavlm.data.image_tiles import cut_tiles
+from megavlm.data.image_views import cut_frames, image_views
 from megavlm.data.images import load_patches, target_grid
 from megavlm.data.inspect.preview import ShownRow, pixels_of, show_row, show_tokens
 from megavlm.data.inspect.rows import open_rows
@@ -62,9 +62,12 @@ def test_tiles_are_the_tiles(folder: Write, internvl_dir: Path, tmp_path: Path) 
     spec = encoder.image_spec
     row = show_row(open_rows([folder([chat("What?", "two", "0.png")])]), 0, encoder, 10**6)
     (image,) = row.images
-    tiles = cut_tiles(
-        Image.open(tmp_path / "0.png").convert("RGB"), spec.image_px, spec.min_tiles, spec.max_tiles, spec.resample
-    )
+    picture = Image.open(tmp_path / "0.png").convert("RGB")
+    _, rows, columns = target_grid(spec, *picture.size, 1)[:3]
+    views = image_views(spec, *picture.size, rows, columns, 1)
+    tiles = [
+        frame for view in views for frame in cut_frames(view, np.asarray(picture.resize(view.size, spec.resample)))
+    ]
     assert len(tiles) > 2 and image.columns == 2, "an image twice as wide as high"
     for frame, tile in zip((*image.tiles, *image.whole), tiles, strict=True):
         assert (decoded(frame.uri) == tile).all()

@@ -29,7 +29,7 @@ from megavlm.data.dataset import Dataset
 from megavlm.data.encode import open_encoder
 from megavlm.data.image_loading import ImageLoading
 from megavlm.data.loader import BatchLoader
-from megavlm.data.readers import read_samples
+from megavlm.data.rows import Rows
 from megavlm.data.sample import MicrobatchOrder
 from megavlm.platform.capabilities import probe
 from tests.evidence import record, row
@@ -113,7 +113,7 @@ def measure(backend: Backend, hf_dir: Path, rows: Path, num_workers: int) -> tup
     """Images a second: (loader, bare)."""
     loading = ImageLoading(backend=backend)
     encoder = open_encoder(hf_dir, INPUTS, 512, max_pixels=SIZE[0] * SIZE[1] + 4000, loading=loading)
-    dataset = Dataset(read_samples([str(rows)]), encoder)
+    dataset = Dataset(Rows.open([str(rows)]), encoder)
     dataset.prepare()
     assert dataset.grids_each[0] == ((1, SIZE[1] // 16, SIZE[0] // 16),), dataset.grids_each[0]
     microbatches = [

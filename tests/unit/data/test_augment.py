@@ -14,7 +14,7 @@ from megavlm.data.encode import SampleEncoder
 from megavlm.data.image_loading import ImageLoading
 from megavlm.data.images import load_patches, read_image_spec, target_grid
 from megavlm.data.loader import BatchLoader
-from megavlm.data.readers import read_samples
+from megavlm.data.rows import Rows
 from megavlm.data.sample import Box, MicrobatchOrder, Sample, Turn
 from megavlm.data.tokens import Tokenizer
 from tests.pictures import photo
@@ -110,7 +110,7 @@ def test_pixels_of_each_part() -> None:
 def encoder(qwen_dir: Path) -> SampleEncoder:
     spec = read_image_spec(qwen_dir, QWEN_INPUTS)
     tokenizer = Tokenizer(qwen_dir, QWEN_INPUTS.image_token_id)
-    return SampleEncoder(QWEN_INPUTS, spec, tokenizer, 300, None, ImageLoading(augmentation=ALL))
+    return SampleEncoder(QWEN_INPUTS, spec, tokenizer, 300, loading=ImageLoading(augmentation=ALL))
 
 
 def make_dataset(folder: Path, encoder: SampleEncoder) -> Dataset:
@@ -119,14 +119,14 @@ def make_dataset(folder: Path, encoder: SampleEncoder) -> Dataset:
         photo(number, 60 + 20 * number, 90).save(folder / f"{number}.png")
         turns = [{"role": "user", "content": "<image>what?"}, {"role": "assistant", "content": "a house"}]
         rows.append({"messages": turns, "images": [f"{number}.png"]})
-    dataset = Dataset(read_samples([str(write_jsonl(folder / "rows.jsonl", rows))]), encoder)
+    dataset = Dataset(Rows.open([str(write_jsonl(folder / "rows.jsonl", rows))]), encoder)
     dataset.prepare()
     return dataset
 
 
 def loaded(dataset: Dataset, steps: list[int], num_workers: int = 0, augment: bool = True) -> list[torch.Tensor]:
     def orders_of(step: int) -> list[MicrobatchOrder]:
-        return [MicrobatchOrder((i,), ((i, 0),), False, step if augment else -1) for i in (step % 4, (step + 1) % 4)]
+        return [MicrobatchOrder((i,), ((i, 0),), step=step if augment else -1) for i in (step % 4, (step + 1) % 4)]
 
     loader = BatchLoader(dataset, orders_of, 4, 8, num_workers)
     patches = [one.patches_PC for step in steps for one in loader.batches(step)]

@@ -356,3 +356,17 @@ def test_memory_stays_flat_over_many_samples(encoder, tmp_path):
         after_walk.append(process.memory_info().rss)
     grown = after_walk[1] - after_walk[0]
     assert grown < 16 * 2**20, f"{grown / 2**20:.1f} MB more for {num_rows} samples more"
+
+
+def test_everything_of_a_microbatch_is_pinned(rows_path, encoder, monkeypatch):
+    """What torch's DataLoader calls for a GPU; here the copies are only marked."""
+    from torch.utils.data._utils.pin_memory import pin_memory
+
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, *_: pinned.append(self.clone()) or pinned[-1])
+    dataset, _ = prepared(rows_path, encoder)
+    (one, *_) = make_loader(dataset).batches(0)
+    copy = pin_memory(one)
+    assert_same(one, copy)
+    tensors = [copy.patches_PC, *(value for value in vars(copy.batch).values() if isinstance(value, torch.Tensor))]
+    assert len(tensors) >= 9 and {id(tensor) for tensor in tensors} == {id(tensor) for tensor in pinned}

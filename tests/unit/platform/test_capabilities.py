@@ -204,7 +204,12 @@ def test_transformers_range(package: Package, version: str, available: bool, det
     assert (found.available, found.detail) == (available, detail)
 
 
-def test_dali_has_one_distribution_per_cuda(package: Package) -> None:
+def test_dali_has_one_distribution_per_cuda(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
+    version_of = capabilities.metadata.version
+    # That of CUDA 13 is installed for other tests.
+    monkeypatch.setattr(
+        capabilities.metadata, "version", lambda name: version_of("none" if name.endswith("cuda130") else name)
+    )
     package("nvidia-dali-cuda120", "1.50.0")
     assert probe("nvidia-dali").version == "1.50.0"
 

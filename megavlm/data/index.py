@@ -3,6 +3,7 @@
 Shape suffixes: R rows read, N rows kept, G images and videos of the rows kept, K numbers of a grid.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import overload
@@ -72,6 +73,11 @@ class RowIndex:
     digests_N: np.ndarray
     grids: GridTable
     dropped: dict[str, "DroppedRows"] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """Of the rows that are left, in their order, as hexadecimal digits."""
+        return hashlib.blake2b(np.ascontiguousarray(self.digests_N).data, digest_size=8).hexdigest()
 
     @property
     def cut(self) -> dict[str, np.ndarray]:

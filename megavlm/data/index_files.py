@@ -37,11 +37,13 @@ class Builders:
         number: of this one.
         count: how many there are.
         wait: returns when all have come there.
+        agree: what the first of them says, for all; each calls it with what it would say itself.
     """
 
     number: int = 0
     count: int = 1
     wait: Callable[[], None] = lambda: None
+    agree: Callable[[str], str] = lambda own: own
 
 
 def fingerprint(files: Iterable[Path], encoder: SampleEncoder, options: str) -> str:

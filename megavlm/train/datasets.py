@@ -104,6 +104,8 @@ def build_train_set(
 def _dataset(rows: Rows, recipe: Recipe, encoder: SampleEncoder, builders: Builders | None) -> Dataset:
     dataset = Dataset(rows, encoder)
     folder = index_folder(rows, recipe, encoder)
+    if builders is not None:  # they may have looked at the disk before and after an index was completed
+        folder = Path(builders.agree(str(folder)))
     if builders is None and not is_complete(folder):
         report = dataset.prepare(**_look(recipe.data))
     else:

@@ -13,7 +13,7 @@ from megavlm.checkpoint import native, writing
 from megavlm.config.load import dump_recipe
 from megavlm.errors import use_error
 from megavlm.train.freeze import frozen_components
-from megavlm.train.state import TrainState, run_path
+from megavlm.train.state import TrainState, is_main_rank, run_path
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ def _common(state: TrainState) -> dict[str, Any]:
         "consumed_samples": state.plan.num_consumed(state.step),
         "seed": state.recipe.train.seed,
         "mixture": _mixture(state),
+        "rows": state.train_set.index.digest,
         "family": state.directory.family.model_type,
         "architecture": repr(state.directory.architecture),
         "use_distributed_optimizer": state.recipe.parallel.use_distributed_optimizer,
@@ -108,6 +109,9 @@ def resume(state: TrainState) -> Path | None:
         state.optimizer.reload_model_params()
         return None
     _check_run(state, common, folder)
+    if common.get("rows", state.train_set.index.digest) != state.train_set.index.digest and is_main_rank():
+        # May be meant (rows were added, another template): the order goes on by number, in the rows as they are now.
+        logger.warning("the training rows, or what they become, are not those that %s was trained on", folder)
     sharded: dict[str, Any] = native.model_state(state.models, state.groups)
     sharded["optimizer"] = native.optimizer_state(state.optimizer, sharded, state.parts.learns, is_loading=True)
     same_layout = common["layout"] == _layout(state)

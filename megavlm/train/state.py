@@ -138,7 +138,7 @@ def build_state(recipe: Recipe, bucket_size: int = OVERLAP_BUCKET_PARAMETERS) ->
     """
     directory = HFDirectory(recipe.model.hf_dir)
     encoder = build_encoder(recipe, directory)
-    builders = Builders(dist.get_rank(), dist.get_world_size(), dist.barrier)
+    builders = Builders(dist.get_rank(), dist.get_world_size(), dist.barrier, _word_of_rank_0)
     train_set, source_sizes = build_train_set(recipe, encoder, builders)
     _check_images(recipe, train_set)
     if is_main_rank() and not encoder.tokenizer.end_of_turn_ids():
@@ -237,6 +237,12 @@ def row_multiples(recipe: Recipe) -> tuple[int, int]:
 def run_path(recipe: Recipe) -> Path:
     """The run's folder."""
     return Path(recipe.run_dir)
+
+
+def _word_of_rank_0(own: str) -> str:
+    said = [own]
+    dist.broadcast_object_list(said)
+    return said[0]
 
 
 def is_main_rank() -> bool:

@@ -115,3 +115,12 @@ def test_the_learning_rate_of_the_recipe_counts_when_resuming(
         {"vision": 1e-3, "projector": 1e-3, "language": 1e-3},
         {"vision": 2e-4, "projector": 3e-4, "language": 3e-4},
     ]
+
+
+def test_other_rows_on_a_resume_are_told(inputs: Inputs, workers: PoolKeeper, tmp_path: Path) -> None:
+    succeed(workers, 1, inputs.train(tmp_path, "train.train_iters=2"))
+    _, err = succeed(workers, 1, inputs.train(tmp_path, "train.train_iters=3"))
+    assert "not those that" not in err
+    fewer = inputs.damaged(tmp_path / "fewer", lambda rows, _folder: rows.pop())
+    _, err = succeed(workers, 1, inputs.train(tmp_path, "train.train_iters=4", fewer))
+    assert "the training rows, or what they become, are not those that" in err

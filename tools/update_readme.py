@@ -4,7 +4,8 @@
     python tools/update_readme.py --check  write nothing; exit 1 when README.md does not say what the files say
 
 A marked place in README.md is `<!-- evidence:TOPIC -->` to `<!-- /evidence -->`, each on a line of its own; TOPIC names
-docs/evidence/TOPIC.json, a list of rows with the keys of `ROW_KEYS`. Nobody edits between the markers by hand.
+docs/evidence/TOPIC.json, a list of rows with the keys of `ROW_KEYS`. Of a topic with many rows the README has the worst
+of each kind, and a link to docs/evidence/TOPIC.md, which has all. Nobody edits between the markers by hand.
 """
 
 import argparse
@@ -26,6 +27,7 @@ COLUMNS = {
     "reference_value": "Its value",
 }
 MOST_COLUMNS = 5
+MOST_ROWS = 40
 NOT_MEASURED = "*Not measured yet.*"
 
 _PLACE = re.compile(r"(?ms)^<!-- evidence:([\w-]+) -->\n(.*?)^<!-- /evidence -->$")
@@ -85,6 +87,23 @@ def compact(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines + _origins(rows)) + "\n"
 
 
+def summary(rows: list[dict[str, Any]], topic: str) -> str:
+    """Of rows with a bound, by unit and bound: how many they are, and the one nearest to it; the rest by a link."""
+    kinds: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["required"]:
+            unit = re.sub(r"\d+", "n", _cell(row["unit"]))  # `of 12 tensors` and `of 13 tensors` are of one kind
+            kinds.setdefault((unit, _cell(row["required"])), []).append(row)
+    heads = ["Nearest to its bound", "Measured", "Unit", "Required", "Figures of this kind"]
+    lines = [_line(heads), _line(["---"] * len(heads))]
+    for (_unit, required), alike in kinds.items():
+        nearest = (min if required.startswith(">") else max)(alike, key=lambda row: float(row["value"]))
+        shown = [_cell(nearest[key]) for key in ("name", "value", "unit", "required")]
+        lines.append(_line([*shown, str(len(alike))]))
+    lines += ["", f"All {len(rows)} figures: [docs/evidence/{topic}.md](docs/evidence/{topic}.md)."]
+    return "\n".join(lines + _origins(rows)) + "\n"
+
+
 def _origins(rows: list[dict[str, Any]]) -> list[str]:
     origins = dict.fromkeys((row["command"], row["date"], row["machine"]) for row in rows)
     return [""] + [f"Measured by `{command}` on {date} ({machine})." for command, date, machine in origins]
@@ -98,8 +117,10 @@ def fill(text: str, evidence_dir: Path) -> str:
     """
 
     def place(match: re.Match[str]) -> str:
-        rows = read_rows(evidence_dir / f"{match.group(1)}.json")
-        return f"<!-- evidence:{match.group(1)} -->\n{compact(rows)}<!-- /evidence -->"
+        topic = match.group(1)
+        rows = read_rows(evidence_dir / f"{topic}.json")
+        shown = compact(rows) if len(rows) <= MOST_ROWS else summary(rows, topic)
+        return f"<!-- evidence:{topic} -->\n{shown}<!-- /evidence -->"
 
     filled, num_places = _PLACE.subn(place, text)
     num_openings, num_closings = text.count("<!-- evidence:"), text.count("<!-- /evidence -->")

@@ -50,6 +50,20 @@ def test_measures_of_a_subject_share_a_line() -> None:
     assert "| DP2 | 1 |  |" in one_missing
 
 
+def test_of_many_rows_the_worst_of_each_kind_is_shown(repo: Path) -> None:
+    rows = [row(name=f"layout {number}: loss", value=number * 1e-7) for number in range(60)]
+    rows += [row(name=f"speed {number}", value=2.0 + number, unit="x", required=">= 1") for number in range(3)]
+    rows += [row(name=f"lost {number}", value=0, unit=f"of {number} tensors", required="0") for number in (8, 9)]
+    rows += [row(name="no bound", value=99, required=None)]
+    (repo / "docs" / "evidence" / "equivalence.json").write_text(json.dumps(rows))
+    text = fill(README, repo / "docs" / "evidence")
+    assert "| layout 59: loss | 5.9e-06 |  | <= 1e-5 | 60 |" in text
+    assert "| speed 0 | 2 | x | >= 1 | 3 |" in text
+    assert "| lost 8 | 0 | of 8 tensors | 0 | 2 |" in text
+    assert "All 66 figures: [docs/evidence/equivalence.md](docs/evidence/equivalence.md)." in text
+    assert "no bound" not in text and "layout 58" not in text
+
+
 def test_other_names_keep_their_own_lines() -> None:
     rows = [row(name="wall time"), row(name="accuracy")]
     assert compact(rows) == table(rows)

@@ -77,15 +77,41 @@ def bare_dali(path: Path) -> int:
 BARE: dict[Backend, Callable[[Path], int]] = {"pil": bare_pil, "dali": bare_dali}
 
 
-def bare_rate(backend: Backend, paths: Sequence[Path], pool: "multiprocessing.pool.Pool | None") -> float:
-    """Images a second without the loader; processes are warm."""
-    started_s = time.perf_counter()
-    if pool is None:
-        for path in paths:
+def in_one_process(
+    backend: Backend, dataset: Dataset, microbatches: Sequence[MicrobatchOrder], paths: Sequence[Path]
+) -> tuple[float, float]:
+    """Images a second, (loader, bare); microbatch by microbatch in turn, so that both see the same machine."""
+    loader = BatchLoader(dataset, lambda step: [microbatches[step]], 1, 1)
+    begin_bare(backend, paths[0])
+    loader_s = bare_s = 0.0
+    for step in range(len(microbatches)):
+        started_s = time.perf_counter()
+        for path in paths[step * ROWS_A_MICROBATCH : (step + 1) * ROWS_A_MICROBATCH]:
             BARE[backend](path)
-    else:
+        between_s = time.perf_counter()
+        for _ in loader.batches(step):
+            pass
+        bare_s += between_s - started_s
+        loader_s += time.perf_counter() - between_s
+    return len(paths) / loader_s, len(paths) / bare_s
+
+
+def in_workers(
+    backend: Backend,
+    dataset: Dataset,
+    microbatches: Sequence[MicrobatchOrder],
+    paths: Sequence[Path],
+    num_workers: int,
+) -> tuple[float, float]:
+    """Images a second, (loader, bare), of as many processes each."""
+    start = functools.partial(begin_bare, backend, paths[0])
+    with multiprocessing.get_context("spawn").Pool(num_workers, start) as pool:
+        pool.map(BARE[backend], paths[: 4 * num_workers], chunksize=1)
+        started_s = time.perf_counter()
         pool.map(BARE[backend], paths, chunksize=ROWS_A_MICROBATCH)
-    return len(paths) / (time.perf_counter() - started_s)
+        bare = len(paths) / (time.perf_counter() - started_s)
+    orders = functools.partial(_orders, microbatches)
+    return loader_rate(BatchLoader(dataset, orders, 1, 1, num_workers)), bare
 
 
 def begin_bare(backend: Backend, path: Path) -> None:
@@ -97,20 +123,19 @@ def begin_bare(backend: Backend, path: Path) -> None:
     BARE[backend](path)
 
 
-def loader_rate(loader: BatchLoader, num_steps: int) -> float:
-    """Images a second of all steps but the first, in which workers start."""
+def loader_rate(loader: BatchLoader) -> float:
+    """Images a second of the second step; in the first workers start."""
     for _ in loader.batches(0):
         pass
-    started_s, num_images = time.perf_counter(), 0
-    for step in range(1, num_steps):
-        num_images += sum(len(microbatch.batch.sample_ids) for microbatch in loader.batches(step))
+    started_s = time.perf_counter()
+    num_images = sum(len(microbatch.batch.sample_ids) for microbatch in loader.batches(1))
     rate = num_images / (time.perf_counter() - started_s)
     loader.close()
     return rate
 
 
 def measure(backend: Backend, hf_dir: Path, rows: Path, num_workers: int) -> tuple[float, float]:
-    """Images a second: (loader, bare)."""
+    """Images a second, (loader, bare), each of its best round."""
     loading = ImageLoading(backend=backend)
     encoder = open_encoder(hf_dir, INPUTS, 512, max_pixels=SIZE[0] * SIZE[1] + 4000, loading=loading)
     dataset = Dataset(Rows.open([str(rows)]), encoder)
@@ -121,24 +146,18 @@ def measure(backend: Backend, hf_dir: Path, rows: Path, num_workers: int) -> tup
         for indices in np.arange(len(dataset)).reshape(-1, ROWS_A_MICROBATCH).tolist()
     ]
     paths = [rows.parent / f"{number % NUM_FILES}.jpg" for number in range(len(dataset))]
-    # A step of a few microbatches to start with, then all.
-    orders = functools.partial(_orders, microbatches)
-    through, bare = [], []
-    start = functools.partial(begin_bare, backend, paths[0])
-    pool = multiprocessing.get_context("spawn").Pool(num_workers, start) if num_workers else None
-    if pool is None:
-        start()
-    else:
-        pool.map(BARE[backend], paths[: 4 * num_workers], chunksize=1)
-    for _ in range(NUM_ROUNDS):
-        bare.append(bare_rate(backend, paths, pool))
-        through.append(loader_rate(BatchLoader(dataset, orders, 1, 1, num_workers), 2))
-    if pool is not None:
-        pool.terminate()
+    rounds = [
+        in_workers(backend, dataset, microbatches, paths, num_workers)
+        if num_workers
+        else in_one_process(backend, dataset, microbatches, paths)
+        for _ in range(NUM_ROUNDS)
+    ]
+    through, bare = zip(*rounds, strict=True)
     return max(through), max(bare)
 
 
 def _orders(microbatches: Sequence[MicrobatchOrder], step: int) -> Sequence[MicrobatchOrder]:
+    """A step of a few microbatches to start with, then all."""
     return microbatches[:4] if step == 0 else microbatches
 
 

@@ -34,16 +34,15 @@ def patches_of(
     shape = len(frames) * rows * columns, 3 * repeats * patch * patch
     out_PC = torch.empty(shape, dtype=torch.float32) if out_PC is None else out_PC
     assert out_PC.shape == shape and out_PC.is_contiguous() and out_PC.dtype == torch.float32
-    # frame, block row, block column, row in block, column in block, colour, repeat, patch row, patch column
-    blocks = (len(frames), rows // merge, columns // merge, merge, merge, 3, repeats, patch, patch)
-    out = out_PC.numpy().reshape(blocks)
+    out = out_PC.numpy().reshape(len(frames), rows * columns, 3, repeats, patch * patch)
     levels = _levels(spec.mean, spec.std, spec.rescale)
     for number, pixels_HWC in enumerate(frames):
         seen_HWC = pixels_HWC[: rows * patch, : columns * patch]
+        blocks = seen_HWC.reshape(rows // merge, merge, patch, columns // merge, merge, patch, 3)
+        # -> colour, block row, block column, row in block, column in block, patch row, patch column; while it is bytes
+        ordered = np.ascontiguousarray(blocks.transpose(6, 0, 3, 1, 4, 2, 5)).reshape(3, rows * columns, patch * patch)
         for colour in range(3):
-            seen = seen_HWC[:, :, colour].reshape(rows // merge, merge, patch, columns // merge, merge, patch)
-            values = np.take(levels[colour], seen.transpose(0, 3, 1, 4, 2, 5))
-            out[number, :, :, :, :, colour] = values[:, :, :, :, None]
+            out[number, :, colour] = np.take(levels[colour], ordered[colour])[:, None]
     return out_PC
 
 

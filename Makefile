@@ -4,7 +4,8 @@ PYTHON := .venv/bin/python
 # Quick ones first. A part of them: make test TESTS=tests/unit/data PYTEST_ARGS='-x -k packing'
 TESTS := $(wildcard tests/unit tests/parity tests/invariant tests/distributed tests/gpu)
 PYTEST_ARGS ?=
-NEXT_TESTS := tests/parity tests/unit/checkpoint tests/invariant tests/distributed
+# Only these: other tests may import what .venv-next has not.
+NEXT_TESTS = $(sort $(shell grep -rl --include='test_*.py' 'pytest\.mark\.next_core' tests))
 BALANCE_BENCHES := balance packing spreading planner real
 DATA_BENCHES := packing_speed packed_training images
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false

@@ -1,7 +1,8 @@
 """The canonical run: two tiny models, rows with real images, and the recipe that every layout changes.
 
 The models are made sensitive: with transformers' initial weights (standard deviation 0.02) the vision tower holds about
-a thousandth of the gradient, and a fault in it would drown. Here tower and projector have a good share of it.
+a thousandth of the gradient, and a fault in it would drown. Here tower and projector have a good share of it. But not
+so sensitive that rounding alone, which differs between processors, would move the run (`test_conditioning.py`).
 """
 
 import dataclasses
@@ -37,7 +38,7 @@ SENSITIVITY: dict[str, dict[str, float]] = {
     "qwen3_vl": {"merger": 5.0, "visual": 2.0, "embed_tokens": 4.0, "layers": 4.0},
     "qwen3_vl_moe": {"merger": 5.0, "visual": 2.0, "lm_head": 4.0, "layers": 4.0},
     "llava": {"multi_modal_projector": 5.0, "vision": 2.0, "lm_head": 4.0, "layers": 4.0},
-    "llava_next": {"multi_modal_projector": 5.0, "vision": 2.0, "lm_head": 4.0, "layers": 4.0},
+    "llava_next": {"multi_modal_projector": 5.0, "vision": 2.0, "lm_head": 4.0, "layers": 3.0},
     "llava_onevision": {"multi_modal_projector": 5.0, "vision": 2.0, "embed_tokens": 4.0, "layers": 4.0},
     "qwen2_5_vl": {"merger": 5.0, "visual": 1.5, "embed_tokens": 4.0, "layers": 5.0},
     "internvl": {"multi_modal_projector": 5.0, "lm_head": 4.0, "language_model": 6.0},

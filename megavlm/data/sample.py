@@ -183,6 +183,15 @@ class Batch:
     num_real_tokens: int
     pad_token_id: int = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Small tensors leave a data worker as bytes: to share each as a file of memory costs more than to copy it."""
+        return {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in vars(self).items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Back to tensors."""
+        for name, value in state.items():
+            vars(self)[name] = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+
 
 @dataclass(frozen=True)
 class MicrobatchOrder:

@@ -114,8 +114,21 @@ def _open_zip(path: str, process: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
-def relative_name(media: Media, folder: str | os.PathLike[str]) -> str:
-    """A file's path seen from a folder; of anything else its name."""
+def shown_file(media: Media, folder: Path, name: str) -> str:
+    """A file that a page in a folder can show, as a path from there; bytes of a row or an archive are written there.
+
+    Args:
+        media: of an image.
+        folder: of the page.
+        name: of the file that is written, where the image has none of its own.
+
+    Raises:
+        OSError: it cannot be read or written.
+    """
     if isinstance(media, str | Path) and "://" not in str(media):
         return os.path.relpath(media, folder)
-    return media_name(media)
+    with open_media(media) as file:
+        data = file.read()
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(data)
+    return name

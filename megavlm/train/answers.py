@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megavlm.data.media import relative_name
+from megavlm.data.media import shown_file
 from megavlm.data.readers import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 from megavlm.data.sample import Batch, Sample
 from megavlm.rollout.native import greedy_answers
@@ -81,7 +81,10 @@ def write_samples(path: Path, samples: list[Sample], before: list[str] | None, a
         rows.append(
             {
                 "id": sample.sample_id,
-                "images": [relative_name(image, path.parent) for image in sample.images],
+                "images": [
+                    shown_file(image, path.parent, f"sample_images/{number}_{place}")
+                    for place, image in enumerate(sample.images)
+                ],
                 "question": question.replace(IMAGE_PLACEHOLDER, "").replace(VIDEO_PLACEHOLDER, "").strip(),
                 "truth": sample.turns[-1].text,
                 "before": before[number] if before else None,

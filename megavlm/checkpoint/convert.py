@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.checkpoint import native, writing
-from megavlm.checkpoint.hf_io import DTYPE_NAMES, HFDirectory, copy_companions, make_empty, write_chat_template
+from megavlm.checkpoint.hf_io import (
+    DTYPE_NAMES,
+    HFDirectory,
+    copy_companions,
+    make_empty,
+    write_chat_template,
+    write_reward_config,
+)
 from megavlm.checkpoint.stream import NativeReader, export_stream
 from megavlm.checkpoint.stream_import import import_stream
 from megavlm.errors import RunError, use_error
@@ -38,6 +45,14 @@ def checked_common(folder: Path, directory: HFDirectory) -> dict[str, Any]:
         UseError: it is of another model.
     """
     common: dict[str, Any] = native.read_common(folder)["common"]
+    if common.get("has_score_head", False) != directory.architecture.language.has_score_head:
+        kinds = {True: "a reward model", False: "a language model"}
+        raise use_error(
+            str(folder),
+            f"a checkpoint of {kinds[common.get('has_score_head', False)]}",
+            f"one of {kinds[directory.architecture.language.has_score_head]}, as {directory.path} is",
+            "give the Hugging Face directory that it belongs to (of a reward model the exported one)",
+        )
     if common["architecture"] != repr(directory.architecture):
         raise use_error(
             str(folder),
@@ -64,6 +79,7 @@ def import_checkpoint(directory: HFDirectory, out_dir: Path) -> Path:
         "step": 0,
         "family": directory.family.model_type,
         "architecture": repr(directory.architecture),
+        "has_score_head": directory.architecture.language.has_score_head,
         "weights_only": True,
     }
     num_bytes = sum(directory.spec(name).num_bytes for entry in directory.entries for name in entry.names)
@@ -78,7 +94,8 @@ def export_checkpoint(folder: Path, directory: HFDirectory, out_dir: Path, dtype
     Args:
         folder: the checkpoint's step folder.
         directory: the model it started from: config, tokenizer and processor files are copied from there. Where the
-            run had a chat template of its own (`data.template`), that is written instead of the directory's.
+            run had a chat template of its own (`data.template`), that is written instead of the directory's. A reward
+            model is written without the output layer over words, and with its head for scores.
         out_dir: new or empty.
         dtype: float32, bfloat16, float16, or None: what the directory's config says.
 
@@ -86,6 +103,8 @@ def export_checkpoint(folder: Path, directory: HFDirectory, out_dir: Path, dtype
         UseError: out_dir holds files, or the checkpoint is of another model.
         RunError: writing failed, e.g. because the disk is full; nothing is left behind.
     """
+    if native.read_common(folder)["common"].get("has_score_head", False):
+        directory = directory.as_reward_model()
     common = checked_common(folder, directory)
     wanted = DTYPE_NAMES[dtype] if dtype else directory.dtype
     reader = NativeReader(folder)
@@ -95,6 +114,8 @@ def export_checkpoint(folder: Path, directory: HFDirectory, out_dir: Path, dtype
         copy_companions(directory.path, unfinished)
         if common.get("chat_template"):  # else the directory's own, also in imports and older checkpoints
             write_chat_template(unfinished, common["chat_template"], common["eos_token_ids"])
+        if directory.architecture.language.has_score_head:
+            write_reward_config(unfinished)
     return int(common["step"])
 
 

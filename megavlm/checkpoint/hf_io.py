@@ -3,8 +3,10 @@
 Tensors are read one at a time through safetensors (never pickle).
 """
 
+import dataclasses
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +24,7 @@ from megavlm.models.encoder import VisionEncoder
 from megavlm.models.family import ModelFamily
 from megavlm.models.names import Part, named_parameters, stacked_name
 from megavlm.models.registry import family_of
+from megavlm.models.score import HF_NAME, score_entries
 from megavlm.models.weight_map import Entry, check_names
 
 INDEX = "model.safetensors.index.json"
@@ -46,13 +49,15 @@ DTYPE_NAMES = {
 class HFDirectory:
     """A Hugging Face model directory, opened for reading.
 
-    With `allow_pickle`, weights that torch.save wrote are read where there are no others.
+    With `allow_pickle`, weights that torch.save wrote are read where there are no others. With `reward_model` it is
+    that of one: without a head for scores it gets a new one, and its output layer over words is not read. A directory
+    that has such a head is a reward model's in any case.
 
     Raises:
         UseError: a file is missing or unreadable, or the model type is unknown.
     """
 
-    def __init__(self, path: str | Path, allow_pickle: bool = False) -> None:
+    def __init__(self, path: str | Path, allow_pickle: bool = False, reward_model: bool = False) -> None:
         self.path, self._allow_pickle = Path(path), allow_pickle
         self.config = read_json(self.path / "config.json")
         self.family: ModelFamily = family_of(self.config.get("model_type", ""))
@@ -60,6 +65,26 @@ class HFDirectory:
         self.entries: list[Entry] = self.family.weight_map(self.architecture)
         self._handles: dict[Path, SafetensorsFile | PickleFile] = {}
         self._files = self._locate()
+        if reward_model or HF_NAME in self._files:
+            language = dataclasses.replace(self.architecture.language, has_score_head=True)
+            self.architecture = dataclasses.replace(self.architecture, language=language)
+            self.entries = score_entries(self.entries)
+
+    def as_reward_model(self) -> "HFDirectory":
+        """The same directory as the start of a reward model."""
+        return HFDirectory(self.path, self._allow_pickle, reward_model=True)
+
+    def check_has_words(self, wanted: str) -> None:
+        """Raise `UseError` when this is a reward model's, which cannot do what is `wanted`."""
+        if self.architecture.language.has_score_head:
+            raise use_error(
+                str(self.path), f"a reward model for {wanted}", "an output layer over words", "give another directory"
+            )
+
+    @property
+    def has_new_score_head(self) -> bool:
+        """Whether the head of a reward model is not in the files."""
+        return self.architecture.language.has_score_head and HF_NAME not in self._files
 
     def _locate(self) -> dict[str, tuple[Path, str]]:
         """Canonical tensor name to (file, name in the file)."""
@@ -77,9 +102,10 @@ class HFDirectory:
 
     @property
     def ignored(self) -> list[str]:
-        """Tensors that a tied model may carry a second time."""
+        """Tensors that a tied model may carry a second time, or that a reward model does not read."""
         heads = ("lm_head.weight", "language_model.lm_head.weight")
-        return list(heads) if self.architecture.language.tied_embeddings else []
+        language = self.architecture.language
+        return list(heads) if language.tied_embeddings or language.has_score_head else []
 
     @property
     def dtype(self) -> torch.dtype:
@@ -94,7 +120,8 @@ class HFDirectory:
 
     def check(self) -> None:
         """Raise `UseError` unless every tensor that the map wants is there and none is left over."""
-        check_names(self.entries, self.names, self.ignored, str(self.path))
+        new = [HF_NAME] if self.has_new_score_head else []
+        check_names(self.entries, [*self.names, *new], self.ignored, str(self.path))
 
     def read(self, name: str, row: int | None = None) -> torch.Tensor:
         """One tensor by its canonical name, or one row of its first dimension."""
@@ -194,7 +221,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def load_weights(directory: HFDirectory, models: Iterable[Part]) -> None:
-    """Fill this rank's parameters from a directory, each rank reading only what it holds.
+    """Fill this rank's parameters from a directory, each rank reading only what it holds; not a new score head.
 
     Raises:
         UseError: names or shapes do not fit the config.
@@ -206,6 +233,8 @@ def load_weights(directory: HFDirectory, models: Iterable[Part]) -> None:
             for name, parameter in named_parameters(model):
                 native, expert = stacked_name(_tied_name(name, model))
                 entry = by_native[native]
+                if entry.names == (HF_NAME,) and directory.has_new_score_head:
+                    continue  # the caller fills it
                 part = _shard(directory.read_native(entry, expert), parameter, entry, model)
                 if part.shape != parameter.shape:
                     raise use_error(
@@ -319,6 +348,21 @@ def write_chat_template(out_dir: Path, template: str, eos_token_ids: Sequence[in
     path = out_dir / "generation_config.json"
     content = read_json(path) if path.is_file() else {}
     _write_json(path, {**content, "eos_token_id": list(eos_token_ids)})
+
+
+def write_reward_config(out_dir: Path) -> None:
+    """Make config.json that of a reward model: sequence classification with one label.
+
+    transformers has such a class for decoders, not for models with images; vLLM makes one of any model whose
+    architecture is called so, and reads `num_labels` of the text part.
+    """
+    path = out_dir / "config.json"
+    content = read_json(path)
+    names = [re.sub(r"For\w+$", "ForSequenceClassification", name) for name in content.get("architectures") or []]
+    content |= {"architectures": names, "num_labels": 1}
+    if "text_config" in content:
+        content["text_config"] = content["text_config"] | {"num_labels": 1}
+    _write_json(path, content)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -56,6 +56,7 @@ def _verify(args: argparse.Namespace, scratch: Path) -> int:
     from megavlm.train.probe import probe_native
 
     directory = HFDirectory(args.hf_dir)
+    directory.check_has_words("a comparison of answers")
     certificate: dict[str, Any] = {
         "model_type": directory.family.model_type,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "megatron-core", "transformers")},

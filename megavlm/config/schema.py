@@ -276,7 +276,8 @@ class OptimizerConfig:
 class TrainConfig:
     """The loop."""
 
-    stage: Literal["sft"] = "sft"
+    stage: Literal["sft", "rm", "dpo", "cpo", "simpo", "orpo"] = "sft"
+    """Training method. sft: answers are learned; rm: a reward model; dpo, cpo, simpo, orpo: from pairs of answers."""
     micro_batch_size: int = 1
     """Samples packed into one row (without data.packing)."""
     global_batch_size: int = 8
@@ -292,6 +293,39 @@ class TrainConfig:
     eval_iters: int = 0
     """Microbatch rounds per evaluation (0: all of data.eval)."""
     distributed_timeout_s: int = 600
+
+
+@dataclass(frozen=True)
+class PreferenceConfig:
+    """Stages dpo, cpo, simpo and orpo: rows with a chosen and a rejected answer."""
+
+    loss_type: tuple[str, ...] = ("sigmoid",)
+    """dpo: any of sigmoid (DPO), sigmoid_norm, hinge, ipo, robust, exo_pair, nca_pair, bco_pair, sppo_hard, apo_zero,
+    apo_down, discopop, sft (negative log-likelihood of the chosen answer); several are added up. cpo: one of sigmoid,
+    hinge, ipo."""
+    loss_weights: tuple[float, ...] = ()
+    """dpo: a factor for each loss_type; empty: 1."""
+    beta: float = 0.1
+    """How closely the model keeps to the reference; scale of rewards; ORPO's weight of the odds ratio."""
+    label_smoothing: float = 0.0
+    """Probability that chosen and rejected are confused in a row."""
+    rpo_alpha: float = 0.0
+    """dpo: weight of the chosen answer's negative log-likelihood beside the loss."""
+    discopop_tau: float = 0.05
+    cpo_alpha: float = 1.0
+    """cpo, simpo: weight of the chosen answer's negative log-likelihood; SimPO's paper has 0."""
+    simpo_gamma: float = 0.5
+    """simpo: target margin of rewards."""
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """Stage rm: a score for every answer, from rows with a chosen and a rejected answer."""
+
+    center_rewards_coefficient: float = 0.0
+    """Weight of (chosen + rejected)^2, which keeps scores around 0; 0.01 is usual."""
+    score_at: Literal["last_token", "end_of_answer"] = "last_token"
+    """The token whose score is the answer's; `last_token` is what Hugging Face's classification reads."""
 
 
 @dataclass(frozen=True)
@@ -344,6 +378,8 @@ class Recipe:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)

@@ -14,6 +14,7 @@ from megavlm.config.fit import validate_layout, validate_model
 from megavlm.config.layout import divisors, language_pipeline_size, parse_pipeline_layout
 from megavlm.config.load import recipe_to_dict
 from megavlm.config.mixture import check_mixture
+from megavlm.config.objectives import check_objective
 from megavlm.config.placement import check_placement
 from megavlm.config.schema import DataConfig, ParallelConfig, Recipe
 from megavlm.config.tokens import check_tokens
@@ -73,6 +74,13 @@ LEAST: dict[str, float] = {
     "optimizer.lr_warmup_fraction": 0,
     "optimizer.lr_warmup_iters": 0,
     "optimizer.lr_wsd_decay_iters": 0,
+    "preference.beta": 0,
+    "preference.label_smoothing": 0,
+    "preference.rpo_alpha": 0,
+    "preference.discopop_tau": 0,
+    "preference.cpo_alpha": 0,
+    "preference.simpo_gamma": 0,
+    "reward.center_rewards_coefficient": 0,
     "train.micro_batch_size": 1,
     "train.global_batch_size": 1,
     "train.train_iters": 0,
@@ -126,6 +134,7 @@ def validate_recipe(recipe: Recipe, check_paths: bool = True) -> None:
     _check_data(recipe)
     _check_media_limits(recipe.data)
     check_tokens(recipe.data)
+    check_objective(recipe)
     if check_paths:
         _check_paths(recipe)
 

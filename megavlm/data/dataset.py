@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from megavlm.data.encode import SampleEncoder
+from megavlm.data.encode import NUM_PARTS, SampleEncoder
 from megavlm.data.examine import examine
 from megavlm.data.index import GridTable, RowIndex, join
 from megavlm.data.sample import EncodedSample, InlineBytes, Sample
@@ -55,6 +55,8 @@ class Dataset:
         self._room = cached_tokens
         self._cache: dict[int, EncodedSample] = {}
         self._index: RowIndex | None = None
+        self.references: np.ndarray | None = None
+        """What a reference model says of every row that is left, once it is known: float32, a row each."""
 
     def __getstate__(self) -> dict[str, Any]:
         """To a data worker goes nothing that was encoded."""
@@ -99,6 +101,11 @@ class Dataset:
     def num_tokens_each(self) -> np.ndarray:
         """Int64 lengths of the rows that are left."""
         return self.index.num_tokens_N
+
+    def sequence_lengths(self, index: int) -> tuple[int, ...]:
+        """Tokens of each sequence of a row; of those of a pair the index knows the sum, and half of it is given."""
+        length, parts = int(self.num_tokens_each[index]), NUM_PARTS[self.encoder.row_kind]
+        return tuple(length // parts + (number < length % parts) for number in range(parts))
 
     @property
     def grids_each(self) -> GridTable:

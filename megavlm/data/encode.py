@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from megavlm.data.images import ImageSpec, read_image_size, read_image_spec, tar
 from megavlm.data.media import media_name
 from megavlm.data.messages import ANSWER_ROLES
 from megavlm.data.numbered_images import show_numbered
+from megavlm.data.pairs import PAIR_PARTS, encode_pair
 from megavlm.data.positions import linear_positions, mrope_positions
 from megavlm.data.readers import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 from megavlm.data.sample import EncodedSample, FrameFiles, Media, Sample, Turn
@@ -27,6 +29,11 @@ from megavlm.data.token_weights import DEFAULT_SCHEDULE, READ, RESPONSE, TokenSc
 from megavlm.data.tokens import EncodedChat, Tokenizer
 from megavlm.data.video_spec import VideoLimits, VideoSpec, read_video_spec
 from megavlm.errors import UseError, use_error
+
+RowKind = Literal["conversation", "pair"]
+"""What a row is for a stage: something to learn, or a better and a worse answer (`pairs.py`)."""
+NUM_PARTS: dict[RowKind, int] = {"conversation": 1, "pair": PAIR_PARTS}
+"""Sequences of a row."""
 
 
 class TooLong(Exception):  # noqa: N818 - not an error: the row is dropped and counted
@@ -58,6 +65,7 @@ def open_encoder(
     too_long: TooLongRule = "drop",
     schedule: TokenSchedule = DEFAULT_SCHEDULE,
     loading: ImageLoading = BY_PIL,
+    row_kind: RowKind = "conversation",
 ) -> "SampleEncoder":
     """The encoder of a Hugging Face directory.
 
@@ -74,6 +82,7 @@ def open_encoder(
         too_long: what becomes of a row that is longer than max_length.
         schedule: weights of the kinds of tokens.
         loading: how images are decoded.
+        row_kind: what becomes of a row.
 
     Raises:
         UseError: one of them is missing, or unlike the model.
@@ -93,6 +102,7 @@ def open_encoder(
         too_long=too_long,
         schedule=schedule,
         loading=loading,
+        row_kind=row_kind,
     )
 
 
@@ -112,6 +122,7 @@ class SampleEncoder:
         too_long: TooLongRule = "drop",
         schedule: TokenSchedule = DEFAULT_SCHEDULE,
         loading: ImageLoading = BY_PIL,
+        row_kind: RowKind = "conversation",
     ) -> None:
         """Put the parts together.
 
@@ -126,6 +137,7 @@ class SampleEncoder:
             too_long: what becomes of longer ones.
             schedule: weights of the kinds of tokens over a training.
             loading: how its images are decoded.
+            row_kind: what becomes of a row.
         """
         assert tokenizer.image_token_id == inputs.image_token_id
         self.inputs = inputs
@@ -138,6 +150,7 @@ class SampleEncoder:
         self.too_long = too_long
         self.token_schedule = schedule
         self.loading = loading
+        self.row_kind = row_kind
         video = VideoEncoder(inputs, video_spec, tokenizer) if video_spec is not None else None
         self.video = video if video is not None and video.token else None
 
@@ -154,10 +167,22 @@ class SampleEncoder:
             self.tokenizer.fingerprint,
             self.too_long,
             self.token_schedule,
+            self.row_kind,
         )
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
     def encode(self, sample: Sample) -> EncodedSample:
+        """What becomes of a row: its conversation, or both conversations of a pair.
+
+        Raises:
+            UseError: naming the row: as `encode_conversation`; a row that is no pair where pairs are wanted.
+            TooLong: nothing of the row fits into `max_length` tokens.
+        """
+        if self.row_kind == "pair":
+            return encode_pair(sample, self.encode_conversation, self.inputs.num_image_tokens)
+        return self.encode_conversation(sample)
+
+    def encode_conversation(self, sample: Sample) -> EncodedSample:
         """Tokens, their kinds and positions of a row with its answers; a row that is too long may be cut.
 
         Raises:
@@ -189,8 +214,9 @@ class SampleEncoder:
         return cut
 
     def learns(self, encoded: EncodedSample) -> bool:
-        """Whether anything of a row is learned at some time of the training."""
-        return any(encoded.loss_weights_S(weights)[1:].any() for weights in self.token_schedule.all)
+        """Whether anything of a row, of a pair both answers, is learned at some time of the training."""
+        each = [encoded.loss_weights_S(weights) for weights in self.token_schedule.all]
+        return any(all(weights_S[part][1:].any() for part in encoded.parts) for weights_S in each)
 
     def encode_prompt(self, sample: Sample) -> EncodedSample:
         """The row without its final answer, up to where a model would write one; nothing of it is learned.

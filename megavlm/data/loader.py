@@ -55,6 +55,8 @@ class _MicrobatchBuilder(torch.utils.data.Dataset):
             patch_channels=encoder.inputs.patch_channels,
             token_weights=order.token_weights,
         )
+        if self.dataset.references is not None:
+            batch.references_NQ = torch.from_numpy(self.dataset.references[list(order.indices)])
         if order.filler:
             batch.loss_weights_T.zero_()
             batch.real_T.zero_()

@@ -30,7 +30,7 @@ def pack(
         samples: what to pack, in this order.
         patches: float32 [P, C] of every image of every sample, in order; None: leave the pixels out (0 rows), for a
             rank that encodes no image.
-        sample_multiple: every sample is padded to a multiple of this (2 * context parallel size).
+        sample_multiple: every sequence is padded to a multiple of this (2 * context parallel size).
         total_multiple: the row is padded to a multiple of this by a segment of its own at the end; itself a multiple
             of sample_multiple.
         pad_token_id: token of the padding, whose weight, label and position are 0.
@@ -39,23 +39,24 @@ def pack(
     """
     assert samples, "a packed row needs a sample"
     assert total_multiple % sample_multiple == 0, (total_multiple, sample_multiple)
+    parts = [(sample, part) for sample in samples for part in sample.parts]
     borders = [0]
-    for sample in samples:
-        borders.append(borders[-1] + _round_up(len(sample.tokens_S), sample_multiple))
+    for _sample, part in parts:
+        borders.append(borders[-1] + _round_up(part.stop - part.start, sample_multiple))
     total = _round_up(borders[-1], total_multiple)
     tokens_T = torch.full((total,), pad_token_id, dtype=torch.int64)
     labels_T = torch.zeros(total, dtype=torch.int64)
     loss_weights_T = torch.zeros(total, dtype=torch.float32)
     position_ids_3T = torch.zeros(3, total, dtype=torch.int64)
     real_T = torch.zeros(total, dtype=torch.bool)
-    for sample, start in zip(samples, borders, strict=False):
-        length = len(sample.tokens_S)
-        sample_tokens = torch.from_numpy(sample.tokens_S)
-        tokens_T[start : start + length] = sample_tokens
+    for (sample, part), start in zip(parts, borders, strict=False):
+        tokens = torch.from_numpy(sample.tokens_S[part])
+        length = len(tokens)
+        tokens_T[start : start + length] = tokens
         real_T[start : start + length] = True
-        labels_T[start : start + length - 1] = sample_tokens[1:]
-        loss_weights_T[start : start + length - 1] = torch.from_numpy(sample.loss_weights_S(token_weights))[1:]
-        position_ids_3T[:, start : start + length] = torch.from_numpy(sample.position_ids_3S)
+        labels_T[start : start + length - 1] = tokens[1:]
+        loss_weights_T[start : start + length - 1] = torch.from_numpy(sample.loss_weights_S(token_weights)[part])[1:]
+        position_ids_3T[:, start : start + length] = torch.from_numpy(sample.position_ids_3S[:, part])
     if total > borders[-1]:
         borders.append(total)
     grids = [grid for sample in samples for grid in sample.grids_thw]
@@ -74,7 +75,21 @@ def pack(
         sample_ids=tuple(sample.sample_id for sample in samples),
         num_real_tokens=sum(len(sample.tokens_S) for sample in samples),
         pad_token_id=pad_token_id,
+        num_parts=len(samples[0].parts),
+        feature_rows_V=_feature_rows(samples),
+        targets_N=torch.tensor([sample.target for sample in samples], dtype=torch.float32),
     )
+
+
+def _feature_rows(samples: Sequence[EncodedSample]) -> torch.Tensor | None:
+    """Which feature of the row's images each visual token takes; None: one after the other."""
+    rows, start = [], 0
+    for sample in samples:
+        assert len(sample.parts) == len(samples[0].parts), "rows of one kind are packed together"
+        if sample.feature_rows_V is not None:
+            rows.append(torch.from_numpy(sample.feature_rows_V) + start)
+            start += int(sample.feature_rows_V.max()) + 1
+    return torch.cat(rows) if rows else None
 
 
 def pad_to(batch: Batch, total: int) -> Batch:

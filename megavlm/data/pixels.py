@@ -54,7 +54,7 @@ def load_image_patches(
         return load_patches(
             source,
             encoder.image_spec,
-            sum(not isinstance(image, VideoClip) for image in sample.images),
+            sample.num_images_together,
             encoder.loading,
             draw=draw,
             left_to_pil=left_to_pil,

@@ -5,6 +5,7 @@ N images, V visual tokens, 3 the (temporal, height, width) axes.
 """
 
 import dataclasses
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -142,6 +143,12 @@ class EncodedSample:
     prediction OF token i, when the step is known. `grids_thw` are the patch grids (frames, rows, columns) that the
     images and videos will have, in the order in which they stand in the row. `cut` says what was left out of a row
     that is too long.
+
+    A row may be several sequences one behind the other, e.g. a pair of answers (`pairs.py`): `part_lengths` are their
+    lengths in tokens (empty: it is one sequence). Its images are listed once, and `feature_rows_V` says for every
+    visual token of all sequences which of their features it takes (None: one after the other). `images_together` is
+    the number of still images in one of the sequences, which decides about the tiles of some families (0: all).
+    `target` is what the stage wants to know of the row beside its tokens: the margin of a pair.
     """
 
     sample_id: str
@@ -152,6 +159,21 @@ class EncodedSample:
     images: tuple[Media | VideoClip, ...]
     grids_thw: tuple[Grid, ...]
     cut: Literal["", "turns", "answer"] = ""
+    part_lengths: tuple[int, ...] = ()
+    feature_rows_V: np.ndarray | None = None
+    images_together: int = 0
+    target: float = 0.0
+
+    @property
+    def parts(self) -> list[slice]:
+        """Where its sequences are among its tokens."""
+        borders = list(itertools.accumulate(self.part_lengths or (len(self.tokens_S),), initial=0))
+        return [slice(start, end) for start, end in itertools.pairwise(borders)]
+
+    @property
+    def num_images_together(self) -> int:
+        """Still images that one of its sequences shows."""
+        return self.images_together or sum(not isinstance(image, VideoClip) for image in self.images)
 
     def loss_weights_S(self, weights: TokenWeights = DEFAULT_WEIGHTS) -> np.ndarray:
         """The weight of predicting each token: float32 [S]."""
@@ -169,6 +191,10 @@ class Batch:
     padding at the very end is a segment of its own. `position_ids_3T` were computed per sample.
     `real_T` (bool) is False on padding, and everywhere in a row that only fills up a round.
     `patches_PC` may have 0 rows. Nothing here is cut by context parallelism yet.
+
+    Where a sample is several sequences (`num_parts`), each has borders of its own; `feature_rows_V` then says which
+    feature of the row's images each visual token takes (None: one after the other). `targets_N` (float32) are what the
+    samples' rows say beside their tokens, `references_NQ` (float32) what a reference model says of their sequences.
     """
 
     tokens_T: torch.Tensor
@@ -182,6 +208,10 @@ class Batch:
     sample_ids: tuple[str, ...]
     num_real_tokens: int
     pad_token_id: int = 0
+    num_parts: int = 1
+    feature_rows_V: torch.Tensor | None = None
+    targets_N: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    references_NQ: torch.Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Small tensors leave a data worker as bytes: to share each as a file of memory costs more than to copy it."""

@@ -1,6 +1,6 @@
 """What a model is made of, read from a Hugging Face config, before anything is built. Plain data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from megavlm.config.inputs import InputSpec
@@ -64,6 +64,13 @@ class LanguageArchitecture:
     """True: axes alternate (Qwen3-VL); False: one block of frequencies after the other (Qwen2.5-VL)."""
     rope_scaling: RopeScaling | None = None
     experts: ExpertsArchitecture | None = None
+    has_score_head: bool = field(default=False, repr=False)
+    """Of a reward model: one number a token in place of logits. Not in the text by which checkpoints are compared."""
+
+    @property
+    def shares_embeddings(self) -> bool:
+        """Whether the output layer is the embedding."""
+        return self.tied_embeddings and not self.has_score_head
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class LanguageChunk(MegatronModule):
         self.language: Any = language
         decoder: Any = self.language.decoder
         self.pre_process, self.post_process = self.language.pre_process, self.language.post_process
-        self.share_embeddings_and_output_weights = architecture.language.tied_embeddings
+        self.share_embeddings_and_output_weights = architecture.language.shares_embeddings
         self.model_type = self.language.model_type
         layers = [layer.layer_number - 1 for layer in decoder.layers]
         num_deepstack = architecture.num_deepstack
@@ -68,6 +68,7 @@ class LanguageChunk(MegatronModule):
         position_ids_3T: torch.Tensor,
         cu_seqlens: torch.Tensor,
         real_T: torch.Tensor,
+        feature_rows_V: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run this chunk on one packed row.
 
@@ -77,9 +78,11 @@ class LanguageChunk(MegatronModule):
             position_ids_3T: int64 rotary positions, the whole row.
             cu_seqlens: int32 sample borders, padding included, the last one T.
             real_T: bool, tokens that count in a load-balancing loss of experts.
+            feature_rows_V: int64 number of the feature that each visual token of the row takes; None: one after the
+                other.
 
         Returns:
-            Logits [L, W] on the last chunk, hidden states [S, K, H] elsewhere.
+            Logits [L, W] (of a reward model scores [L, 1]) on the last chunk, hidden states [S, K, H] elsewhere.
         """
         borders = cu_seqlens.to(torch.int32)
         longest = int((borders[1:] - borders[:-1]).max())
@@ -92,7 +95,7 @@ class LanguageChunk(MegatronModule):
         )
         if self.architecture.gate_interval:
             packing = ImagesInRow(**vars(packing), **self._images(tokens_T, borders))
-        hidden = self._embed(features_VKH, tokens_T, borders) if self.pre_process else None
+        hidden = self._embed(features_VKH, tokens_T, borders, feature_rows_V) if self.pre_process else None
         output: torch.Tensor = self.language(
             input_ids=None,
             position_ids=position_ids_3T[:, None],
@@ -116,9 +119,15 @@ class LanguageChunk(MegatronModule):
             padding_S = padding_S.chunk(tensor.size())[tensor.rank()]
         return padding_S[None]
 
-    def _embed(self, features_VKH: torch.Tensor | None, tokens_T: torch.Tensor, borders: torch.Tensor) -> torch.Tensor:
+    def _embed(
+        self,
+        features_VKH: torch.Tensor | None,
+        tokens_T: torch.Tensor,
+        borders: torch.Tensor,
+        feature_rows_V: torch.Tensor | None,
+    ) -> torch.Tensor:
         context = self.groups.context
-        rows_T = feature_rows(tokens_T, self.architecture.inputs.image_token_id)
+        rows_T = feature_rows(tokens_T, self.architecture.inputs.image_token_id, feature_rows_V)
         tokens_L = local_part(tokens_T, borders, context.size(), context.rank())
         rows_L = local_part(rows_T, borders, context.size(), context.rank())
         embeddings_LH = self.language.embedding(input_ids=tokens_L[None], position_ids=None)[:, 0]

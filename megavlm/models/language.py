@@ -15,6 +15,7 @@ from megavlm.models.architecture import LanguageArchitecture
 from megavlm.models.experts import experts_spec, finish_experts
 from megavlm.models.gated import GatedLayer
 from megavlm.models.rope import RotaryAngles
+from megavlm.models.score import ScoreHead
 from megavlm.models.specs import layer_spec
 
 
@@ -76,7 +77,7 @@ def build_language_model(
         pre_process=pre_process,
         post_process=post_process,
         parallel_output=True,
-        share_embeddings_and_output_weights=architecture.tied_embeddings,
+        share_embeddings_and_output_weights=architecture.shares_embeddings,
         position_embedding_type="mrope",
         rotary_base=architecture.rotary_base,
         scatter_embedding_sequence_parallel=False,
@@ -91,5 +92,7 @@ def build_language_model(
         torch.device(torch.cuda.current_device()),
         architecture.rope_scaling,
     )
+    if architecture.has_score_head and post_process:
+        model.output_layer = ScoreHead(config, groups.tp)
     finish_experts(model, groups)
     return model

@@ -8,10 +8,18 @@ travels with the hidden state through sequence parallelism, recompute and pipeli
 import torch
 
 
-def feature_rows(tokens_T: torch.Tensor, image_token_id: int) -> torch.Tensor:
-    """Row of the feature that each token takes, -1 for text: int64 [T]."""
+def feature_rows(tokens_T: torch.Tensor, image_token_id: int, taken_V: torch.Tensor | None = None) -> torch.Tensor:
+    """Row of the feature that each token takes, -1 for text: int64 [T].
+
+    Args:
+        tokens_T: of the whole packed row.
+        image_token_id: of visual tokens.
+        taken_V: rows that the visual tokens take, where they do not take one after the other.
+    """
     is_image_T = tokens_T == image_token_id
     rows_T = torch.cumsum(is_image_T, 0) - 1
+    if taken_V is not None:
+        rows_T = taken_V[rows_T.clamp(min=0)]
     return torch.where(is_image_T, rows_T, -1)
 
 

@@ -6,7 +6,10 @@ every rank the same. This is the order of Transformer Engine's and Megatron-Core
 Shape suffixes: T tokens of the whole packed row, L tokens of one rank (T / cp).
 """
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 
 from megavlm.errors import UseError
 
@@ -47,3 +50,32 @@ def local_part(tensor_T: torch.Tensor, cu_seqlens: torch.Tensor, cp_size: int, c
     if cp_size == 1:
         return tensor_T
     return tensor_T.index_select(0, zigzag_index(cu_seqlens, cp_size, cp_rank).to(tensor_T.device))
+
+
+class _SummedOverContext(torch.autograd.Function):
+    """All-reduce both ways: the objective is the sum of what every rank makes of the result."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        total = tensor.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        grad = grads[0].clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+def summed_over_context(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """The sum over context ranks, on each of them, differentiable.
+
+    Where every rank computes the same loss from it, each must give its share (1 / cp) as its own, so that the sum over
+    ranks is the loss.
+    """
+    if group.size() == 1:
+        return tensor
+    total: torch.Tensor = _SummedOverContext.apply(tensor, group)
+    return total

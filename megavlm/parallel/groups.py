@@ -75,6 +75,11 @@ class Groups:
         """Whether this rank computes the loss."""
         return self.place is not None and self.place.stage == self.topology.pipeline - 1
 
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank's loss is counted: on the last stage one of the tensor ranks, which all have the same."""
+        return self.is_last_stage and self.place is not None and self.place.tensor == 0
+
 
 def join_world(timeout_s: int) -> None:
     """Join the job that torchrun describes in the environment; alone when there is none."""

@@ -14,6 +14,7 @@ from megavlm.rollout.native import greedy_answers
 from megavlm.train.pipeline_work import Rows
 from megavlm.train.scheduling import evaluation_schedule
 from megavlm.train.shares import StepShares, share_step
+from megavlm.train.stages.registry import STAGES
 from megavlm.train.state import TrainState, row_multiples
 from megavlm.train.step import run_schedule
 
@@ -65,7 +66,8 @@ def _own_patches(state: TrainState, batch: Batch, shares: StepShares) -> torch.T
 def report_samples(state: TrainState) -> list[Sample]:
     """The held-out samples that the report shows: spread evenly over the held-out rows."""
     number = state.recipe.observe.num_report_samples
-    if not state.recipe.observe.report or state.eval_set is None or not number:
+    is_reward_model = STAGES[state.recipe.train.stage].is_reward_model
+    if not state.recipe.observe.report or state.eval_set is None or not number or is_reward_model:
         return []
     # A row that was cut may be too long as a question, too.
     whole = [index for index in range(len(state.eval_set)) if not state.eval_set.is_cut(index)]

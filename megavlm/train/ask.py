@@ -45,6 +45,7 @@ def ask(
             )
         text = text if num_named else placeholder * len(files) + text
     directory = HFDirectory(hf_dir)
+    directory.check_has_words("answers")
     architecture = directory.architecture
     folder = find_checkpoint(Path(checkpoint), required=True) if checkpoint else None
     # Of the run, if it had a template of its own.

@@ -18,6 +18,7 @@ from megavlm.data.rows import Rows
 from megavlm.data.sources import expand_paths
 from megavlm.data.token_weights import token_schedule
 from megavlm.data.video_spec import VideoLimits
+from megavlm.train.stages.registry import STAGES
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ def encoder_of(recipe: Recipe, inputs: InputSpec) -> SampleEncoder:
         too_long=data.too_long,
         schedule=token_schedule(data),
         loading=image_loading(recipe),
+        row_kind=STAGES[recipe.train.stage].row_kind,
     )
 
 

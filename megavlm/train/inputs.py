@@ -28,7 +28,7 @@ class StepInputs:
     Attributes:
         orders: what the rank wants from the loader, per microbatch.
         shares: who encodes what.
-        lengths: per microbatch of this rank's data rank, the lengths of its samples in tokens.
+        lengths: per microbatch of this rank's data rank, the lengths of its sequences in tokens.
         grids: per microbatch of this rank's data rank, its images.
     """
 
@@ -112,7 +112,9 @@ def step_inputs(
         {data: [dataset.grids_each[index][number] for index, number in images] for data, images in images_D.items()}
         for images_D in images_MD
     ]
-    lengths = tuple(tuple(int(dataset.num_tokens_each[index]) for index in row[0]) for row in rows_D[home])
+    lengths = tuple(
+        tuple(length for index in row[0] for length in dataset.sequence_lengths(index)) for row in rows_D[home]
+    )
     grids = tuple(tuple(grids_D[home]) for grids_D in grids_MD)
 
     def load_of(replica: Replica, microbatch: int) -> float:

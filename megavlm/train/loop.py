@@ -18,6 +18,7 @@ from megavlm.observe.progress import Progress
 from megavlm.observe.report import write_report
 from megavlm.train import answers, resume
 from megavlm.train.optim import learning_rates
+from megavlm.train.references import prepare_references
 from megavlm.train.saving import Saver
 from megavlm.train.state import TrainState, is_main_rank, run_path
 from megavlm.train.step import Recording, StepResult, evaluate, train_step
@@ -140,7 +141,7 @@ class _Observer:
 
 def _extra(state: TrainState, result: StepResult) -> dict[str, float]:
     """Further figures of a step; `consumed/<source>` are samples since training began, earlier attempts included."""
-    extra = {"pad_share": result.pad_share}
+    extra = {"pad_share": result.pad_share} | result.figures
     if result.load_balancing_loss is not None:
         extra["load_balancing_loss"] = result.load_balancing_loss
     if state.plan.mixture is not None:
@@ -177,6 +178,7 @@ def train(state: TrainState) -> bool:
         RunError: a loss or gradient is not finite, or a checkpoint cannot be written.
         UseError: a row or image cannot be read.
     """
+    prepare_references(state)
     folder = resume.resume(state)
     if folder is not None and _has_ended(state):
         logger.info("%s: nothing to do, %d of %d steps are done (%s)", state.recipe.name, state.step, state.total_steps,

@@ -13,7 +13,8 @@ from megavlm.config.schema import Recipe
 from megavlm.models.build import build_encoder, build_language_chunks, transformer_config, unwrap
 from megavlm.models.chunk import LanguageChunk
 from megavlm.models.encoder import VisionEncoder
-from megavlm.models.names import Part
+from megavlm.models.names import Part, named_parameters
+from megavlm.models.score import initialise_scores
 from megavlm.parallel.groups import Groups
 from megavlm.parallel.wrap import wrap_encoder, wrap_language
 from megavlm.train.freeze import freeze, frozen_components
@@ -92,6 +93,9 @@ def build_parts(recipe: Recipe, directory: HFDirectory, groups: Groups, bucket_s
     encoder = build_encoder(directory.family, architecture, config, recipe.model.backend, groups)
     held: list[Part] = [*models, encoder] if encoder is not None else [*models]
     load_weights(directory, held)
+    if directory.has_new_score_head:
+        for part in held:
+            initialise_scores(named_parameters(part), recipe.train.seed)
     freeze(held, recipe.optimizer)
     chunks = wrap_language(bare, config, parallel, groups, bucket_size)
     encoder_chunk = wrap_encoder(encoder, config, parallel, groups, bucket_size)

@@ -189,5 +189,6 @@ def run_chunk(
         batch.position_ids_3T.to(device, non_blocking=True),
         batch.cu_seqlens.to(device, non_blocking=True),
         batch.real_T.to(device, non_blocking=True),
+        None if batch.feature_rows_V is None else batch.feature_rows_V.to(device, non_blocking=True),
     )
     return output

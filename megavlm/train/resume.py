@@ -40,6 +40,8 @@ def _common(state: TrainState) -> dict[str, Any]:
         "rows": state.train_set.index.digest,
         "family": state.directory.family.model_type,
         "architecture": repr(state.directory.architecture),
+        "has_score_head": state.directory.architecture.language.has_score_head,
+        "stage": state.recipe.train.stage,
         "use_distributed_optimizer": state.recipe.parallel.use_distributed_optimizer,
         "frozen": sorted(frozen_components(state.recipe.optimizer)),
         "layout": _layout(state),
@@ -133,6 +135,13 @@ def resume(state: TrainState) -> Path | None:
 
 def _check_model(state: TrainState, common: dict[str, Any], folder: Path) -> None:
     ours = repr(state.directory.architecture)
+    if common.get("has_score_head", False) != state.directory.architecture.language.has_score_head:
+        raise use_error(
+            str(folder),
+            f"a checkpoint that {'ends' if common.get('has_score_head') else 'does not end'} in a head for scores",
+            f"one that train.stage={state.recipe.train.stage} can go on from",
+            "export it with `megavlm convert`, and set model.hf_dir to that",
+        )
     if common["architecture"] != ours:
         what = common["family"] if common["family"] != state.directory.family.model_type else "other sizes"
         raise use_error(
@@ -151,6 +160,14 @@ def _check_run(state: TrainState, common: dict[str, Any], folder: Path) -> None:
             str(distributed).lower(),
             f"{str(common['use_distributed_optimizer']).lower()}, as {folder} was written",
             "keep it when resuming",
+        )
+    stage = state.recipe.train.stage
+    if common.get("stage", stage) != stage:  # without one in checkpoints from before there were several
+        raise use_error(
+            "train.stage",
+            stage,
+            f"{common['stage']}, as {folder} was written",
+            "export the checkpoint with `megavlm convert` and start a new run from it",
         )
     frozen = sorted(frozen_components(state.recipe.optimizer))
     if common["frozen"] != frozen:

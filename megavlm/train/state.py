@@ -4,7 +4,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,10 +16,10 @@ from megavlm.config.layout import layers_per_stage
 from megavlm.config.schema import Recipe
 from megavlm.data.balance import SampleCosts
 from megavlm.data.dataset import Dataset
+from megavlm.data.encode import NUM_PARTS
 from megavlm.data.index_files import Builders
 from megavlm.data.loader import BatchLoader
 from megavlm.data.plan import GlobalBatchPlan
-from megavlm.data.sample import Batch
 from megavlm.data.token_weights import token_schedule
 from megavlm.errors import use_error
 from megavlm.models.names import COMPONENTS, Part
@@ -36,19 +35,10 @@ from megavlm.train.optim import build_optimizer
 from megavlm.train.order import build_plan, num_steps
 from megavlm.train.parts import Parts, build_parts
 from megavlm.train.scheduling import Layout, layout_of
-from megavlm.train.stages.sft import SupervisedFineTuning
+from megavlm.train.stages.registry import STAGES
+from megavlm.train.stages.stage import Stage
 
 logger = logging.getLogger(__name__)
-
-
-class Stage(Protocol):
-    """A training method."""
-
-    def loss(self, logits_LW: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """(sum, count, metrics) of one microbatch on this rank."""
-
-
-STAGES: dict[str, type[SupervisedFineTuning]] = {"sft": SupervisedFineTuning}
 
 
 @dataclass
@@ -136,7 +126,7 @@ def build_state(recipe: Recipe, bucket_size: int = OVERLAP_BUCKET_PARAMETERS) ->
     Raises:
         UseError: something in recipe, rows or model directory does not fit.
     """
-    directory = HFDirectory(recipe.model.hf_dir)
+    directory = open_directory(recipe)
     encoder = build_encoder(recipe, directory)
     builders = Builders(dist.get_rank(), dist.get_world_size(), dist.barrier, _word_of_rank_0)
     train_set, source_sizes = build_train_set(recipe, encoder, builders)
@@ -170,7 +160,7 @@ def build_state(recipe: Recipe, bucket_size: int = OVERLAP_BUCKET_PARAMETERS) ->
         parts=parts,
         optimizer=optimizer,
         scheduler=scheduler,
-        stage=STAGES[recipe.train.stage](groups),
+        stage=STAGES[recipe.train.stage].build(recipe, groups),
         train_set=train_set,
         eval_set=eval_set,
         plan=plan,
@@ -179,6 +169,24 @@ def build_state(recipe: Recipe, bucket_size: int = OVERLAP_BUCKET_PARAMETERS) ->
         payload_groups=make_payload_groups(),
         total_steps=total_steps,
     )
+
+
+def open_directory(recipe: Recipe) -> HFDirectory:
+    """The model that a recipe starts from, as its stage needs it.
+
+    Raises:
+        UseError: a reward model is given to a stage that needs words.
+    """
+    is_reward_model = STAGES[recipe.train.stage].is_reward_model
+    directory = HFDirectory(recipe.model.hf_dir, reward_model=is_reward_model)
+    if directory.architecture.language.has_score_head and not is_reward_model:
+        raise use_error(
+            "model.hf_dir",
+            f"a reward model with train.stage {recipe.train.stage}",
+            "a model with an output layer over words",
+            "give another directory, or set train.stage=rm",
+        )
+    return directory
 
 
 def cost_model(recipe: Recipe, directory: HFDirectory, trains_encoder: bool) -> CostModel:
@@ -198,15 +206,17 @@ def sample_costs(recipe: Recipe, dataset: Dataset, costs: CostModel) -> SampleCo
         UseError: a row, padded for the layout, is longer than a packed row may be.
     """
     multiple, _ = row_multiples(recipe)
-    lengths_N = -(-dataset.num_tokens_each // multiple) * multiple
+    parts = NUM_PARTS[dataset.encoder.row_kind]
+    # of sequences that share a row only the sum is known: at most so much
+    lengths_N = -(-(dataset.num_tokens_each + (parts - 1) * (multiple - 1)) // multiple) * multiple
     stages = [(stage, chunk) for stage, row in enumerate(costs.layers) for chunk in range(len(row))]
     return SampleCosts(
         num_tokens_N=lengths_N,
         encoder_N=np.array([sum(costs.encode(grid) for grid in grids) for grids in dataset.grids_each], dtype=float),
         language_N=np.array(
             [
-                sum(costs.decode(*place, [int(length)], grids) for place in stages)
-                for length, grids in zip(lengths_N, dataset.grids_each, strict=True)
+                sum(costs.decode(*place, [length // parts] * parts, grids) for place in stages)
+                for length, grids in zip(lengths_N.tolist(), dataset.grids_each, strict=True)
             ]
         ),
         packing_length=recipe.data.packing_length or recipe.data.max_length,

@@ -25,6 +25,7 @@ from megavlm.train.optim import GradientNorms, clip_and_update, gradient_norms
 from megavlm.train.pipeline_work import OnOutput, PartsWork, Rows
 from megavlm.train.routes import LayoutRoutes
 from megavlm.train.scheduling import evaluation_schedule, training_schedule
+from megavlm.train.stages.stage import Stage, Sums
 from megavlm.train.state import TrainState
 
 
@@ -34,6 +35,8 @@ class Tally:
 
     sums: list[torch.Tensor] = field(default_factory=list)
     counts: list[torch.Tensor] = field(default_factory=list)
+    metrics: list[torch.Tensor] = field(default_factory=list)
+    """What the stage adds up beside the loss, one vector each."""
     sample_ids: list[tuple[str, ...]] = field(default_factory=list)
     num_tokens: int = 0
     num_images: int = 0
@@ -54,6 +57,8 @@ class StepResult:
     """Padding tokens over all tokens of the packed rows."""
     data_wait_s: float = 0.0
     """How long this rank waited for its microbatches."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """Of the stage, beside the loss."""
     load_balancing_loss: float | None = None
     """Of models with experts, when it is learned: mean over tokens and layers; 1 where all are chosen alike."""
 
@@ -140,9 +145,10 @@ def train_step(state: TrainState, step: int, recordings: list[Recording] | None 
     )
 
     def on_output(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, None]:
-        loss_sum, count, _metrics = state.stage.loss(logits, batch)
+        loss_sum, count, metrics = state.stage.loss(logits, batch)
         tally.sums.append(loss_sum.detach())
         tally.counts.append(count.detach())
+        tally.metrics.append(_joined(state.stage, metrics, loss_sum.device))
         tally.sample_ids.append(batch.sample_ids)
         return loss_sum, count.to(torch.int), None
 
@@ -159,7 +165,7 @@ def train_step(state: TrainState, step: int, recordings: list[Recording] | None 
         num_tokens = sum(len(batch.tokens_T) for batch in rows.batches)
         pad_share = 1 - sum(batch.num_real_tokens for batch in rows.batches) / num_tokens
         recordings.append(Recording(schedule, inputs, events, time.perf_counter() - started_s, pad_share))
-    totals = _reduce(state, tally, step)
+    totals, metrics = _reduce(state, tally, step)
     state.parts.scale_gradients(float(1.0 / totals[1]))
     loss_sum, count, num_tokens, num_images, num_padded_tokens = totals.tolist()
     norms = _checked_norms(state, step, list(itertools.chain(*(batch.sample_ids for batch in rows.batches))))
@@ -174,16 +180,30 @@ def train_step(state: TrainState, step: int, recordings: list[Recording] | None 
         norms=norms,
         data_wait_s=data_wait_s,
         pad_share=1 - num_tokens / num_padded_tokens,
+        figures=state.stage.figures(_split(state.stage, metrics), count),
         load_balancing_loss=balance.measure(state, rows.batches) if balances else None,
     )
 
 
-def _reduce(state: TrainState, tally: Tally, step: int) -> torch.Tensor:
-    """[loss sum, count, tokens, images, tokens with padding] over all ranks.
+def _joined(stage: Stage, metrics: Sums, device: torch.device) -> torch.Tensor:
+    """A stage's further sums as one float64 vector."""
+    assert set(metrics) == set(stage.metric_sizes), (sorted(metrics), sorted(stage.metric_sizes))
+    parts = [metrics[name].detach().double() for name in stage.metric_sizes]
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64, device=device)
+
+
+def _split(stage: Stage, vector: torch.Tensor) -> Sums:
+    """Back to the sums by name."""
+    return dict(zip(stage.metric_sizes, vector.split(list(stage.metric_sizes.values())), strict=True))
+
+
+def _reduce(state: TrainState, tally: Tally, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Over all ranks: [loss sum, count, tokens, images, tokens with padding], and the stage's further sums.
 
     Tokens and images are counted once per context rank.
     """
-    local = torch.zeros(5, dtype=torch.float64, device=state.device)
+    num_metrics = sum(state.stage.metric_sizes.values())
+    local = torch.zeros(5 + num_metrics, dtype=torch.float64, device=state.device)
     broken = ""
     if state.groups.is_last_stage:
         sums, counts = torch.stack(tally.sums).double(), torch.stack(tally.counts).double()
@@ -192,8 +212,9 @@ def _reduce(state: TrainState, tally: Tally, step: int) -> torch.Tensor:
             samples = ", ".join(itertools.chain(*ids))
             broken = f"rank {dist.get_rank()}: loss is not finite on sample(s) {samples}"
         counted = (tally.num_tokens, tally.num_images, tally.num_padded_tokens)
-        local = torch.cat((torch.stack((sums.sum(), counts.sum())), sums.new_tensor(counted)))
-    total = global_sums(local, _speaks(state))
+        metrics = torch.stack(tally.metrics).sum(0)
+        local = torch.cat((torch.stack((sums.sum(), counts.sum())), sums.new_tensor(counted), metrics))
+    total = global_sums(local, state.groups.speaks)
     if not _finite(float(total[0])):
         # All ranks see it in the sum, and end together; only some know the samples.
         everyones: list[Any] = [None] * dist.get_world_size()
@@ -201,13 +222,7 @@ def _reduce(state: TrainState, tally: Tally, step: int) -> torch.Tensor:
         raise RunError(f"step {step + 1}, {next((text for text in everyones if text), 'the sum of losses overflows')}")
     if not total[1] > 0:
         raise RunError(f"step {step + 1}: no token of the global batch has a weight: nothing to learn")
-    return total
-
-
-def _speaks(state: TrainState) -> bool:
-    """Whether this rank's loss is counted: on the last stage one of the tensor ranks, which all have the same."""
-    place = state.groups.place
-    return state.groups.is_last_stage and place is not None and place.tensor == 0
+    return total[:5], total[5:]
 
 
 def _finite(value: float) -> bool:
@@ -245,17 +260,20 @@ def evaluate(state: TrainState) -> dict[str, float]:
     inputs = step_inputs(topology, state.parts.rank, state.eval_set, rows_D, state.costs, weights)
     loaded = list(state.loader.eval_batches(state.eval_set, inputs.orders))
     rows = Rows([one.batch for one in loaded], [one.patches_PC for one in loaded], inputs.shares)
-    local = torch.zeros(2, dtype=torch.float64, device=state.device)
+    local = torch.zeros(2 + sum(state.stage.metric_sizes.values()), dtype=torch.float64, device=state.device)
 
     def on_output(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, None]:
-        loss_sum, count, _metrics = state.stage.loss(logits, batch)
-        local.add_(torch.stack((loss_sum.double(), count.double())))
+        loss_sum, count, metrics = state.stage.loss(logits, batch)
+        both = torch.stack((loss_sum.double(), count.double()))
+        local.add_(torch.cat((both, _joined(state.stage, metrics, local.device))))
         return loss_sum, count.to(torch.int), None
 
     state.set_training(False)
     run_schedule(state, evaluation_schedule(state.layout, len(loaded)), rows, on_output)
     state.set_training(True)
-    loss_sum, count = global_sums(local, _speaks(state)).tolist()
+    totals = global_sums(local, state.groups.speaks)
+    loss_sum, count = totals[:2].tolist()
     if not count > 0:
         raise RunError("no token of the held-out rows has a weight by data.token_weights, or by the last phase")
-    return {"loss": loss_sum / count, "num_tokens": count}
+    figures = state.stage.figures(_split(state.stage, totals[2:]), count)
+    return {"loss": loss_sum / count, "num_tokens": count} | figures

@@ -27,6 +27,7 @@ from megavlm.config.schema import (
     Recipe,
     TrainConfig,
 )
+from tests.invariant.members import Reference
 
 NUM_STEPS = 20
 NUM_ROWS = 24
@@ -75,7 +76,10 @@ def write_inputs(root: Path) -> None:
         _sharpen(ComposedReference(kind).write(root / kind), SENSITIVITY[kind])
     random = np.random.RandomState(7)
     rows = [_row(root, number, random) for number in range(NUM_ROWS)]
-    for name, part in {"rows": rows, "first": rows[:5], "second": rows[5:16], "third": rows[16:]}.items():
+    random = np.random.RandomState(11)
+    pairs = [_pair(row, number, random) for number, row in enumerate(rows)]
+    parts = {"rows": rows, "first": rows[:5], "second": rows[5:16], "third": rows[16:], "pairs": pairs}
+    for name, part in parts.items():
         (root / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)) + "\n")
 
 
@@ -107,6 +111,15 @@ def _row(root: Path, number: int, random: np.random.RandomState) -> dict[str, An
     if number % 5 == 0:
         turns += [{"role": "user", "content": words(3)}, {"role": "assistant", "content": words(4)}]
     return {"messages": turns, "images": images}
+
+
+def _pair(row: dict[str, Any], number: int, random: np.random.RandomState) -> dict[str, Any]:
+    """The same row with a worse answer of another length, and every sixth with other images in the worse one."""
+    words = " ".join(random.choice(_WORDS, random.randint(2, 15)))
+    pair = row | {"rejected_response": words, "margin": 0.1 * (number % 4)}
+    if number % 6 == 1:
+        pair["rejected_images"] = ["2_0.png"] * len(row["images"])
+    return pair
 
 
 def mixed_rows(root: Path) -> dict[str, Any]:
@@ -141,3 +154,18 @@ def recipe(root: Path, family: str = "qwen3_vl", **changes: dict[str, Any]) -> R
     )
     sections = {name: dataclasses.replace(vars(canonical)[name], **values) for name, values in changes.items()}
     return dataclasses.replace(canonical, **sections)
+
+
+def recipe_of(root: Path, reference: Reference, **changes: dict[str, Any]) -> Recipe:
+    """The canonical recipe of a single-process run, with changes by section."""
+    sections: dict[str, dict[str, Any]] = {
+        "optimizer": reference.optimizer,
+        "model": reference.model,
+        "train": {"stage": reference.stage},
+        "data": mixed_rows(root) if reference.mixed else {},
+    } | reference.objective
+    if reference.stage != "sft":
+        sections["data"] = {"train": (str(root / "pairs.jsonl"),)}
+    for name, values in changes.items():
+        sections[name] = sections.get(name, {}) | values
+    return recipe(root, reference.family, **sections)

@@ -26,14 +26,7 @@ def canonical(workers: PoolKeeper, inputs: Path) -> Canonical:
 
     def rows_of(name: str) -> list[StepRow]:
         if name not in done:
-            reference = REFERENCES[name]
-            recipe = canon.recipe(
-                inputs,
-                reference.family,
-                optimizer=reference.optimizer,
-                model=reference.model,
-                data=canon.mixed_rows(inputs) if reference.mixed else {},
-            )
+            recipe = canon.recipe_of(inputs, REFERENCES[name])
             (done[name],) = workers(1).run("tests.invariant.runs:train", recipe=recipe, num_steps=canon.NUM_STEPS)
         return done[name]
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tests import evidence
@@ -10,12 +10,16 @@ from tests import evidence
 
 @dataclass(frozen=True)
 class StepRow:
-    """Figures of one step, as every rank reports them. `norms` holds `total` and each component that learns."""
+    """Figures of one step, as every rank reports them. `norms` holds `total` and each component that learns.
+
+    `figures` are the stage's own; ranks must agree on them, and at step 0 they are one process's.
+    """
 
     loss: float
     count: float
     num_images: int
     norms: dict[str, float]
+    figures: dict[str, float] = field(default_factory=dict)
 
 
 # What every member must hold, relative; measure to limit.

@@ -58,12 +58,23 @@ class Member:
 
 @dataclass(frozen=True)
 class Reference:
-    """A single-process run: a family, what is frozen, and knobs of the model; `mixed`: rows by `canon.mixed_rows`."""
+    """A single-process run: a family, what is frozen, and knobs of the model; `mixed`: rows by `canon.mixed_rows`.
+
+    A `stage` other than sft learns from pairs of answers; `objective` are its knobs, by section.
+    """
 
     family: str
     optimizer: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     mixed: bool = False
+    stage: str = "sft"
+    objective: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def _rewards(family: str, score_at: str) -> Reference:
+    """Scores are kept so close to 0 that the loss stays far from it: relative distances of it mean something then."""
+    reward = {"center_rewards_coefficient": 0.3, "score_at": score_at}
+    return Reference(family, {"lr": 3e-4}, stage="rm", objective={"reward": reward})
 
 
 REFERENCES: dict[str, Reference] = {
@@ -80,6 +91,11 @@ REFERENCES: dict[str, Reference] = {
     "gated_cross_attention": Reference("gated_cross_attention"),
     "qformer": Reference("qformer"),
     "mixture": Reference("qwen3_vl", mixed=True),
+    "rm": _rewards("qwen3_vl", "last_token"),
+    "rm, untied": _rewards("llava", "end_of_answer"),
+    "dpo": Reference("qwen3_vl", stage="dpo", objective={"preference": {"rpo_alpha": 0.1}}),
+    "simpo": Reference("qwen3_vl", stage="simpo"),
+    "orpo": Reference("qwen3_vl", stage="orpo"),
     "frozen vision": Reference("qwen3_vl", {"freeze_vit": True}),
     "frozen encoder": Reference("qwen3_vl", {"freeze_vit": True, "freeze_aligner": True}),
     "frozen language": Reference("qwen3_vl", {"freeze_llm": True}),
@@ -98,6 +114,7 @@ PLAIN = layout(sharded_optimizer=False)
 
 # Rows of at most 160 tokens, split by cost (the longest sample has fewer).
 PACKED = {"packing": True, "max_length": 160}
+PACKED_PAIRS = PACKED | {"packing_length": 320}
 
 EP2 = layout(ep=2)
 EP2_TP2 = layout(ep=2, etp=1, tp=2, sp=True)
@@ -259,6 +276,25 @@ MEMBERS: tuple[Member, ...] = (
     Member("LLaVA-OneVision PP2", 2, layout(pp=2), against="llava_onevision"),
     Member("LLaVA-OneVision, encoder in bubbles, PP2", 2, layout(placement="bubble", pp=2), True, "llava_onevision"),
     Member("LLaVA-OneVision, encoder on own rank", 2, layout(placement="own_ranks"), against="llava_onevision"),
+    # preferences: spots
+    Member("rm: TP2+SP", 2, layout(tp=2, sp=True), True, "rm", micro_batch_size=2),
+    Member("rm: PP2, encoder in bubbles", 2, layout(placement="bubble", pp=2), True, "rm"),
+    Member("rm: CP2 p2p", 2, layout(cp=2, cp_comm="p2p"), True, "rm", micro_batch_size=4),
+    Member("rm: DP2, packed by cost", 2, against="rm", data=PACKED_PAIRS),
+    Member("rm, untied, LLaVA: PP2", 2, layout(pp=2), True, "rm, untied"),
+    Member("rm, untied, LLaVA: CP2", 2, layout(cp=2), False, "rm, untied"),
+    Member("dpo: TP2+SP", 2, layout(tp=2, sp=True), True, "dpo"),
+    Member("dpo: PP2 x VPP2", 2, layout(pp=2, vpp=2), True, "dpo"),
+    Member("dpo: CP2 all_gather", 2, layout(cp=2), True, "dpo", micro_batch_size=2),
+    Member("dpo: DP2, packed by cost", 2, against="dpo", quick=True, data=PACKED_PAIRS),
+    Member("dpo: encoder on own rank + one", 2, layout(placement="own_ranks"), False, "dpo"),
+    Member("dpo: encoder spread, PP2", 2, layout(placement="spread", pp=2), False, "dpo"),
+    Member("dpo: encoder stage + PP1", 2, layout(placement="stage", pp=2), False, "dpo", micro_batch_size=2),
+    Member("simpo: CP2 p2p", 2, layout(cp=2, cp_comm="p2p"), True, "simpo"),
+    Member("simpo: PP2, encoder in bubbles", 2, layout(placement="bubble", pp=2), False, "simpo"),
+    Member("orpo: TP2", 2, layout(tp=2), False, "orpo"),
+    Member("orpo: PP2 x DP2", 4, layout(pp=2), True, "orpo"),
+    Member("dpo: TP2+SP x CP2", 4, layout(tp=2, sp=True, cp=2), False, "dpo"),
     # four ranks
     Member("mixture with a curriculum: packed by cost, PP2 x DP2", 4, layout(pp=2), True, "mixture", data=PACKED),
     Member("packed by cost, encoder spread, PP2 x DP2", 4, layout(placement="spread", pp=2), True, data=PACKED),

@@ -12,6 +12,8 @@ from megavlm.models.encoder import VisionEncoder
 from megavlm.models.names import Part, named_parameters
 from megavlm.parallel.wrap import OVERLAP_BUCKET_PARAMETERS
 from megavlm.train import resume
+from megavlm.train.references import reference_logprobs
+from megavlm.train.stages.registry import STAGES
 from megavlm.train.state import TrainState, build_state
 from megavlm.train.step import train_step
 from tests.invariant.measure import StepRow
@@ -35,6 +37,14 @@ def train_broken(recipe: Recipe, num_steps: int, mistake: str) -> list[StepRow]:
         return share * real(logits_TE, chosen_TE, real_T, *rest)
 
     with patch.object(experts, "load_balancing_sum", broken):
+        return _steps(_build(recipe), num_steps)
+
+
+def train_with_local_context_gradients(recipe: Recipe, num_steps: int) -> list[StepRow]:
+    """Train with a mistake: each context rank keeps the gradient of its own share of a sequence's sum."""
+    from megavlm.parallel import context
+
+    with patch.object(context._SummedOverContext, "backward", staticmethod(lambda _ctx, grad: (grad, None))):
         return _steps(_build(recipe), num_steps)
 
 
@@ -89,7 +99,10 @@ def num_buckets(recipe: Recipe, bucket_size: int) -> int:
 
 def _build(recipe: Recipe, bucket_size: int | None = None) -> TrainState:
     validate_recipe(recipe)
-    return build_state(recipe, bucket_size or OVERLAP_BUCKET_PARAMETERS)
+    state = build_state(recipe, bucket_size or OVERLAP_BUCKET_PARAMETERS)
+    if STAGES[recipe.train.stage].needs_reference:  # computed under this layout, not taken from another's run folder
+        state.train_set.references = reference_logprobs(state, state.train_set)
+    return state
 
 
 def _steps(state: TrainState, num_steps: int) -> list[StepRow]:
@@ -98,7 +111,7 @@ def _steps(state: TrainState, num_steps: int) -> list[StepRow]:
         result = train_step(state, state.step)
         state.step += 1
         norms = {"total": result.norms.total} | result.norms.by_component
-        rows.append(StepRow(result.loss, result.count, result.num_images, norms))
+        rows.append(StepRow(result.loss, result.count, result.num_images, norms, result.figures))
     state.loader.close()
     return rows
 

@@ -59,3 +59,14 @@ def test_features_take_the_type_of_the_embeddings():
     embeddings, features = inputs(torch.bfloat16)
     hidden = merge_features(embeddings, features, feature_rows(TOKENS, IMAGE), SLOTS)
     assert hidden.dtype == torch.float32 and torch.equal(hidden[1], features[0].float())
+
+
+def test_features_may_be_taken_more_than_once_and_their_gradients_add_up():
+    tokens_T = torch.tensor([9, 1, 9, 9, 2, 9])
+    rows_T = feature_rows(tokens_T, 9, torch.tensor([0, 1, 0, 1]))
+    assert rows_T.tolist() == [0, -1, 1, 0, -1, 1]
+    features_VKH = torch.randn(2, 1, 3, requires_grad=True)
+    merged_TKH = merge_features(torch.zeros(6, 3), features_VKH, rows_T, 1)
+    torch.testing.assert_close(merged_TKH[[0, 3]], features_VKH[[0, 0]], rtol=0, atol=0)
+    merged_TKH.backward(torch.arange(6.0)[:, None, None].expand(6, 1, 3))
+    assert features_VKH.grad[:, 0, 0].tolist() == [3.0, 7.0]

@@ -1,0 +1,83 @@
+"""What a recipe says of the training method, and its checks across fields."""
+
+from megavlm.config.schema import PreferenceConfig, Recipe, RewardConfig
+from megavlm.errors import use_error
+
+PAIR_LOSS_TYPES: dict[str, tuple[str, ...]] = {
+    "dpo": tuple(
+        "sigmoid sigmoid_norm hinge ipo robust exo_pair nca_pair bco_pair sppo_hard apo_zero apo_down discopop "
+        "sft".split()
+    ),
+    "cpo": ("sigmoid", "hinge", "ipo"),
+    "simpo": ("sigmoid",),
+    "orpo": ("sigmoid",),
+}
+"""Values of preference.loss_type by stage. AOT, which compares sorted pairs, is none: its value depends on which pairs
+share a microbatch."""
+PAIR_STAGES = ("rm", *PAIR_LOSS_TYPES)
+
+
+def check_objective(recipe: Recipe) -> None:
+    """Check train.stage against what it reads, and sections that it does not read.
+
+    Raises:
+        UseError: the first mistake found.
+    """
+    stage = recipe.train.stage
+    if stage not in PAIR_LOSS_TYPES and recipe.preference != PreferenceConfig():
+        raise use_error("preference", f"settings with train.stage {stage}", "none", "remove them, or set train.stage")
+    if stage != "rm" and recipe.reward != RewardConfig():
+        raise use_error("reward", f"settings with train.stage {stage}", "none", "remove them, or set train.stage=rm")
+    if stage in PAIR_STAGES and recipe.data.too_long.startswith("cut"):
+        raise use_error(
+            "data.too_long",
+            f"{recipe.data.too_long} with train.stage {stage}",
+            "drop or stop: of two answers that are compared neither is cut",
+            "set data.too_long=drop",
+        )
+    if stage == "rm" and recipe.optimizer.freeze_llm:
+        raise use_error(
+            "optimizer.freeze_llm",
+            "true with train.stage rm",
+            "a language model that learns: the new head for scores is a part of it",
+            "set it to false",
+        )
+    if stage in PAIR_LOSS_TYPES:
+        _check_preference(stage, recipe.preference)
+    if stage == "dpo" and _augments(recipe):
+        raise use_error(
+            "data.augment_*",
+            "images that change with train.stage dpo",
+            "none: the reference saw them as they are",
+            "remove the augmentations",
+        )
+
+
+def _check_preference(stage: str, knobs: PreferenceConfig) -> None:
+    allowed = PAIR_LOSS_TYPES[stage]
+    unknown = [name for name in knobs.loss_type if name not in allowed]
+    if unknown or not knobs.loss_type or (stage != "dpo" and len(knobs.loss_type) > 1):
+        number = "names" if stage == "dpo" else "one"
+        raise use_error(
+            "preference.loss_type", list(knobs.loss_type), f"{number} of {', '.join(allowed)}", "correct it"
+        )
+    if knobs.loss_weights and len(knobs.loss_weights) != len(knobs.loss_type):
+        raise use_error(
+            "preference.loss_weights",
+            list(knobs.loss_weights),
+            f"one for each loss_type ({len(knobs.loss_type)})",
+            "give as many, or none",
+        )
+    if knobs.beta == 0:
+        raise use_error("preference.beta", 0, "more than 0", "set it, e.g. to 0.1")
+    if knobs.label_smoothing >= 0.5:
+        raise use_error("preference.label_smoothing", knobs.label_smoothing, "below 0.5", "set it, e.g. to 0.1")
+    if "exo_pair" in knobs.loss_type and knobs.label_smoothing == 0:
+        raise use_error("preference.label_smoothing", 0, "above 0: exo_pair divides by it", "set it, e.g. to 0.001")
+    if knobs.discopop_tau == 0:
+        raise use_error("preference.discopop_tau", 0, "more than 0", "set it, e.g. to 0.05")
+
+
+def _augments(recipe: Recipe) -> bool:
+    data = recipe.data
+    return data.augment_crop_min_area < 1 or data.augment_color_jitter > 0 or data.augment_flip_probability > 0

@@ -1,0 +1,39 @@
+"""The training methods by name; a new one is a file here, and an entry."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megavlm.config.schema import Recipe
+from megavlm.data.encode import RowKind
+from megavlm.parallel.groups import Groups
+from megavlm.train.stages.preference import build_cpo, build_dpo, build_orpo, build_simpo
+from megavlm.train.stages.reward import build_rm
+from megavlm.train.stages.sft import build_sft
+from megavlm.train.stages.stage import Stage
+
+
+@dataclass(frozen=True)
+class StageKind:
+    """What a run is made of for a stage.
+
+    Attributes:
+        build: from the recipe.
+        row_kind: what becomes of rows.
+        is_reward_model: whether the model ends in a score; it then cannot answer.
+        needs_reference: whether rows carry what the model said of their answers before training.
+    """
+
+    build: Callable[[Recipe, Groups], Stage]
+    row_kind: RowKind = "conversation"
+    is_reward_model: bool = False
+    needs_reference: bool = False
+
+
+STAGES: dict[str, StageKind] = {
+    "sft": StageKind(build_sft),
+    "rm": StageKind(build_rm, "pair", is_reward_model=True),
+    "dpo": StageKind(build_dpo, "pair", needs_reference=True),
+    "cpo": StageKind(build_cpo, "pair"),
+    "simpo": StageKind(build_simpo, "pair"),
+    "orpo": StageKind(build_orpo, "pair"),
+}

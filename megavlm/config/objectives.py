@@ -1,6 +1,6 @@
 """What a recipe says of the training method, and its checks across fields."""
 
-from megavlm.config.schema import PreferenceConfig, Recipe, RewardConfig
+from megavlm.config.schema import PreferenceConfig, Recipe, RewardConfig, SftConfig
 from megavlm.errors import use_error
 
 PAIR_LOSS_TYPES: dict[str, tuple[str, ...]] = {
@@ -24,6 +24,8 @@ def check_objective(recipe: Recipe) -> None:
         UseError: the first mistake found.
     """
     stage = recipe.train.stage
+    if stage != "sft" and recipe.sft != SftConfig():
+        raise use_error("sft", f"settings with train.stage {stage}", "none", "remove them, or set train.stage=sft")
     if stage not in PAIR_LOSS_TYPES and recipe.preference != PreferenceConfig():
         raise use_error("preference", f"settings with train.stage {stage}", "none", "remove them, or set train.stage")
     if stage != "rm" and recipe.reward != RewardConfig():

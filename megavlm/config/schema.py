@@ -296,6 +296,22 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class SftConfig:
+    """Stage sft: what the loss is beside the cross entropy of what is learned."""
+
+    loss_reduction: Literal["token", "square", "sample"] = "token"
+    """What the loss is a mean over. token: every learned token counts the same, so long answers count most; sample:
+    every row does; square: a row counts by the square root of the number of its learned tokens."""
+    label_smoothing_factor: float = 0.0
+    """Share of each label that is spread over the whole vocabulary."""
+    z_loss_coeff: float = 0.0
+    """Weight of the square of the logarithm of softmax's denominator; PaLM's is 1e-4."""
+    neftune_noise_alpha: float = 0.0
+    """Noise on word embeddings in training: uniform within this / sqrt(tokens of the row * hidden size); 5 to 15 are
+    usual."""
+
+
+@dataclass(frozen=True)
 class PreferenceConfig:
     """Stages dpo, cpo, simpo and orpo: rows with a chosen and a rejected answer."""
 
@@ -378,6 +394,7 @@ class Recipe:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

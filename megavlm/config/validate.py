@@ -74,6 +74,9 @@ LEAST: dict[str, float] = {
     "optimizer.lr_warmup_fraction": 0,
     "optimizer.lr_warmup_iters": 0,
     "optimizer.lr_wsd_decay_iters": 0,
+    "sft.label_smoothing_factor": 0,
+    "sft.z_loss_coeff": 0,
+    "sft.neftune_noise_alpha": 0,
     "preference.beta": 0,
     "preference.label_smoothing": 0,
     "preference.rpo_alpha": 0,
@@ -105,6 +108,7 @@ _BELOW_ONE = (
     "optimizer.adam_beta1",
     "optimizer.adam_beta2",
     "optimizer.lr_warmup_fraction",
+    "sft.label_smoothing_factor",
 )
 _ABOVE_ZERO = ("data.frames_fps", "optimizer.lr", "optimizer.adam_eps")
 

@@ -57,6 +57,8 @@ class _MicrobatchBuilder(torch.utils.data.Dataset):
         )
         if self.dataset.references is not None:
             batch.references_NQ = torch.from_numpy(self.dataset.references[list(order.indices)])
+        if order.step >= 0:
+            batch.noise_seeds_N = torch.tensor([order.step << 40 | index for index in order.indices])
         if order.filler:
             batch.loss_weights_T.zero_()
             batch.real_T.zero_()

@@ -69,6 +69,7 @@ class LanguageChunk(MegatronModule):
         cu_seqlens: torch.Tensor,
         real_T: torch.Tensor,
         feature_rows_V: torch.Tensor | None = None,
+        noise_TH: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run this chunk on one packed row.
 
@@ -80,6 +81,7 @@ class LanguageChunk(MegatronModule):
             real_T: bool, tokens that count in a load-balancing loss of experts.
             feature_rows_V: int64 number of the feature that each visual token of the row takes; None: one after the
                 other.
+            noise_TH: what is added to the word embeddings of the row; None: nothing.
 
         Returns:
             Logits [L, W] (of a reward model scores [L, 1]) on the last chunk, hidden states [S, K, H] elsewhere.
@@ -95,7 +97,7 @@ class LanguageChunk(MegatronModule):
         )
         if self.architecture.gate_interval:
             packing = ImagesInRow(**vars(packing), **self._images(tokens_T, borders))
-        hidden = self._embed(features_VKH, tokens_T, borders, feature_rows_V) if self.pre_process else None
+        hidden = self._embed(features_VKH, tokens_T, borders, feature_rows_V, noise_TH) if self.pre_process else None
         output: torch.Tensor = self.language(
             input_ids=None,
             position_ids=position_ids_3T[:, None],
@@ -125,12 +127,16 @@ class LanguageChunk(MegatronModule):
         tokens_T: torch.Tensor,
         borders: torch.Tensor,
         feature_rows_V: torch.Tensor | None,
+        noise_TH: torch.Tensor | None,
     ) -> torch.Tensor:
         context = self.groups.context
         rows_T = feature_rows(tokens_T, self.architecture.inputs.image_token_id, feature_rows_V)
         tokens_L = local_part(tokens_T, borders, context.size(), context.rank())
         rows_L = local_part(rows_T, borders, context.size(), context.rank())
         embeddings_LH = self.language.embedding(input_ids=tokens_L[None], position_ids=None)[:, 0]
+        if noise_TH is not None:
+            noise_LH = local_part(noise_TH, borders, context.size(), context.rank())
+            embeddings_LH = embeddings_LH + noise_LH.to(embeddings_LH)
         if self.architecture.gate_interval:
             hidden_LKH = carry_features(embeddings_LH, features_VKH, rows_L)
         else:

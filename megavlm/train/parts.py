@@ -1,6 +1,6 @@
 """The parts of the model that this rank holds, wrapped for data parallelism."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,14 +10,32 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megavlm.checkpoint.hf_io import HFDirectory, load_weights
 from megavlm.config.schema import Recipe
+from megavlm.data.sample import Batch
 from megavlm.models.build import build_encoder, build_language_chunks, transformer_config, unwrap
 from megavlm.models.chunk import LanguageChunk
+from megavlm.models.embedding_noise import embedding_noise
 from megavlm.models.encoder import VisionEncoder
 from megavlm.models.names import Part, named_parameters
 from megavlm.models.score import initialise_scores
 from megavlm.parallel.groups import Groups
 from megavlm.parallel.wrap import wrap_encoder, wrap_language
 from megavlm.train.freeze import freeze, frozen_components
+
+
+def no_noise(batch: Batch) -> None:
+    """Nothing is added to word embeddings."""
+
+
+def embedding_noise_of(recipe: Recipe, hidden_size: int) -> Callable[[Batch], torch.Tensor | None]:
+    """What a recipe adds to the word embeddings of a training row; rows of evaluation have no seeds."""
+    alpha, seed = recipe.sft.neftune_noise_alpha, recipe.train.seed
+
+    def noise(batch: Batch) -> torch.Tensor | None:
+        if batch.noise_seeds_N is None:
+            return None
+        return embedding_noise(batch.noise_seeds_N, batch.cu_seqlens, batch.real_T, hidden_size, alpha, seed)
+
+    return noise if alpha > 0 else no_noise
 
 
 @dataclass(frozen=True)
@@ -32,6 +50,7 @@ class Parts:
         encoder_chunk: the vision encoder in DDP; empty on a rank that has none.
         encoder: the same unwrapped, or None.
         trains_encoder: whether any rank's encoder (tower or projector) learns.
+        noise: what is added to the word embeddings of a row in training, [T, H], if anything.
     """
 
     groups: Groups
@@ -41,6 +60,7 @@ class Parts:
     encoder_chunk: DistributedDataParallel
     encoder: VisionEncoder | None
     trains_encoder: bool
+    noise: Callable[[Batch], torch.Tensor | None] = no_noise
 
     @property
     def rank(self) -> int:
@@ -107,6 +127,7 @@ def build_parts(recipe: Recipe, directory: HFDirectory, groups: Groups, bucket_s
         encoder_chunk=encoder_chunk,
         encoder=encoder,
         trains_encoder=not {"vision", "projector"} <= frozen_components(recipe.optimizer),
+        noise=embedding_noise_of(recipe, architecture.language.hidden_size),
     )
     for chunk in parts.wrapped:
         chunk.train()

@@ -98,7 +98,8 @@ class _LanguageWork:
             taken.requires_grad_(torch.is_grad_enabled())
         model.set_input_tensor(None if model.pre_process else taken)
         with wrapped.no_sync():
-            output = run_chunk(wrapped, batch, taken if model.pre_process else None, parts.device)
+            noise_TH = parts.noise(batch) if model.pre_process else None
+            output = run_chunk(wrapped, batch, taken if model.pre_process else None, parts.device, noise_TH)
         if model.post_process:
             output, _count, result = self._on_output(output, batch)
             self.results.append(result)
@@ -180,7 +181,11 @@ class _EncoderWork:
 
 
 def run_chunk(
-    wrapped: torch.nn.Module, batch: Batch, features_VKH: torch.Tensor | None, device: torch.device
+    wrapped: torch.nn.Module,
+    batch: Batch,
+    features_VKH: torch.Tensor | None,
+    device: torch.device,
+    noise_TH: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One forward pass of a chunk of the language model on a packed row."""
     output: torch.Tensor = wrapped(
@@ -190,5 +195,6 @@ def run_chunk(
         batch.cu_seqlens.to(device, non_blocking=True),
         batch.real_T.to(device, non_blocking=True),
         None if batch.feature_rows_V is None else batch.feature_rows_V.to(device, non_blocking=True),
+        None if noise_TH is None else noise_TH.to(device, non_blocking=True),
     )
     return output

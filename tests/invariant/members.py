@@ -71,6 +71,14 @@ class Reference:
     objective: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
+_SFT_KNOBS = {
+    "loss_reduction": "square",
+    "label_smoothing_factor": 0.1,
+    "z_loss_coeff": 1e-3,
+    "neftune_noise_alpha": 5.0,
+}
+
+
 def _rewards(family: str, score_at: str) -> Reference:
     """Scores are kept so close to 0 that the loss stays far from it: relative distances of it mean something then."""
     reward = {"center_rewards_coefficient": 0.3, "score_at": score_at}
@@ -91,6 +99,7 @@ REFERENCES: dict[str, Reference] = {
     "gated_cross_attention": Reference("gated_cross_attention"),
     "qformer": Reference("qformer"),
     "mixture": Reference("qwen3_vl", mixed=True),
+    "sft with every knob": Reference("qwen3_vl", objective={"sft": _SFT_KNOBS}),
     "rm": _rewards("qwen3_vl", "last_token"),
     "rm, untied": _rewards("llava", "end_of_answer"),
     "dpo": Reference("qwen3_vl", stage="dpo", objective={"preference": {"rpo_alpha": 0.1}}),
@@ -276,7 +285,11 @@ MEMBERS: tuple[Member, ...] = (
     Member("LLaVA-OneVision PP2", 2, layout(pp=2), against="llava_onevision"),
     Member("LLaVA-OneVision, encoder in bubbles, PP2", 2, layout(placement="bubble", pp=2), True, "llava_onevision"),
     Member("LLaVA-OneVision, encoder on own rank", 2, layout(placement="own_ranks"), against="llava_onevision"),
-    # preferences: spots
+    # training methods: spots
+    Member("sft with every knob: TP2+SP", 2, layout(tp=2, sp=True), True, "sft with every knob"),
+    Member("sft with every knob: CP2", 2, layout(cp=2), True, "sft with every knob", micro_batch_size=2),
+    Member("sft with every knob: PP2 x VPP2", 2, layout(pp=2, vpp=2), False, "sft with every knob"),
+    Member("sft with every knob: DP2, packed by cost", 2, against="sft with every knob", data=PACKED),
     Member("rm: TP2+SP", 2, layout(tp=2, sp=True), True, "rm", micro_batch_size=2),
     Member("rm: PP2, encoder in bubbles", 2, layout(placement="bubble", pp=2), True, "rm"),
     Member("rm: CP2 p2p", 2, layout(cp=2, cp_comm="p2p"), True, "rm", micro_batch_size=4),

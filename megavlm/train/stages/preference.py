@@ -16,6 +16,7 @@ from megavlm.data.sample import Batch
 from megavlm.losses.logprob import token_logprobs
 from megavlm.losses.preference import PairLogprobs, PreferenceOptions, preference_loss
 from megavlm.losses.reference_free import ReferenceFreeOptions, reference_free_loss
+from megavlm.models.architecture import Architecture
 from megavlm.parallel.context import local_part
 from megavlm.parallel.groups import Groups
 from megavlm.train.stages.sequences import counting_samples, num_sequences, predicts_answer, sequence_sums
@@ -85,7 +86,7 @@ def answer_lengths(batch: Batch) -> torch.Tensor:
     return sums_T[batch.cu_seqlens.long()].diff()[: num_sequences(batch)]
 
 
-def build_dpo(recipe: Recipe, groups: Groups) -> PreferenceTraining:
+def build_dpo(recipe: Recipe, architecture: Architecture, groups: Groups) -> PreferenceTraining:
     """The losses of `preference.loss_type`, against the model as it was before training."""
     knobs = recipe.preference
     options = PreferenceOptions(
@@ -99,7 +100,9 @@ def build_dpo(recipe: Recipe, groups: Groups) -> PreferenceTraining:
     return PreferenceTraining(groups, lambda pairs: preference_loss(pairs, options), needs_reference=True)
 
 
-def _build_reference_free(name: Literal["cpo", "simpo", "orpo"], recipe: Recipe, groups: Groups) -> PreferenceTraining:
+def _build_reference_free(
+    name: Literal["cpo", "simpo", "orpo"], recipe: Recipe, architecture: Architecture, groups: Groups
+) -> PreferenceTraining:
     knobs = recipe.preference
     (loss_type,) = knobs.loss_type  # one, as the recipe's checks have seen
     options = ReferenceFreeOptions(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from megavlm.config.schema import Recipe
 from megavlm.data.encode import RowKind
+from megavlm.models.architecture import Architecture
 from megavlm.parallel.groups import Groups
 from megavlm.train.stages.preference import build_cpo, build_dpo, build_orpo, build_simpo
 from megavlm.train.stages.reward import build_rm
@@ -23,7 +24,7 @@ class StageKind:
         needs_reference: whether rows carry what the model said of their answers before training.
     """
 
-    build: Callable[[Recipe, Groups], Stage]
+    build: Callable[[Recipe, Architecture, Groups], Stage]
     row_kind: RowKind = "conversation"
     is_reward_model: bool = False
     needs_reference: bool = False

@@ -13,6 +13,7 @@ import torch
 from megavlm.config.schema import Recipe
 from megavlm.data.sample import Batch
 from megavlm.losses.reward import calibration_sums, expected_calibration_error, reward_loss
+from megavlm.models.architecture import Architecture
 from megavlm.parallel.context import local_part
 from megavlm.parallel.groups import Groups
 from megavlm.train.stages.preference import REWARD_METRICS
@@ -88,6 +89,6 @@ def scored_tokens(batch: Batch, score_at: str) -> torch.Tensor:
     return torch.tensor([start + place[-1] for start, place in zip(borders, places, strict=False)])
 
 
-def build_rm(recipe: Recipe, groups: Groups) -> RewardModelling:
+def build_rm(recipe: Recipe, architecture: Architecture, groups: Groups) -> RewardModelling:
     """The stage of a recipe."""
     return RewardModelling(groups, recipe.reward.center_rewards_coefficient, recipe.reward.score_at)

@@ -11,10 +11,18 @@ PAIR_LOSS_TYPES: dict[str, tuple[str, ...]] = {
     "cpo": ("sigmoid", "hinge", "ipo"),
     "simpo": ("sigmoid",),
     "orpo": ("sigmoid",),
+    "kto": ("kto", "apo_zero_unpaired"),
 }
 """Values of preference.loss_type by stage. AOT, which compares sorted pairs, is none: its value depends on which pairs
 share a microbatch."""
-PAIR_STAGES = ("rm", *PAIR_LOSS_TYPES)
+COMPARING_STAGES = ("rm", *PAIR_LOSS_TYPES)
+"""Stages that compare answers: those of a row, or with what a reference says of them."""
+REFERENCE_STAGES = ("dpo", "kto")
+
+
+def loss_types(recipe: Recipe) -> tuple[str, ...]:
+    """preference.loss_type, or what it is when nothing is said."""
+    return recipe.preference.loss_type or PAIR_LOSS_TYPES[recipe.train.stage][:1]
 
 
 def check_objective(recipe: Recipe) -> None:
@@ -30,7 +38,7 @@ def check_objective(recipe: Recipe) -> None:
         raise use_error("preference", f"settings with train.stage {stage}", "none", "remove them, or set train.stage")
     if stage != "rm" and recipe.reward != RewardConfig():
         raise use_error("reward", f"settings with train.stage {stage}", "none", "remove them, or set train.stage=rm")
-    if stage in PAIR_STAGES and recipe.data.too_long.startswith("cut"):
+    if stage in COMPARING_STAGES and recipe.data.too_long.startswith("cut"):
         raise use_error(
             "data.too_long",
             f"{recipe.data.too_long} with train.stage {stage}",
@@ -45,36 +53,36 @@ def check_objective(recipe: Recipe) -> None:
             "set it to false",
         )
     if stage in PAIR_LOSS_TYPES:
-        _check_preference(stage, recipe.preference)
-    if stage == "dpo" and _augments(recipe):
+        _check_preference(stage, recipe.preference, loss_types(recipe))
+    if stage in REFERENCE_STAGES and _augments(recipe):
         raise use_error(
             "data.augment_*",
-            "images that change with train.stage dpo",
+            f"images that change with train.stage {stage}",
             "none: the reference saw them as they are",
             "remove the augmentations",
         )
 
 
-def _check_preference(stage: str, knobs: PreferenceConfig) -> None:
+def _check_preference(stage: str, knobs: PreferenceConfig, loss_type: tuple[str, ...]) -> None:
     allowed = PAIR_LOSS_TYPES[stage]
-    unknown = [name for name in knobs.loss_type if name not in allowed]
-    if unknown or not knobs.loss_type or (stage != "dpo" and len(knobs.loss_type) > 1):
+    unknown = [name for name in loss_type if name not in allowed]
+    if unknown or (stage != "dpo" and len(loss_type) > 1):
         number = "names" if stage == "dpo" else "one"
         raise use_error(
-            "preference.loss_type", list(knobs.loss_type), f"{number} of {', '.join(allowed)}", "correct it"
+            "preference.loss_type", list(loss_type), f"{number} of {', '.join(allowed)}", "correct it"
         )
-    if knobs.loss_weights and len(knobs.loss_weights) != len(knobs.loss_type):
+    if knobs.loss_weights and len(knobs.loss_weights) != len(loss_type):
         raise use_error(
             "preference.loss_weights",
             list(knobs.loss_weights),
-            f"one for each loss_type ({len(knobs.loss_type)})",
+            f"one for each loss_type ({len(loss_type)})",
             "give as many, or none",
         )
     if knobs.beta == 0:
         raise use_error("preference.beta", 0, "more than 0", "set it, e.g. to 0.1")
     if knobs.label_smoothing >= 0.5:
         raise use_error("preference.label_smoothing", knobs.label_smoothing, "below 0.5", "set it, e.g. to 0.1")
-    if "exo_pair" in knobs.loss_type and knobs.label_smoothing == 0:
+    if "exo_pair" in loss_type and knobs.label_smoothing == 0:
         raise use_error("preference.label_smoothing", 0, "above 0: exo_pair divides by it", "set it, e.g. to 0.001")
     if knobs.discopop_tau == 0:
         raise use_error("preference.discopop_tau", 0, "more than 0", "set it, e.g. to 0.05")

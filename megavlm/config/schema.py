@@ -276,8 +276,9 @@ class OptimizerConfig:
 class TrainConfig:
     """The loop."""
 
-    stage: Literal["sft", "rm", "dpo", "cpo", "simpo", "orpo"] = "sft"
-    """Training method. sft: answers are learned; rm: a reward model; dpo, cpo, simpo, orpo: from pairs of answers."""
+    stage: Literal["sft", "rm", "dpo", "cpo", "simpo", "orpo", "kto"] = "sft"
+    """Training method. sft: answers are learned; rm: a reward model; dpo, cpo, simpo, orpo: from pairs of answers;
+    kto: from answers that are marked good or bad."""
     micro_batch_size: int = 1
     """Samples packed into one row (without data.packing)."""
     global_batch_size: int = 8
@@ -313,12 +314,12 @@ class SftConfig:
 
 @dataclass(frozen=True)
 class PreferenceConfig:
-    """Stages dpo, cpo, simpo and orpo: rows with a chosen and a rejected answer."""
+    """Stages dpo, cpo, simpo and orpo: rows with a chosen and a rejected answer; kto: rows with a `label`."""
 
-    loss_type: tuple[str, ...] = ("sigmoid",)
+    loss_type: tuple[str, ...] = ()
     """dpo: any of sigmoid (DPO), sigmoid_norm, hinge, ipo, robust, exo_pair, nca_pair, bco_pair, sppo_hard, apo_zero,
     apo_down, discopop, sft (negative log-likelihood of the chosen answer); several are added up. cpo: one of sigmoid,
-    hinge, ipo."""
+    hinge, ipo. kto: kto or apo_zero_unpaired. Empty: sigmoid, or kto."""
     loss_weights: tuple[float, ...] = ()
     """dpo: a factor for each loss_type; empty: 1."""
     beta: float = 0.1
@@ -332,6 +333,10 @@ class PreferenceConfig:
     """cpo, simpo: weight of the chosen answer's negative log-likelihood; SimPO's paper has 0."""
     simpo_gamma: float = 0.5
     """simpo: target margin of rewards."""
+    desirable_weight: float = 1.0
+    """kto: weight of good answers."""
+    undesirable_weight: float = 1.0
+    """kto: weight of bad answers."""
 
 
 @dataclass(frozen=True)

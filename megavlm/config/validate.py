@@ -83,6 +83,8 @@ LEAST: dict[str, float] = {
     "preference.discopop_tau": 0,
     "preference.cpo_alpha": 0,
     "preference.simpo_gamma": 0,
+    "preference.desirable_weight": 0,
+    "preference.undesirable_weight": 0,
     "reward.center_rewards_coefficient": 0,
     "train.micro_batch_size": 1,
     "train.global_batch_size": 1,

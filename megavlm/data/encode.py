@@ -18,6 +18,7 @@ from megavlm.data.cut import TooLongRule, cut_row
 from megavlm.data.encode_video import Inset, VideoEncoder
 from megavlm.data.image_loading import BY_PIL, ImageLoading, check_resample
 from megavlm.data.images import ImageSpec, read_image_size, read_image_spec, target_grid
+from megavlm.data.marked import encode_marked
 from megavlm.data.media import media_name
 from megavlm.data.messages import ANSWER_ROLES
 from megavlm.data.numbered_images import show_numbered
@@ -30,9 +31,10 @@ from megavlm.data.tokens import EncodedChat, Tokenizer
 from megavlm.data.video_spec import VideoLimits, VideoSpec, read_video_spec
 from megavlm.errors import UseError, use_error
 
-RowKind = Literal["conversation", "pair"]
-"""What a row is for a stage: something to learn, or a better and a worse answer (`pairs.py`)."""
-NUM_PARTS: dict[RowKind, int] = {"conversation": 1, "pair": PAIR_PARTS}
+RowKind = Literal["conversation", "pair", "marked"]
+"""What a row is for a stage: something to learn, a better and a worse answer (`pairs.py`), or an answer that is marked
+good or bad (`marked.py`)."""
+NUM_PARTS: dict[RowKind, int] = {"conversation": 1, "pair": PAIR_PARTS, "marked": PAIR_PARTS}
 """Sequences of a row."""
 
 
@@ -180,6 +182,8 @@ class SampleEncoder:
         """
         if self.row_kind == "pair":
             return encode_pair(sample, self.encode_conversation, self.inputs.num_image_tokens)
+        if self.row_kind == "marked":
+            return encode_marked(sample, self.encode_conversation, self.inputs.num_image_tokens)
         return self.encode_conversation(sample)
 
     def encode_conversation(self, sample: Sample) -> EncodedSample:

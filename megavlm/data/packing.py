@@ -5,6 +5,7 @@ N images, 3 the (temporal, height, width) axes.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -90,6 +91,39 @@ def _feature_rows(samples: Sequence[EncodedSample]) -> torch.Tensor | None:
             rows.append(torch.from_numpy(sample.feature_rows_V) + start)
             start += int(sample.feature_rows_V.max()) + 1
     return torch.cat(rows) if rows else None
+
+
+def part_of(batch: Batch, part: int, image_token_id: int, total_multiple: int) -> Batch:
+    """The same row with one sequence of each sample only; images, and what is known of samples, stay.
+
+    Args:
+        batch: whose samples are several sequences.
+        part: number of the sequence in its sample.
+        image_token_id: of visual tokens.
+        total_multiple: see `pack`.
+    """
+    borders, num_samples = batch.cu_seqlens.tolist(), len(batch.sample_ids)
+    spans = [(borders[at], borders[at + 1]) for at in range(part, num_samples * batch.num_parts, batch.num_parts)]
+    kept_T = torch.cat([torch.arange(start, end) for start, end in spans])
+    starts = [0, *itertools.accumulate(end - start for start, end in spans)]
+    rows_V = batch.feature_rows_V
+    if rows_V is not None:
+        keeps_T = torch.zeros(len(batch.tokens_T), dtype=torch.bool)
+        keeps_T[kept_T] = True
+        rows_V = rows_V[keeps_T[batch.tokens_T == image_token_id]]
+    cut = dataclasses.replace(
+        batch,
+        tokens_T=batch.tokens_T[kept_T],
+        labels_T=batch.labels_T[kept_T],
+        loss_weights_T=batch.loss_weights_T[kept_T],
+        position_ids_3T=batch.position_ids_3T[:, kept_T],
+        real_T=batch.real_T[kept_T],
+        cu_seqlens=torch.tensor(starts, dtype=torch.int32),
+        feature_rows_V=rows_V,
+        num_parts=1,
+    )
+    cut.num_real_tokens = int(cut.real_T.sum())
+    return pad_to(cut, _round_up(starts[-1], total_multiple))
 
 
 def pad_to(batch: Batch, total: int) -> Batch:

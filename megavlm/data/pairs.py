@@ -37,23 +37,35 @@ def encode_pair(
         check_pair(sample)
     except UseError as error:
         raise UseError(f"{sample.sample_id}: {error}") from error
-    chosen = encode(sample)
-    rejected = encode(rejected_of(sample))
-    assert not chosen.cut and not rejected.cut, "the recipe lets nobody cut a pair"
-    images, uses = _joined(chosen, rejected)
+    return side_by_side(encode(sample), encode(rejected_of(sample)), sample.margin or 0.0, num_tokens_of)
+
+
+def side_by_side(
+    first: EncodedSample, second: EncodedSample, target: float, num_tokens_of: Callable[[Grid], int]
+) -> EncodedSample:
+    """Two conversations as one row of two sequences, and images that both show once.
+
+    Args:
+        first: with as many images as the second.
+        second: the other one.
+        target: what the stage wants to know of the row beside.
+        num_tokens_of: visual tokens of an image by its grid.
+    """
+    assert not first.cut and not second.cut, "the recipe lets nobody cut a pair"
+    images, uses = _joined(first, second)
     grids = tuple(grid for _image, grid in images)
     return EncodedSample(
-        sample_id=sample.sample_id,
-        tokens_S=np.concatenate((chosen.tokens_S, rejected.tokens_S)),
-        token_classes_S=np.concatenate((chosen.token_classes_S, rejected.token_classes_S)),
-        scales_S=np.concatenate((chosen.scales_S, rejected.scales_S)),
-        position_ids_3S=np.concatenate((chosen.position_ids_3S, rejected.position_ids_3S), axis=1),
+        sample_id=first.sample_id,
+        tokens_S=np.concatenate((first.tokens_S, second.tokens_S)),
+        token_classes_S=np.concatenate((first.token_classes_S, second.token_classes_S)),
+        scales_S=np.concatenate((first.scales_S, second.scales_S)),
+        position_ids_3S=np.concatenate((first.position_ids_3S, second.position_ids_3S), axis=1),
         images=tuple(image for image, _grid in images),
         grids_thw=grids,
-        part_lengths=(len(chosen.tokens_S), len(rejected.tokens_S)),
+        part_lengths=(len(first.tokens_S), len(second.tokens_S)),
         feature_rows_V=feature_rows(grids, uses, num_tokens_of) if uses else None,
-        images_together=chosen.num_images_together,
-        target=sample.margin or 0.0,
+        images_together=first.num_images_together,
+        target=target,
     )
 
 
@@ -73,8 +85,15 @@ def check_pair(sample: Sample) -> None:
             f"{len(sample.images)}, one in place of each image of the row",
             "give as many",
         )
+    check_weight(sample)
+
+
+def check_weight(sample: Sample) -> None:
+    """Raise `UseError` for a row with a weight, which only the loss of tokens knows."""
     if sample.weight != 1:
-        raise use_error("weight", sample.weight, "none in a row with two answers", "repeat or leave out the row")
+        raise use_error(
+            "weight", sample.weight, "none in rows of compared or marked answers", "repeat or leave out the row"
+        )
 
 
 def rejected_of(sample: Sample) -> Sample:

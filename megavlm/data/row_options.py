@@ -18,6 +18,7 @@ class RowOptions:
         require_answer: whether each row must end with an answer; False also takes rows that end with a question.
         caption_prompt: the question to a picture's caption.
         frames_fps: frames a second of a video that a row gives as a list of pictures.
+        other_answers: whether each row comes with the answer of another one (`marked.py`).
     """
 
     image_dir: str = ""
@@ -28,6 +29,7 @@ class RowOptions:
     require_answer: bool = True
     caption_prompt: str = DataConfig.caption_prompt
     frames_fps: float = DataConfig.frames_fps
+    other_answers: bool = False
 
 
 def row_options(data: DataConfig, *, require_answer: bool = True) -> RowOptions:

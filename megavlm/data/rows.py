@@ -3,6 +3,7 @@
 What is kept of a row is its file, its number and its position: 28 bytes.
 """
 
+import contextlib
 from array import array
 from collections.abc import Sequence
 from typing import overload
@@ -10,11 +11,15 @@ from typing import overload
 import numpy as np
 
 from megavlm.data.formats import read_row
+from megavlm.data.marked import final_answer, with_other_answer
 from megavlm.data.references import References
 from megavlm.data.row_options import RowOptions
-from megavlm.data.sample import Sample
+from megavlm.data.sample import Sample, Turn
 from megavlm.data.sources import expand_paths, kind_of, make_sources
-from megavlm.errors import use_error
+from megavlm.errors import UseError, use_error
+
+_OTHERS_TRIED = 16
+"""Rows that are looked at for an answer, when those before it are broken or show something."""
 
 
 class Rows(Sequence[Sample]):
@@ -85,6 +90,24 @@ class Rows(Sequence[Sample]):
         """
         if isinstance(index, slice):
             return [self[at] for at in range(*index.indices(len(self)))]
+        sample = self._read(index)
+        return with_other_answer(sample, self._other_answer(index)) if self.options.other_answers else sample
+
+    def _other_answer(self, index: int) -> tuple[Turn, ...]:
+        """The answer of a row far away: rows side by side often answer the same question. Broken ones are passed by.
+
+        Raises:
+            UseError: no row near there has an answer that can stand elsewhere.
+        """
+        for further in range(_OTHERS_TRIED):
+            with contextlib.suppress(UseError):
+                answer = final_answer(self._read((index + len(self) // 2 + further) % len(self)))
+                if answer:
+                    return answer
+        where, expected = self.where(index), "other rows with answers of words alone"
+        raise use_error(where, f"none in {_OTHERS_TRIED} rows", expected, "add some, or choose another stage")
+
+    def _read(self, index: int) -> Sample:
         file, where = int(self._files[index]), self.where(index)
         first, second = self._positions[index].tolist()
         try:

@@ -1,5 +1,6 @@
 """The rows of a recipe as data sets, with the index that says what is in them."""
 
+import dataclasses
 import logging
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from megavlm.data.dataset import Dataset
 from megavlm.data.encode import SampleEncoder, open_encoder
 from megavlm.data.image_loading import ImageLoading, choose_backend
 from megavlm.data.index_files import Builders, build_index, fingerprint, index_beside, is_complete
-from megavlm.data.row_options import row_options
+from megavlm.data.row_options import RowOptions, row_options
 from megavlm.data.rows import Rows
 from megavlm.data.sources import expand_paths
 from megavlm.data.token_weights import token_schedule
@@ -69,6 +70,12 @@ def image_loading(recipe: Recipe) -> ImageLoading:
     )
 
 
+def options_of_rows(recipe: Recipe) -> RowOptions:
+    """How a recipe's rows are read."""
+    is_marked = STAGES[recipe.train.stage].row_kind == "marked"
+    return dataclasses.replace(row_options(recipe.data), other_answers=is_marked)
+
+
 def build_dataset(
     paths: tuple[str, ...], recipe: Recipe, encoder: SampleEncoder, builders: Builders | None = None
 ) -> Dataset:
@@ -84,7 +91,7 @@ def build_dataset(
     Raises:
         UseError: naming the row at fault.
     """
-    return _dataset(Rows.open(paths, row_options(recipe.data)), recipe, encoder, builders)
+    return _dataset(Rows.open(paths, options_of_rows(recipe)), recipe, encoder, builders)
 
 
 def build_train_set(
@@ -96,7 +103,7 @@ def build_train_set(
         UseError: naming the row at fault.
     """
     files_each = [expand_paths(source.paths) for source in recipe.data.mixture] or [expand_paths(recipe.data.train)]
-    rows = Rows.open([file for files in files_each for file in files], row_options(recipe.data))
+    rows = Rows.open([file for files in files_each for file in files], options_of_rows(recipe))
     dataset = _dataset(rows, recipe, encoder, builders)
     first_files = np.cumsum([0, *(len(files) for files in files_each)])
     first_rows = np.concatenate(([0], np.cumsum(rows.num_rows_each_file)))[first_files]

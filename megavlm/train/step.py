@@ -3,6 +3,7 @@
 Stages return sums and counts; the only division is by the count of the whole global batch.
 """
 
+import dataclasses
 import itertools
 import time
 from dataclasses import dataclass, field
@@ -138,6 +139,7 @@ def train_step(state: TrainState, step: int, recordings: list[Recording] | None 
     waits_since_s = time.perf_counter()
     rows = load_rows(state, step)
     data_wait_s = time.perf_counter() - waits_since_s
+    rows = look_ahead(state, rows)
     tally = Tally(
         num_tokens=sum(batch.num_real_tokens for batch in rows.batches),
         num_images=sum(len(batch.grid_thw_N3) for batch in rows.batches),
@@ -182,6 +184,29 @@ def train_step(state: TrainState, step: int, recordings: list[Recording] | None 
         pad_share=1 - num_tokens / num_padded_tokens,
         figures=state.stage.figures(_split(state.stage, metrics), count),
         load_balancing_loss=balance.measure(state, rows.batches) if balances else None,
+    )
+
+
+def look_ahead(state: TrainState, rows: Rows) -> Rows:
+    """The rows with what the stage wants to know of them all before their step; without such a stage as they are."""
+    look = state.stage.look_ahead
+    if look is None:
+        return rows
+    local = torch.zeros(look.num_sums, dtype=torch.float64, device=state.device)
+
+    def on_output(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, None]:
+        sums = look.sums(logits, batch)
+        local.add_(sums)
+        return sums.sum(), torch.ones((), dtype=torch.int), None
+
+    read = Rows([look.read(batch) for batch in rows.batches], rows.patches, rows.shares)
+    was_training = state.parts.encoder_chunk.training
+    state.set_training(False)
+    run_schedule(state, evaluation_schedule(state.layout, len(rows.batches)), read, on_output)
+    state.set_training(was_training)
+    ahead = look.result(global_sums(local, state.groups.speaks))
+    return Rows(
+        [dataclasses.replace(look.remaining(batch), ahead=ahead) for batch in rows.batches], rows.patches, rows.shares
     )
 
 
@@ -260,6 +285,7 @@ def evaluate(state: TrainState) -> dict[str, float]:
     inputs = step_inputs(topology, state.parts.rank, state.eval_set, rows_D, state.costs, weights)
     loaded = list(state.loader.eval_batches(state.eval_set, inputs.orders))
     rows = Rows([one.batch for one in loaded], [one.patches_PC for one in loaded], inputs.shares)
+    rows = look_ahead(state, rows)
     local = torch.zeros(2 + sum(state.stage.metric_sizes.values()), dtype=torch.float64, device=state.device)
 
     def on_output(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, None]:

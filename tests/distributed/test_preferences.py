@@ -185,7 +185,7 @@ def _break(row: dict[str, Any], how: str) -> None:
     ("how", "parts"),
     [
         ("no rejected", ("no answer that is worse", "train.stage=sft")),
-        ("weight", ("weight", "none in a row with two answers")),
+        ("weight", ("weight", "none in rows of compared")),
     ],
 )
 def test_a_row_that_is_no_pair_ends_the_run(

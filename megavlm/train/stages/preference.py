@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from megavlm.config.objectives import loss_types
 from megavlm.config.schema import Recipe
 from megavlm.data.sample import Batch
 from megavlm.losses.logprob import token_logprobs
@@ -40,6 +41,7 @@ class PreferenceTraining:
     groups: Groups
     pair_loss: PairLoss
     needs_reference: bool
+    look_ahead: ClassVar[None] = None
     metric_sizes: ClassVar[dict[str, int]] = dict.fromkeys((*REWARD_METRICS, "logps/chosen", "logps/rejected"), 1)
 
     def loss(self, logits_LW: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, Sums]:
@@ -90,7 +92,7 @@ def build_dpo(recipe: Recipe, architecture: Architecture, groups: Groups) -> Pre
     """The losses of `preference.loss_type`, against the model as it was before training."""
     knobs = recipe.preference
     options = PreferenceOptions(
-        loss_type=knobs.loss_type,
+        loss_type=loss_types(recipe),
         loss_weights=knobs.loss_weights or None,
         beta=knobs.beta,
         label_smoothing=knobs.label_smoothing,
@@ -104,7 +106,7 @@ def _build_reference_free(
     name: Literal["cpo", "simpo", "orpo"], recipe: Recipe, architecture: Architecture, groups: Groups
 ) -> PreferenceTraining:
     knobs = recipe.preference
-    (loss_type,) = knobs.loss_type  # one, as the recipe's checks have seen
+    (loss_type,) = loss_types(recipe)  # one, as the recipe's checks have seen
     options = ReferenceFreeOptions(
         beta=knobs.beta,
         loss_type=loss_type,  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ from megavlm.config.schema import Recipe
 from megavlm.data.encode import RowKind
 from megavlm.models.architecture import Architecture
 from megavlm.parallel.groups import Groups
+from megavlm.train.stages.kto import build_kto
 from megavlm.train.stages.preference import build_cpo, build_dpo, build_orpo, build_simpo
 from megavlm.train.stages.reward import build_rm
 from megavlm.train.stages.sft import build_sft
@@ -37,4 +38,5 @@ STAGES: dict[str, StageKind] = {
     "cpo": StageKind(build_cpo, "pair"),
     "simpo": StageKind(build_simpo, "pair"),
     "orpo": StageKind(build_orpo, "pair"),
+    "kto": StageKind(build_kto, "marked", needs_reference=True),
 }

@@ -4,6 +4,7 @@ Shape suffixes: L tokens of this context-parallel rank, W this rank's part of th
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -30,6 +31,7 @@ class SupervisedFineTuning:
     groups: Groups
     knobs: SftConfig = SftConfig()
     vocabulary_size: int = 0
+    look_ahead: ClassVar[None] = None
 
     @property
     def is_regularised(self) -> bool:

@@ -14,12 +14,36 @@ Sums = Mapping[str, torch.Tensor]
 """Vectors that are added up over microbatches and ranks."""
 
 
+class LookAhead(Protocol):
+    """A forward pass over the whole global batch before its step."""
+
+    def read(self, batch: Batch) -> Batch:
+        """What goes through it of a row."""
+
+    def remaining(self, batch: Batch) -> Batch:
+        """What is left of the row for the step."""
+
+    def sums(self, outputs_LW: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Of a microbatch on this rank: a vector of `num_sums`, added up over microbatches and ranks."""
+
+    def result(self, sums: torch.Tensor) -> torch.Tensor:
+        """Of the sums over all (float64): what the batches of the step carry as `ahead`."""
+
+    @property
+    def num_sums(self) -> int:
+        """Length of the vector."""
+
+
 class Stage(Protocol):
     """A training method."""
 
     @property
     def metric_sizes(self) -> Mapping[str, int]:
         """Names and lengths of the vectors that `loss` gives beside the loss."""
+
+    @property
+    def look_ahead(self) -> LookAhead | None:
+        """What the loss needs to know of the whole global batch, by the weights as they are; None: nothing."""
 
     def loss(self, outputs_LW: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, Sums]:
         """(sum, count, further sums) of one microbatch on this rank.

@@ -1,6 +1,7 @@
 """What a recipe says of the training method, and its checks across fields."""
 
-from megavlm.config.schema import PreferenceConfig, Recipe, RewardConfig, SftConfig
+from megavlm.config.schema import Recipe
+from megavlm.config.stage_knobs import PreferenceConfig, RewardConfig, SftConfig
 from megavlm.errors import use_error
 
 PAIR_LOSS_TYPES: dict[str, tuple[str, ...]] = {
@@ -68,9 +69,7 @@ def _check_preference(stage: str, knobs: PreferenceConfig, loss_type: tuple[str,
     unknown = [name for name in loss_type if name not in allowed]
     if unknown or (stage != "dpo" and len(loss_type) > 1):
         number = "names" if stage == "dpo" else "one"
-        raise use_error(
-            "preference.loss_type", list(loss_type), f"{number} of {', '.join(allowed)}", "correct it"
-        )
+        raise use_error("preference.loss_type", list(loss_type), f"{number} of {', '.join(allowed)}", "correct it")
     if knobs.loss_weights and len(knobs.loss_weights) != len(loss_type):
         raise use_error(
             "preference.loss_weights",

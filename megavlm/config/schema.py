@@ -7,6 +7,9 @@ Knobs carry the names that Megatron and ms-swift users already type. Units are i
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megavlm.config.precision import Fp8Config
+from megavlm.config.stage_knobs import PreferenceConfig, RewardConfig, SftConfig
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -264,6 +267,15 @@ class OptimizerConfig:
     adam_eps: float = 1e-8
     clip_grad: float = 1.0
     """Global gradient norm is clipped to this; 0: not clipped."""
+    loss_scale: float = 0.0
+    """With fp16: the loss is multiplied by this, and gradients divided by it again; 0: by a scale that is halved when
+    gradients overflow (the step is then skipped), and doubled after loss_scale_window steps without."""
+    initial_loss_scale: float = 65536.0
+    """Far less than Megatron's 2 ** 32: a loss here is a sum over tokens, and its gradients are divided afterwards."""
+    min_loss_scale: float = 1.0
+    loss_scale_window: int = 1000
+    hysteresis: int = 2
+    """Overflows that are let pass before the scale is halved."""
     lr_decay_style: Literal["cosine", "linear", "constant", "WSD"] = "cosine"
     lr_warmup_fraction: float = 0.0
     lr_warmup_iters: int = 0
@@ -287,66 +299,16 @@ class TrainConfig:
     """Optimizer steps; 0: from num_train_epochs."""
     num_train_epochs: float = 0.0
     """Used when train_iters is 0."""
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["fp32", "bf16", "fp16", "fp8", "fp8_emulated"] = "bf16"
+    """fp16 scales the loss (see optimizer.loss_scale). fp8 is bf16 with linear layers in FP8 as `fp8` says, through
+    Transformer Engine; fp8_emulated rounds their operands to the same FP8 numbers on any machine, and multiplies
+    these in fp32: for what a recipe does to the loss, not for speed."""
     seed: int = 1234
     eval_steps: int = 0
     """Evaluate every so many steps (0: only at the end, where data.eval is set)."""
     eval_iters: int = 0
     """Microbatch rounds per evaluation (0: all of data.eval)."""
     distributed_timeout_s: int = 600
-
-
-@dataclass(frozen=True)
-class SftConfig:
-    """Stage sft: what the loss is beside the cross entropy of what is learned."""
-
-    loss_reduction: Literal["token", "square", "sample"] = "token"
-    """What the loss is a mean over. token: every learned token counts the same, so long answers count most; sample:
-    every row does; square: a row counts by the square root of the number of its learned tokens."""
-    label_smoothing_factor: float = 0.0
-    """Share of each label that is spread over the whole vocabulary."""
-    z_loss_coeff: float = 0.0
-    """Weight of the square of the logarithm of softmax's denominator; PaLM's is 1e-4."""
-    neftune_noise_alpha: float = 0.0
-    """Noise on word embeddings in training: uniform within this / sqrt(tokens of the row * hidden size); 5 to 15 are
-    usual."""
-
-
-@dataclass(frozen=True)
-class PreferenceConfig:
-    """Stages dpo, cpo, simpo and orpo: rows with a chosen and a rejected answer; kto: rows with a `label`."""
-
-    loss_type: tuple[str, ...] = ()
-    """dpo: any of sigmoid (DPO), sigmoid_norm, hinge, ipo, robust, exo_pair, nca_pair, bco_pair, sppo_hard, apo_zero,
-    apo_down, discopop, sft (negative log-likelihood of the chosen answer); several are added up. cpo: one of sigmoid,
-    hinge, ipo. kto: kto or apo_zero_unpaired. Empty: sigmoid, or kto."""
-    loss_weights: tuple[float, ...] = ()
-    """dpo: a factor for each loss_type; empty: 1."""
-    beta: float = 0.1
-    """How closely the model keeps to the reference; scale of rewards; ORPO's weight of the odds ratio."""
-    label_smoothing: float = 0.0
-    """Probability that chosen and rejected are confused in a row."""
-    rpo_alpha: float = 0.0
-    """dpo: weight of the chosen answer's negative log-likelihood beside the loss."""
-    discopop_tau: float = 0.05
-    cpo_alpha: float = 1.0
-    """cpo, simpo: weight of the chosen answer's negative log-likelihood; SimPO's paper has 0."""
-    simpo_gamma: float = 0.5
-    """simpo: target margin of rewards."""
-    desirable_weight: float = 1.0
-    """kto: weight of good answers."""
-    undesirable_weight: float = 1.0
-    """kto: weight of bad answers."""
-
-
-@dataclass(frozen=True)
-class RewardConfig:
-    """Stage rm: a score for every answer, from rows with a chosen and a rejected answer."""
-
-    center_rewards_coefficient: float = 0.0
-    """Weight of (chosen + rejected)^2, which keeps scores around 0; 0.01 is usual."""
-    score_at: Literal["last_token", "end_of_answer"] = "last_token"
-    """The token whose score is the answer's; `last_token` is what Hugging Face's classification reads."""
 
 
 @dataclass(frozen=True)
@@ -395,6 +357,9 @@ class Recipe:
     name: str = "run"
     output_dir: str = "runs"
     """The run folder is output_dir/name."""
+    gpu: str = ""
+    """What the layout is meant for: h100, h200, b200, or a hardware file. Read by `make check-recipes`, which shows
+    that it fits."""
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -402,6 +367,7 @@ class Recipe:
     sft: SftConfig = field(default_factory=SftConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    fp8: Fp8Config = field(default_factory=Fp8Config)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)

@@ -105,6 +105,9 @@ REFERENCES: dict[str, Reference] = {
     "dpo": Reference("qwen3_vl", stage="dpo", objective={"preference": {"rpo_alpha": 0.1}}),
     "simpo": Reference("qwen3_vl", stage="simpo"),
     "orpo": Reference("qwen3_vl", stage="orpo"),
+    "kto": Reference(
+        "qwen3_vl", {"lr": 3e-4}, stage="kto", objective={"preference": {"undesirable_weight": 1.5, "beta": 0.3}}
+    ),
     "frozen vision": Reference("qwen3_vl", {"freeze_vit": True}),
     "frozen encoder": Reference("qwen3_vl", {"freeze_vit": True, "freeze_aligner": True}),
     "frozen language": Reference("qwen3_vl", {"freeze_llm": True}),
@@ -306,6 +309,10 @@ MEMBERS: tuple[Member, ...] = (
     Member("simpo: CP2 p2p", 2, layout(cp=2, cp_comm="p2p"), True, "simpo"),
     Member("simpo: PP2, encoder in bubbles", 2, layout(placement="bubble", pp=2), False, "simpo"),
     Member("orpo: TP2", 2, layout(tp=2), False, "orpo"),
+    Member("kto: CP2 all_gather", 2, layout(cp=2), True, "kto", micro_batch_size=2),
+    Member("kto: PP2, encoder in bubbles", 2, layout(placement="bubble", pp=2), True, "kto"),
+    Member("kto: TP2+SP", 2, layout(tp=2, sp=True), False, "kto", micro_batch_size=4),
+    Member("kto: DP2, packed by cost", 2, against="kto", data=PACKED_PAIRS),
     Member("orpo: PP2 x DP2", 4, layout(pp=2), True, "orpo"),
     Member("dpo: TP2+SP x CP2", 4, layout(tp=2, sp=True, cp=2), False, "dpo"),
     # four ranks

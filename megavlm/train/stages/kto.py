@@ -11,8 +11,8 @@ from typing import ClassVar
 
 import torch
 
-from megavlm.config.objectives import loss_types
 from megavlm.config.numerics import row_multiples
+from megavlm.config.objectives import loss_types
 from megavlm.config.schema import Recipe
 from megavlm.data.packing import part_of
 from megavlm.data.sample import Batch

@@ -8,7 +8,8 @@ from typing import ClassVar
 
 import torch
 
-from megavlm.config.schema import Recipe, SftConfig
+from megavlm.config.schema import Recipe
+from megavlm.config.stage_knobs import SftConfig
 from megavlm.data.sample import Batch
 from megavlm.losses.cross_entropy import cross_entropy, regularised_cross_entropy
 from megavlm.losses.reductions import reduced_weights

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from megavlm.config.objectives import PAIR_LOSS_TYPES, PAIR_STAGES
+from megavlm.config.objectives import COMPARING_STAGES, PAIR_LOSS_TYPES, REFERENCE_STAGES
 from megavlm.config.schema import TrainConfig
 from megavlm.data.sample import Batch
 from megavlm.losses.preference import PAIR_LOSSES
@@ -66,6 +66,7 @@ def test_a_row_that_fills_up_a_round_counts_nothing(batch):
 
 def test_the_recipe_knows_the_stages_and_their_losses():
     assert set(TrainConfig.__dataclass_fields__["stage"].type.__args__) == set(STAGES)
-    assert set(PAIR_STAGES) == {name for name, kind in STAGES.items() if kind.row_kind == "pair"}
+    assert set(COMPARING_STAGES) == {name for name, kind in STAGES.items() if kind.row_kind != "conversation"}
+    assert set(REFERENCE_STAGES) == {name for name, kind in STAGES.items() if kind.needs_reference}
     assert set(PAIR_LOSS_TYPES["dpo"]) == set(PAIR_LOSSES) - {"aot", "aot_unpaired"}
-    assert set(PAIR_LOSS_TYPES) - {"dpo"} == set(REFERENCE_FREE_LOSSES)
+    assert set(PAIR_LOSS_TYPES) - {"dpo", "kto"} == set(REFERENCE_FREE_LOSSES)

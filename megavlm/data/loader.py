@@ -249,19 +249,27 @@ def _checked(stream: Iterator[Microbatch | _Failure]) -> Iterator[Microbatch]:
             item = next(stream)
         except StopIteration:
             return
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker (pid"):
+        except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
+            if not _is_death(error):
                 raise
             # Ends the others now: the traceback of the error would keep them alive.
             del stream
-            raise _WorkerDied(
-                f"a data loader worker died ({str(error).splitlines()[0]}; is there enough memory?)"
-            ) from error
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise _WorkerDied(f"a data loader worker died ({reason}; is there enough memory?)") from error
         if isinstance(item, _Failure):
             # Ends the workers now: the traceback of the error would keep them alive.
             del stream
             raise UseError(item.message)
         yield item
+
+
+def _is_death(error: Exception) -> bool:
+    """Whether torch's DataLoader raised this because a worker is gone."""
+    if isinstance(error, RuntimeError):
+        return str(error).startswith(("DataLoader worker (pid", "Pin memory thread exited"))
+    # Memory with pixels is fetched from the worker that made it: of one that has died since, there is nobody to answer.
+    # What the worker's own code raised has a traceback of the worker in it.
+    return " in DataLoader worker process " not in str(error)
 
 
 def evaluation_rows(

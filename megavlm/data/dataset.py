@@ -128,12 +128,14 @@ class Dataset:
         """The tokens of a row that is left.
 
         Raises:
-            UseError: the row, or an image of it, is not what it was when the index was made.
+            UseError: the row is not what it was when the index was made. Its images may be others, too; that is found
+                out where they are decoded.
         """
         if index in self._cache:
             return self._cache[index]
-        encoded = self.encoder.encode(self.sample(index))
         length, grids = int(self.num_tokens_each[index]), self.grids_each[index]
+        # Of a row that was cut the index knows only the images that are left.
+        encoded = self.encoder.encode(self.sample(index), () if self.is_cut(index) else grids)
         if len(encoded.tokens_S) != length or encoded.grids_thw != grids:
             raise use_error(
                 encoded.sample_id,

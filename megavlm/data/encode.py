@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from megavlm.config.inputs import InputSpec
+from megavlm.config.inputs import Grid, InputSpec
 from megavlm.config.schema import DataConfig
 from megavlm.data.boxes import write_boxes
 from megavlm.data.cut import TooLongRule, cut_row
@@ -173,8 +173,12 @@ class SampleEncoder:
         )
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
-    def encode(self, sample: Sample) -> EncodedSample:
+    def encode(self, sample: Sample, grids: Sequence[Grid] = ()) -> EncodedSample:
         """What becomes of a row: its conversation, or both conversations of a pair.
+
+        Args:
+            sample: the row.
+            grids: see `encode_conversation`; those of a pair, which lists its images once, are read again.
 
         Raises:
             UseError: naming the row: as `encode_conversation`; a row that is no pair where pairs are wanted.
@@ -184,10 +188,15 @@ class SampleEncoder:
             return encode_pair(sample, self.encode_conversation, self.inputs.num_image_tokens)
         if self.row_kind == "marked":
             return encode_marked(sample, self.encode_conversation, self.inputs.num_image_tokens)
-        return self.encode_conversation(sample)
+        return self.encode_conversation(sample, grids)
 
-    def encode_conversation(self, sample: Sample) -> EncodedSample:
+    def encode_conversation(self, sample: Sample, grids: Sequence[Grid] = ()) -> EncodedSample:
         """Tokens, their kinds and positions of a row with its answers; a row that is too long may be cut.
+
+        Args:
+            sample: the row.
+            grids: of its images and videos, in the order in which they stand in the row, where they are known: the
+                images' headers are not read again then. Whoever decodes an image sees whether it still has its grid.
 
         Raises:
             UseError: naming the row: an unreadable image, an image placeholder typed into the text, a template that
@@ -199,7 +208,7 @@ class SampleEncoder:
             self._check_videos(sample)
             names = _entities(sample)
             sample = show_numbered(self.with_boxes(sample))
-            encoded = self._encode(sample, names)
+            encoded = self._encode(sample, names, grids)
             num_tokens = len(encoded.tokens_S)
             if num_tokens <= self.max_length:
                 return encoded
@@ -245,8 +254,8 @@ class SampleEncoder:
             raise TooLong(sample.sample_id, len(encoded.tokens_S), self.max_length)
         return encoded
 
-    def _encode(self, sample: Sample, names: Sequence[str]) -> EncodedSample:
-        encoded = self._finish(sample, self.tokenizer.encode_chat(sample.turns, sample.tools, names))
+    def _encode(self, sample: Sample, names: Sequence[str], grids: Sequence[Grid] = ()) -> EncodedSample:
+        encoded = self._finish(sample, self.tokenizer.encode_chat(sample.turns, sample.tools, names), grids)
         return dataclasses.replace(encoded, scales_S=encoded.scales_S * np.float32(sample.weight))
 
     def with_boxes(self, sample: Sample) -> Sample:
@@ -292,7 +301,7 @@ class SampleEncoder:
                 "leave the row out",
             )
 
-    def _finish(self, sample: Sample, chat: EncodedChat) -> EncodedSample:
+    def _finish(self, sample: Sample, chat: EncodedChat, grids: Sequence[Grid] = ()) -> EncodedSample:
         tokens_S = chat.tokens_S
         kinds: list[tuple[int, Sequence[object], str]] = [(self.inputs.image_token_id, sample.images, "image")]
         if self.video is not None:  # else the id may be that of a word
@@ -307,9 +316,12 @@ class SampleEncoder:
                 )
         images, videos = iter(sample.images), iter(sample.videos)
         insets: list[Inset] = []
-        for token_id in tokens_S[self._is_placeholder(tokens_S)]:
+        kinds_in_order = tokens_S[self._is_placeholder(tokens_S)].tolist()
+        # A row that has another number of them now is found out by its length.
+        known = grids if len(grids) == len(kinds_in_order) else [None] * len(kinds_in_order)
+        for token_id, grid in zip(kinds_in_order, known, strict=True):
             if token_id == self.inputs.image_token_id:
-                insets.append(self._image(next(images), len(sample.images)))
+                insets.append(self._image(next(images), len(sample.images), grid))
             else:
                 assert self.video is not None
                 video = next(videos)
@@ -354,12 +366,13 @@ class SampleEncoder:
             np.concatenate([*scales, chat.scales_S[start:]]),
         )
 
-    def _image(self, path: Media, num_images: int) -> Inset:
-        width_px, height_px = self._image_size(path)
-        try:
-            grid = target_grid(self.image_spec, width_px, height_px, num_images)
-        except UseError as error:
-            raise UseError(f"{media_name(path)}: {error}") from error
+    def _image(self, path: Media, num_images: int, grid: Grid | None) -> Inset:
+        if grid is None:
+            size = self._image_size(path)
+            try:
+                grid = target_grid(self.image_spec, *size, num_images)
+            except UseError as error:
+                raise UseError(f"{media_name(path)}: {error}") from error
         tokens_S = np.full(self.inputs.num_image_tokens(grid), self.inputs.image_token_id, dtype=np.int64)
         if self.inputs.has_borders:
             before, after = np.array(self.tokenizer.image_borders).reshape(2, 1)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megavlm.data.encode import SampleEncoder, TooLong
-from megavlm.data.pixels import load_image_patches
+from megavlm.data.pixels import WantedImage, load_pixels
 from megavlm.data.sample import EncodedSample, Sample
 from megavlm.errors import UseError
 
@@ -115,8 +115,7 @@ def _examine_row(
         return "nothing_to_learn", sample.sample_id
     if check_images:
         try:
-            for number in range(len(encoded.images)):
-                load_image_patches(encoded, number, encoder)
+            load_pixels([WantedImage(encoded, number) for number in range(len(encoded.images))], encoder)
         except UseError as error:
             return "broken_image", str(error)
     return encoded

@@ -14,7 +14,7 @@ EXIF orientation is applied, then `convert("RGB")`. So, on purpose:
 
 With another backend (`ImageLoading`) decoding and resizing are done elsewhere; geometry and normalisation are the same.
 
-Shape suffixes: P patches, C values of a flattened patch.
+Shape suffixes: B bytes, P patches, C values of a flattened patch.
 """
 
 import contextlib
@@ -28,17 +28,18 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageFile, ImageOps, PngImagePlugin, UnidentifiedImageError
 
+from megavlm.config.inputs import Grid
 from megavlm.config.schema import DataConfig
 from megavlm.data.augment import Draw, augmented
 from megavlm.data.image_loading import BY_PIL, ImageLoading
-from megavlm.data.image_patches import patches_of
+from megavlm.data.image_patches import PixelBytes, cut_patches, normalised, patch_format
 from megavlm.data.image_spec import ImageSpec, read_image_spec, target_grid
 from megavlm.data.image_views import View, cut_frames, image_views
 from megavlm.data.media import media_name, open_media
 from megavlm.data.sample import Media
 from megavlm.errors import UseError, use_error
 
-__all__ = ["ImageSpec", "load_patches", "read_image_size", "read_image_spec", "target_grid"]
+__all__ = ["ImageSpec", "load_bytes", "load_patches", "read_image_size", "read_image_spec", "target_grid"]
 
 # What PIL's decoders raise for broken files; MemoryError and bugs of our own are not among them.
 _BROKEN_IMAGE_ERRORS = (
@@ -139,9 +140,8 @@ def load_patches(
     *,
     draw: Draw | None = None,
     left_to_pil: list[str] | None = None,
-    out_PC: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Decode one image into patches.
+    """Decode one image into normalised patches.
 
     Args:
         path: where the image is.
@@ -150,7 +150,6 @@ def load_patches(
         loading: who decodes and resizes.
         draw: how the image is augmented; the grid is that of the whole image.
         left_to_pil: an entry is appended if DALI was to decode the image and left it to PIL: its kind.
-        out_PC: where to write, of the result's shape; None: somewhere new.
 
     Returns:
         float32 [P, C]. `dynamic`: patches in merge-block order, C = (colour, frame, row, column) flattened.
@@ -158,28 +157,74 @@ def load_patches(
 
     Raises:
         UseError: the file is missing, truncated or no image, has too many pixels, or its aspect ratio is beyond the
-            limit; or the image is not what `out_PC` was made for.
+            limit.
     """
+    frames, grid = _load_frames(path, spec, num_images, loading, draw, left_to_pil)
+    patches, num_patches = patch_format(spec), math.prod(grid[:3])
+    values_B = torch.empty(num_patches * patches.patch_bytes, dtype=torch.uint8)
+    cut_patches(frames, spec, patches, grid[1], grid[2], values_B)
+    return normalised(PixelBytes(values_B, ((patches, num_patches),), patches.patch_channels))
+
+
+def load_bytes(
+    path: Media,
+    spec: ImageSpec,
+    num_images: int,
+    loading: ImageLoading,
+    grid: Grid,
+    out_B: torch.Tensor,
+    *,
+    draw: Draw | None = None,
+    left_to_pil: list[str] | None = None,
+) -> None:
+    """Decode one image into patches of bytes (see `image_patches`).
+
+    Args:
+        path: where the image is.
+        spec: of the family.
+        num_images: of its row.
+        loading: who decodes and resizes.
+        grid: of the image when its row was looked at.
+        out_B: where to write, uint8, of that grid's size.
+        draw: as in `load_patches`.
+        left_to_pil: as in `load_patches`.
+
+    Raises:
+        UseError: as `load_patches`; or the image is not what it was.
+    """
+    frames, found = _load_frames(path, spec, num_images, loading, draw, left_to_pil, grid)
+    assert found == grid
+    cut_patches(frames, spec, patch_format(spec), grid[1], grid[2], out_B)
+
+
+def _load_frames(
+    path: Media,
+    spec: ImageSpec,
+    num_images: int,
+    loading: ImageLoading,
+    draw: Draw | None,
+    left_to_pil: list[str] | None,
+    expected: Grid | None = None,
+) -> tuple[list[np.ndarray], Grid]:
+    """The frames (tiles) of an image, uint8 [H, W, C] each, and its grid, which is to be the one expected."""
     try:
         with _opened(path) as (file, image):
             size = _seen_size(image, _header_orientation(image, file))
-            _, rows, columns = target_grid(spec, *size, num_images)[:3]
-            views = image_views(spec, *size, rows, columns, num_images)
+            grid = target_grid(spec, *size, num_images)
+            if expected is not None and grid != expected:
+                raise use_error(
+                    "its size",
+                    f"a grid of patches {grid}",
+                    f"{expected} as when its row was read",
+                    "do not change images during a run",
+                )
+            views = image_views(spec, *size, grid[1], grid[2], num_images)
             resized = _resizer(file, image, views, spec.resample, loading, draw, left_to_pil)
     except UseError as error:
         raise UseError(f"{media_name(path)}: {error}") from error
     except _BROKEN_IMAGE_ERRORS as error:
         raise _broken_image(path, error) from error
-    frames = [frame for view in views for frame in cut_frames(view, resized(view))]
-    num_patches = len(frames) * rows * columns
-    if out_PC is not None and len(out_PC) != num_patches:
-        raise use_error(
-            media_name(path),
-            f"{num_patches} patches",
-            f"{len(out_PC)} by its header",
-            "do not change images during a run",
-        )
-    return patches_of(frames, spec, rows, columns, out_PC)
+    return [frame for view in views for frame in cut_frames(view, resized(view))], grid
 
 
 def load_rgb(path: Media) -> Image.Image:

@@ -1,10 +1,12 @@
-"""From orders to the microbatches of one rank, in this process or in worker processes: the same either way."""
+"""From orders to the microbatches of one rank, in this process or in worker processes: the same either way.
+
+Shape suffix: B bytes.
+"""
 
 import atexit
 import collections
 import itertools
 import logging
-import math
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,10 +15,10 @@ from dataclasses import dataclass
 import torch
 import torch.utils.data
 
-from megavlm.data.augment import draw_for
+from megavlm.data.augment import Draw, draw_for
 from megavlm.data.dataset import Dataset, PrepareReport
 from megavlm.data.packing import pack
-from megavlm.data.pixels import load_image_patches
+from megavlm.data.pixels import WantedImage, load_pixels
 from megavlm.data.sample import Microbatch, MicrobatchOrder
 from megavlm.errors import RunError, UseError
 
@@ -46,8 +48,10 @@ class _MicrobatchBuilder(torch.utils.data.Dataset):
 
     def build(self, order: MicrobatchOrder) -> Microbatch:
         encoder = self.dataset.encoder
+        # Each row once, however many images it has: not every row has room in the dataset's cache.
+        rows = {index: self.dataset.encoded(index) for index in (*order.indices, *dict(order.images))}
         batch = pack(
-            [self.dataset.encoded(index) for index in order.indices],
+            [rows[index] for index in order.indices],
             None,
             sample_multiple=self.sample_multiple,
             total_multiple=self.total_multiple,
@@ -62,22 +66,18 @@ class _MicrobatchBuilder(torch.utils.data.Dataset):
         if order.filler:
             batch.loss_weights_T.zero_()
             batch.real_T.zero_()
-        return Microbatch(batch, *self._pixels(order))
-
-    def _pixels(self, order: MicrobatchOrder) -> tuple[torch.Tensor, tuple[str, ...]]:
-        """Patches of the ordered images, each written where it stays, and what DALI left to PIL."""
-        dataset, encoder = self.dataset, self.dataset.encoder
-        sizes = [math.prod(dataset.grids_each[index][number][:3]) for index, number in order.images]
-        patches_PC = _shared_empty(sum(sizes), encoder.inputs.patch_channels)
         left_to_pil: list[str] = []
-        for (index, number), out_PC in zip(order.images, patches_PC.split(sizes), strict=True):
-            draw = None
-            if order.step >= 0 and encoder.loading.augmentation is not None:
-                draw = draw_for(encoder.loading.augmentation, dataset.sample(index), order.step, index, number)
-            load_image_patches(
-                dataset.encoded(index), number, encoder, draw=draw, left_to_pil=left_to_pil, out_PC=out_PC
-            )
-        return patches_PC, tuple(left_to_pil)
+        wanted = [
+            WantedImage(rows[index], number, self._draw(index, number, order.step)) for index, number in order.images
+        ]
+        pixels = load_pixels(wanted, encoder, left_to_pil=left_to_pil, empty=_shared_empty)
+        return Microbatch(batch, pixels, tuple(left_to_pil))
+
+    def _draw(self, index: int, number: int, step: int) -> Draw | None:
+        augmentation = self.dataset.encoder.loading.augmentation
+        if step < 0 or augmentation is None:
+            return None
+        return draw_for(augmentation, self.dataset.sample(index), step, index, number)
 
     def __getitem__(self, order: MicrobatchOrder) -> Microbatch | _Failure:
         try:
@@ -86,11 +86,11 @@ class _MicrobatchBuilder(torch.utils.data.Dataset):
             return _Failure(str(error))
 
 
-def _shared_empty(num_patches: int, patch_channels: int) -> torch.Tensor:
-    """Float32 [P, C]; in a worker in memory that the rank sees too, so that pixels are not copied once more."""
-    patches_PC = torch.empty(num_patches, patch_channels)
+def _shared_empty(num_bytes: int) -> torch.Tensor:
+    """Uint8 [num_bytes]; in a worker in memory that the rank sees too, so that pixels are not copied once more."""
+    values_B = torch.empty(num_bytes, dtype=torch.uint8)
     # Before anything is written: sharing it later, as torch does with what a worker returns, would copy the pixels.
-    return patches_PC if torch.utils.data.get_worker_info() is None else patches_PC.share_memory_()
+    return values_B if torch.utils.data.get_worker_info() is None else values_B.share_memory_()
 
 
 class BatchLoader:
@@ -251,19 +251,27 @@ def _checked(stream: Iterator[Microbatch | _Failure]) -> Iterator[Microbatch]:
             item = next(stream)
         except StopIteration:
             return
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker (pid"):
+        except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
+            if not _is_death(error):
                 raise
             # Ends the others now: the traceback of the error would keep them alive.
             del stream
-            raise _WorkerDied(
-                f"a data loader worker died ({str(error).splitlines()[0]}; is there enough memory?)"
-            ) from error
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise _WorkerDied(f"a data loader worker died ({reason}; is there enough memory?)") from error
         if isinstance(item, _Failure):
             # Ends the workers now: the traceback of the error would keep them alive.
             del stream
             raise UseError(item.message)
         yield item
+
+
+def _is_death(error: Exception) -> bool:
+    """Whether torch's DataLoader raised this because a worker is gone."""
+    if isinstance(error, RuntimeError):
+        return str(error).startswith(("DataLoader worker (pid", "Pin memory thread exited"))
+    # Memory with pixels is fetched from the worker that made it: of one that has died since, there is nobody to answer.
+    # What the worker's own code raised has a traceback of the worker in it.
+    return " in DataLoader worker process " not in str(error)
 
 
 def evaluation_rows(

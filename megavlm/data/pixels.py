@@ -1,64 +1,110 @@
-"""The pixels of an encoded sample's images and videos.
+"""The pixels of encoded samples' images and videos.
 
-Shape suffixes: P patches, C values of a flattened patch.
+Shape suffixes: B bytes, P patches, C values of a flattened patch.
 """
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from megavlm.data.augment import Draw
 from megavlm.data.encode import SampleEncoder
-from megavlm.data.images import load_patches
+from megavlm.data.image_patches import PatchFormat, PixelBytes, normalised, patch_format
+from megavlm.data.images import load_bytes
 from megavlm.data.sample import EncodedSample, VideoClip
-from megavlm.data.videos import load_video_patches
+from megavlm.data.videos import load_video_bytes
 from megavlm.errors import UseError
+
+
+@dataclass(frozen=True)
+class WantedImage:
+    """An image (or video) to be decoded.
+
+    Attributes:
+        sample: the row.
+        number: of the image in it.
+        draw: how it is augmented; videos are not.
+    """
+
+    sample: EncodedSample
+    number: int
+    draw: Draw | None = None
 
 
 def load_sample_patches(sample: EncodedSample, encoder: SampleEncoder) -> list[torch.Tensor]:
     """Decode all images and videos of a sample: float32 [P, C] each.
 
     Raises:
-        UseError: as `load_image_patches`.
+        UseError: as `load_pixels`.
     """
     return [load_image_patches(sample, number, encoder) for number in range(len(sample.images))]
 
 
-def load_image_patches(
-    sample: EncodedSample,
-    number: int,
-    encoder: SampleEncoder,
-    *,
-    draw: Draw | None = None,
-    left_to_pil: list[str] | None = None,
-    out_PC: torch.Tensor | None = None,
-) -> torch.Tensor:
+def load_image_patches(sample: EncodedSample, number: int, encoder: SampleEncoder) -> torch.Tensor:
     """Decode one image (or video) of a sample: float32 [P, C].
 
+    Raises:
+        UseError: as `load_pixels`.
+    """
+    return normalised(load_pixels([WantedImage(sample, number)], encoder))
+
+
+def load_pixels(
+    wanted: Sequence[WantedImage],
+    encoder: SampleEncoder,
+    *,
+    left_to_pil: list[str] | None = None,
+    empty: Callable[[int], torch.Tensor] = lambda num_bytes: torch.empty(num_bytes, dtype=torch.uint8),
+) -> PixelBytes:
+    """Decode images and videos, each written where it stays.
+
     Args:
-        sample: the row.
-        number: of the image in it.
+        wanted: which, in order.
         encoder: of the model.
-        draw: how an image is augmented; videos are not.
         left_to_pil: see `images.load_patches`.
-        out_PC: where to write, of the grid's size; None: somewhere new.
+        empty: gives memory for so many bytes, uint8 [B].
 
     Raises:
         UseError: naming the row, for an unreadable image, or one whose size changed since its header was read.
     """
-    source, grid = sample.images[number], sample.grids_thw[number]
-    if out_PC is None:
-        out_PC = torch.empty(grid[0] * grid[1] * grid[2], encoder.inputs.patch_channels)
+    formats = [_format_of(image, encoder) for image in wanted]
+    numbers = [math.prod(image.sample.grids_thw[image.number][:3]) for image in wanted]
+    sizes = [patches.patch_bytes * number for patches, number in zip(formats, numbers, strict=True)]
+    values_B = empty(sum(sizes))
+    for image, out_B in zip(wanted, values_B.split(sizes), strict=True):
+        _load(image, encoder, left_to_pil, out_B)
+    alike = itertools.groupby(zip(formats, numbers, strict=True), key=lambda run: run[0])
+    runs = tuple((patches, sum(number for _, number in group)) for patches, group in alike)
+    return PixelBytes(values_B, runs, encoder.inputs.patch_channels)
+
+
+def _format_of(image: WantedImage, encoder: SampleEncoder) -> PatchFormat:
+    if not isinstance(image.sample.images[image.number], VideoClip):
+        return patch_format(encoder.image_spec)
+    assert encoder.video_spec is not None
+    return patch_format(encoder.video_spec.frame, is_video=True)
+
+
+def _load(image: WantedImage, encoder: SampleEncoder, left_to_pil: list[str] | None, out_B: torch.Tensor) -> None:
+    sample = image.sample
+    source, grid = sample.images[image.number], sample.grids_thw[image.number]
     try:
         if isinstance(source, VideoClip):
             assert encoder.video_spec is not None
-            return out_PC.copy_(load_video_patches(source, grid, encoder.video_spec))
-        return load_patches(
+            load_video_bytes(source, grid, encoder.video_spec, out_B)
+            return
+        load_bytes(
             source,
             encoder.image_spec,
             sample.num_images_together,
             encoder.loading,
-            draw=draw,
+            grid,
+            out_B,
+            draw=image.draw,
             left_to_pil=left_to_pil,
-            out_PC=out_PC,
         )
     except UseError as error:
         raise UseError(f"{sample.sample_id}: {error}") from error

@@ -15,6 +15,7 @@ import torch
 
 from megavlm.config.inputs import Grid
 from megavlm.config.schema import TokenWeights
+from megavlm.data.image_patches import PixelBytes
 from megavlm.data.token_weights import DEFAULT_WEIGHTS, loss_weights
 
 
@@ -249,16 +250,16 @@ class MicrobatchOrder:
 
 @dataclass(frozen=True)
 class Microbatch:
-    """A packed row without pixels, and float32 patches [P, C] of the images that were ordered with it.
+    """A packed row without pixels, and the patches of the images that were ordered with it.
 
     Attributes:
         batch: the row.
-        patches_PC: of the images, in the order in which they were ordered.
+        pixels: of the images, in the order in which they were ordered; `image_patches.normalised` gives their values.
         left_to_pil: kinds of the images that DALI was to decode and left to PIL, one entry an image.
     """
 
     batch: Batch
-    patches_PC: torch.Tensor
+    pixels: PixelBytes
     left_to_pil: tuple[str, ...] = ()
 
     def pin_memory(self) -> "Microbatch":
@@ -267,5 +268,7 @@ class Microbatch:
             name: value.pin_memory() for name, value in vars(self.batch).items() if torch.is_tensor(value)
         }
         return dataclasses.replace(
-            self, batch=dataclasses.replace(self.batch, **tensors), patches_PC=self.patches_PC.pin_memory()
+            self,
+            batch=dataclasses.replace(self.batch, **tensors),
+            pixels=dataclasses.replace(self.pixels, values_B=self.pixels.values_B.pin_memory()),
         )

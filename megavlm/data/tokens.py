@@ -10,6 +10,7 @@ Shape suffix: S tokens of one sample.
 import hashlib
 import json
 import os
+import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +90,7 @@ class Tokenizer:
         """
         self._where = str(Path(hf_dir).absolute())
         self._loaded: PreTrainedTokenizerFast | None = None
+        self._packed = b""
         self._reads_prompts = reads_prompts
         self.image_token_id = image_token_id
         self.image_token = self._image_token()
@@ -108,7 +110,12 @@ class Tokenizer:
     @property
     def _tokenizer(self) -> "PreTrainedTokenizerFast":
         if self._loaded is None:
-            self._loaded = load_tokenizer(Path(self._where))
+            self._loaded = pickle.loads(self._packed) if self._packed else load_tokenizer(Path(self._where))
+            # As transformers sets them for a text that is neither truncated nor padded, whatever tokenizer.json says.
+            backend = self._loaded.backend_tokenizer
+            backend.no_truncation()
+            backend.no_padding()
+            backend.encode_special_tokens = self._loaded.split_special_tokens
         return self._loaded
 
     @property
@@ -122,7 +129,12 @@ class Tokenizer:
         return state.hexdigest()
 
     def __getstate__(self) -> dict[str, Any]:
-        """To a data worker goes only the directory's name: most workers never need the tokenizer itself."""
+        """To a data worker the tokenizer goes as bytes, unpacked when it is first needed.
+
+        That imports its class alone. To load it from its directory takes `AutoTokenizer`, whose import takes many times
+        as long: it brings what generates text along.
+        """
+        self._packed = self._packed or pickle.dumps(self._tokenizer)
         return {**self.__dict__, "_loaded": None}
 
     def encode_chat(self, turns: Sequence[Turn], tools: str = "", entities: Sequence[str] = ()) -> EncodedChat:
@@ -150,11 +162,10 @@ class Tokenizer:
             if message.role == "assistant"
         ]
         others = self._other_spans(messages, functions, text) if self._reads_prompts else []
-        encoding = self._tokenizer(
-            text, add_special_tokens=self._adds_special_tokens(text), return_offsets_mapping=True
-        )
-        tokens_S = np.array(encoding["input_ids"], dtype=np.int64)
-        offsets = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+        # Not by calling transformers' tokenizer: what it adds to the library beneath it takes longer than that does.
+        encoding = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=self._adds_special_tokens(text))
+        tokens_S = np.array(encoding.ids, dtype=np.int64)
+        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
         first_S, last_S = offsets[:, 0], offsets[:, 1]
         classes_S = np.full(len(tokens_S), READ, dtype=np.int8)
         scales_S = np.ones(len(tokens_S), dtype=np.float32)
@@ -212,7 +223,7 @@ class Tokenizer:
     def _span(self, messages: Sequence[Spoken], index: int, tools: list[dict[str, Any]], text: str) -> Span:
         """Where in `text` answer `index` and its end-of-turn marker stand."""
         prompt = self._render(messages[:index], tools, add_generation_prompt=True)
-        upto = self._render(messages[: index + 1], tools)
+        upto = text if index + 1 == len(messages) else self._render(messages[: index + 1], tools)
         answer = messages[index]
         end = None
         if upto.startswith(prompt):
@@ -390,7 +401,7 @@ def load_tokenizer(hf_dir: Path) -> "PreTrainedTokenizerFast":
     Raises:
         UseError: no directory, or no fast tokenizer in it.
     """
-    # Here, not at the top: the import takes seconds and 200 MB, which data workers are spared.
+    # Here, not at the top: the import takes seconds and 200 MB, which data workers are spared (see `__getstate__`).
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if not hf_dir.is_dir():

@@ -2,10 +2,11 @@
 
 Frames are resized by torch's antialiased filter on bytes, which is what transformers' video processors call.
 
-Shape suffixes: F frames, C colours, H and W pixels, P patches.
+Shape suffixes: B bytes, P patches, C values of a flattened patch (of frames: colours), H and W pixels.
 """
 
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from megavlm.config.inputs import Grid
+from megavlm.data.image_patches import PixelBytes, cut_patches, normalised, patch_format
 from megavlm.data.image_spec import ImageSpec
 from megavlm.data.images import load_rgb, read_image_size
 from megavlm.data.media import media_name, open_media
@@ -97,7 +99,7 @@ def _broken(path: Media, reason: str) -> UseError:
 
 
 def load_video_patches(clip: VideoClip, grid: Grid, spec: VideoSpec) -> torch.Tensor:
-    """Decode the frames of a clip into patches.
+    """Decode the frames of a clip into normalised patches.
 
     Args:
         clip: the file, and which frames.
@@ -110,13 +112,30 @@ def load_video_patches(clip: VideoClip, grid: Grid, spec: VideoSpec) -> torch.Te
     Raises:
         UseError: the file cannot be read, or holds fewer frames than it says.
     """
+    patches, num_patches = patch_format(spec.frame, is_video=True), math.prod(grid[:3])
+    values_B = torch.empty(num_patches * patches.patch_bytes, dtype=torch.uint8)
+    load_video_bytes(clip, grid, spec, values_B)
+    return normalised(PixelBytes(values_B, ((patches, num_patches),), patches.patch_channels))
+
+
+def load_video_bytes(clip: VideoClip, grid: Grid, spec: VideoSpec, out_B: torch.Tensor) -> None:
+    """Decode the frames of a clip into patches of bytes (see `image_patches`).
+
+    Args:
+        clip: the file, and which frames.
+        grid: from `video_grid`.
+        spec: of the family.
+        out_B: where to write, uint8, of the grid's size.
+
+    Raises:
+        UseError: as `load_video_patches`.
+    """
     frame, (_, rows, columns, *_) = spec.frame, grid
     seen = (rows * frame.patch_px, columns * frame.patch_px)
     size = (frame.image_px, frame.image_px) if spec.kind == "pooled" else seen
     fill = -len(clip.frames) % frame.temporal_patch_size
     shown = [_resized(pixels_HWC, size, frame) for pixels_HWC in _decoded(clip)]
-    video_FCHW = torch.stack(shown + shown[-1:] * fill)
-    return _patchify(_normalised(video_FCHW[:, :, : seen[0], : seen[1]], frame), frame, rows, columns)
+    cut_patches(shown + shown[-1:] * fill, frame, patch_format(frame, is_video=True), rows, columns, out_B)
 
 
 def _decoded(clip: VideoClip) -> Iterator[np.ndarray]:
@@ -143,26 +162,11 @@ def _decoded(clip: VideoClip) -> Iterator[np.ndarray]:
     raise _broken(path, f"{number + 1} frames, but frame {wanted[0]} is needed")
 
 
-def _resized(pixels_HWC: np.ndarray, size: tuple[int, int], spec: ImageSpec) -> torch.Tensor:
-    """Uint8 [C, H, W] of the wanted height and width."""
+def _resized(pixels_HWC: np.ndarray, size: tuple[int, int], spec: ImageSpec) -> np.ndarray:
+    """Uint8 [H, W, C] of the wanted height and width."""
+    if pixels_HWC.shape[:2] == size:
+        return pixels_HWC
     pixels_CHW = torch.from_numpy(pixels_HWC).permute(2, 0, 1)
-    if pixels_CHW.shape[1:] == size:
-        return pixels_CHW
     mode = FILTERS[spec.resample]
-    return F.interpolate(pixels_CHW[None], size, mode=mode, antialias=True, align_corners=False)[0]
-
-
-def _normalised(video_FCHW: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
-    # Rescaling is folded into mean and deviation, as transformers does for videos: equal to the last bit.
-    mean = torch.tensor(spec.mean) * (1.0 / spec.rescale)
-    std = torch.tensor(spec.std) * (1.0 / spec.rescale)
-    return (video_FCHW.float() - mean[:, None, None]) / std[:, None, None]
-
-
-def _patchify(video_FCHW: torch.Tensor, spec: ImageSpec, rows: int, columns: int) -> torch.Tensor:
-    patch, temporal = spec.patch_px, spec.temporal_patch_size
-    merge = spec.merge_size if spec.kind == "dynamic" else 1
-    blocks = video_FCHW.reshape(-1, temporal, 3, rows // merge, merge, patch, columns // merge, merge, patch)
-    # -> temporal patch, block row, block column, row in block, column in block, colour, frame, patch row, patch column
-    blocks = blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
-    return blocks.reshape(-1, 3 * temporal * patch * patch)
+    resized_CHW = F.interpolate(pixels_CHW[None], size, mode=mode, antialias=True, align_corners=False)[0]
+    return resized_CHW.permute(1, 2, 0).numpy()

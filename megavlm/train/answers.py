@@ -59,7 +59,7 @@ def _own_patches(state: TrainState, batch: Batch, shares: StepShares) -> torch.T
     part = state.groups.topology.replica_of(state.parts.rank)
     if part is None:
         return batch.patches_PC[:0]
-    by_image = batch.patches_PC.split(batch.grid_thw_N3.prod(1).tolist())
+    by_image = batch.patches_PC.split(batch.grid_thw_N3[:, :3].prod(1).tolist())  # of tiles there are more numbers
     wanted = [by_image[key.number] for key in shares.microbatches[0].images_of(part[0].number)]
     return torch.cat(wanted) if wanted else batch.patches_PC[:0]
 

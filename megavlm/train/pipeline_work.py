@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megavlm.config.inputs import Grid
+from megavlm.data.image_patches import PixelBytes, normalised
 from megavlm.data.sample import Batch
 from megavlm.pipeline.actions import Compute, Message
 from megavlm.pipeline.runtime import Needs
@@ -27,13 +28,13 @@ class Rows:
 
     Attributes:
         batches: this data rank's packed rows.
-        patches: of the images that this rank's encoder encodes, per microbatch, float32 [P, C] in their order; only
-            read on an encoder's first stage.
+        patches: of the images that this rank's encoder encodes, per microbatch in their order, normalised (float32
+            [P, C]) or still bytes; only read on an encoder's first stage.
         shares: who encodes what.
     """
 
     batches: Sequence[Batch]
-    patches: Sequence[torch.Tensor]
+    patches: Sequence[PixelBytes | torch.Tensor]
     shares: StepShares
 
 
@@ -141,7 +142,11 @@ class _EncoderWork:
         device = self._parts.device
         grid_thw_N3 = torch.tensor([shares.grids[key] for key in keys], device=device)
         if self._parts.encoder.is_first_stage:
-            inputs = self._rows.patches[microbatch].to(device, non_blocking=True)
+            pixels = self._rows.patches[microbatch]
+            if isinstance(pixels, PixelBytes):
+                inputs = normalised(pixels, device)
+            else:
+                inputs = pixels.to(device, non_blocking=True)
         else:
             (inputs,) = taken
             inputs.requires_grad_(keep)

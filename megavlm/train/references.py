@@ -93,7 +93,7 @@ def reference_logprobs(state: TrainState, rows: Dataset) -> np.ndarray:
     for rows_D in _rounds(state, rows):
         inputs = step_inputs(topology, state.parts.rank, rows, rows_D, state.costs, weights)
         loaded = list(loader.eval_batches(rows, inputs.orders))
-        some = Rows([one.batch for one in loaded], [one.patches_PC for one in loaded], inputs.shares)
+        some = Rows([one.batch for one in loaded], [one.pixels for one in loaded], inputs.shares)
 
         def on_output(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, Any]:
             sums_Q = answer_logprobs(logits, batch, state.groups)

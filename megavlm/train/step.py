@@ -124,7 +124,7 @@ def run_schedule(
 def load_rows(state: TrainState, step: int) -> Rows:
     """Load what this rank needs for a step."""
     loaded = list(state.loader.batches(step))
-    return Rows([one.batch for one in loaded], [one.patches_PC for one in loaded], state.inputs(step).shares)
+    return Rows([one.batch for one in loaded], [one.pixels for one in loaded], state.inputs(step).shares)
 
 
 def train_step(state: TrainState, step: int, recordings: list[Recording] | None = None) -> StepResult:
@@ -299,7 +299,7 @@ def evaluate(state: TrainState) -> dict[str, float]:
     weights = state.token_schedule.last
     inputs = step_inputs(topology, state.parts.rank, state.eval_set, rows_D, state.costs, weights)
     loaded = list(state.loader.eval_batches(state.eval_set, inputs.orders))
-    rows = Rows([one.batch for one in loaded], [one.patches_PC for one in loaded], inputs.shares)
+    rows = Rows([one.batch for one in loaded], [one.pixels for one in loaded], inputs.shares)
     rows = look_ahead(state, rows)
     local = torch.zeros(2 + sum(state.stage.metric_sizes.values()), dtype=torch.float64, device=state.device)
 

@@ -8,6 +8,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megavlm.config.schema import Recipe
+from megavlm.data.image_patches import normalised
 from megavlm.data.packing import pad_to
 from megavlm.data.sample import Batch
 from megavlm.errors import RunError
@@ -45,13 +46,13 @@ def _by_megatron(state: TrainState, rows: Rows, on_output: Any) -> list[Any]:
     parts.config.overlap_p2p_comm, parts.config.batch_p2p_comm = interleaved, not interleaved
     parts.config.no_sync_func = [chunk.no_sync for chunk in parts.chunks] if interleaved else parts.chunks[0].no_sync
 
-    def forward_step(iterator: Iterator[tuple[Batch, torch.Tensor]], wrapped: Any) -> tuple[torch.Tensor, Any]:
-        batch, patches_PC = next(iterator)
+    def forward_step(iterator: Iterator[tuple[Batch, Any]], wrapped: Any) -> tuple[torch.Tensor, Any]:
+        batch, pixels = next(iterator)
         model = parts.models[parts.chunks.index(wrapped)]
         features_VKH = None
         if model.pre_process and len(batch.grid_thw_N3):
             with parts.encoder_chunk.no_sync():
-                features_VKH = parts.encoder_chunk(patches_PC, batch.grid_thw_N3)
+                features_VKH = parts.encoder_chunk(normalised(pixels), batch.grid_thw_N3)
         output = run_chunk(wrapped, batch, features_VKH, parts.device)
         missing = 0 if model.post_process or not interleaved else model.num_slots - output.shape[1]
         if missing:  # received into tensors of one fixed shape

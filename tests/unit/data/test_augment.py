@@ -12,6 +12,7 @@ from megavlm.data.augment import Augmentation, Draw, augmented, draw_for
 from megavlm.data.dataset import Dataset
 from megavlm.data.encode import SampleEncoder
 from megavlm.data.image_loading import ImageLoading
+from megavlm.data.image_patches import normalised
 from megavlm.data.images import load_patches, read_image_spec, target_grid
 from megavlm.data.loader import BatchLoader
 from megavlm.data.rows import Rows
@@ -129,7 +130,7 @@ def loaded(dataset: Dataset, steps: list[int], num_workers: int = 0, augment: bo
         return [MicrobatchOrder((i,), ((i, 0),), step=step if augment else -1) for i in (step % 4, (step + 1) % 4)]
 
     loader = BatchLoader(dataset, orders_of, 4, 8, num_workers)
-    patches = [one.patches_PC for step in steps for one in loader.batches(step)]
+    patches = [normalised(one.pixels) for step in steps for one in loader.batches(step)]
     loader.close()
     return patches
 

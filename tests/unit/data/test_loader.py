@@ -12,10 +12,12 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from torch._utils import ExceptionWrapper
 
 from megavlm.data.encode import SampleEncoder
+from megavlm.data.image_patches import normalised
 from megavlm.data.images import read_image_spec
-from megavlm.data.loader import BatchLoader, Dataset, evaluation_rows
+from megavlm.data.loader import BatchLoader, Dataset, _checked, evaluation_rows
 from megavlm.data.pixels import load_image_patches
 from megavlm.data.plan import GlobalBatchPlan
 from megavlm.data.rows import Rows
@@ -85,7 +87,7 @@ def eval_batches(loader, dataset, dp_rank=0, dp_size=1, micro_batch_size=2, max_
 
 
 def assert_same(first, second):
-    assert torch.equal(first.patches_PC, second.patches_PC)
+    assert torch.equal(first.pixels.values_B, second.pixels.values_B) and first.pixels.runs == second.pixels.runs
     assert_same_rows(first.batch, second.batch)
 
 
@@ -109,7 +111,7 @@ def test_batches_follow_the_plan_and_hold_the_pixels(rows_path, encoder):
         merged = (batch.grid_thw_N3.prod(1) // 4).sum()
         assert (batch.tokens_T == QWEN_INPUTS.image_token_id).sum() == merged
         assert batch.patches_PC.shape == (0, QWEN_INPUTS.patch_channels)
-        assert one.patches_PC.shape == (batch.grid_thw_N3.prod(1).sum(), QWEN_INPUTS.patch_channels)
+        assert normalised(one.pixels).shape == (batch.grid_thw_N3.prod(1).sum(), QWEN_INPUTS.patch_channels)
         assert batch.loss_weights_T.sum() > 0
 
 
@@ -183,28 +185,39 @@ def test_image_that_breaks_behind_its_header_is_named(rows_path, encoder, tmp_pa
             list(make_loader(dataset).batches(step))
 
 
-def test_image_that_changed_its_size_is_named(rows_path, encoder, tmp_path):
+@pytest.mark.parametrize("size", [(250, 250), (48, 104)])  # the second has as many patches as before, on end
+def test_image_that_changed_its_size_is_named(rows_path, encoder, tmp_path, size):
     encoded_before, _ = prepared(rows_path, encoder)
-    encoded_before.encoded(4)
+    assert encoded_before.encoded(4).grids_thw == ((1, 4, 6),)
     not_encoded, _ = prepared(rows_path, encoder)
-    draw_image(tmp_path / "4_0.png", 250, 250)
-    with pytest.raises(UseError, match=r"rows\.jsonl:5: .*4_0\.png: got \d+ patches; expected \d+ by its header"):
-        for step in range(2):
-            list(make_loader(encoded_before).batches(step))
+    draw_image(tmp_path / "4_0.png", *size)
+    for dataset in (encoded_before, not_encoded):
+        with pytest.raises(UseError, match=r"rows\.jsonl:5: .*4_0\.png: its size: got a grid .* expected \(1, 4, 6\)"):
+            for step in range(2):
+                list(make_loader(dataset).batches(step))
+
+
+def test_row_that_changed_is_named(rows_path, encoder):
+    dataset, _ = prepared(rows_path, encoder)
+    before = rows_path.read_text()
+    assert before.count("what is 4?") == 1
+    rows_path.write_text(before.replace("what is 4?", "????????? "))  # of the same size, so that it is found
     with pytest.raises(UseError, match=r"rows\.jsonl:5: got \d+ tokens and grids .*, as the index says"):
         for step in range(2):
-            list(make_loader(not_encoded).batches(step))
+            list(make_loader(dataset).batches(step))
 
 
 def test_rank_that_encodes_no_image_reads_none(rows_path, encoder, tmp_path):
     dataset, _ = prepared(rows_path, encoder)
     whole = list(make_loader(dataset).batches(0))
+    not_encoded, _ = prepared(rows_path, encoder)
     for path in tmp_path.glob("*.png"):
-        path.unlink()
-    blind = make_loader(dataset, with_images=False)
-    for first, second in zip(whole, blind.batches(0), strict=True):
-        assert second.patches_PC.shape == (0, QWEN_INPUTS.patch_channels)
-        assert_same_rows(first.batch, second.batch)
+        path.write_bytes(b"")
+    for known in (dataset, not_encoded):
+        blind = make_loader(known, with_images=False)
+        for first, second in zip(whole, blind.batches(0), strict=True):
+            assert normalised(second.pixels).shape == (0, QWEN_INPUTS.patch_channels)
+            assert_same_rows(first.batch, second.batch)
 
 
 def test_images_of_other_rows_come_in_the_order_that_they_were_asked_for(rows_path, encoder):
@@ -213,7 +226,7 @@ def test_images_of_other_rows_come_in_the_order_that_they_were_asked_for(rows_pa
     loader = BatchLoader(dataset, lambda _step: [MicrobatchOrder((3,), wanted)], 4, 8)
     (one,) = loader.batches(0)
     expected = [load_image_patches(dataset.encoded(index), number, encoder) for index, number in wanted]
-    assert torch.equal(one.patches_PC, torch.cat(expected))
+    assert torch.equal(normalised(one.pixels), torch.cat(expected))
     assert one.batch.sample_ids == (dataset.sample(3).sample_id,)
 
 
@@ -303,13 +316,13 @@ class _DeadlyEncoder(SampleEncoder):
         super().__init__(encoder.inputs, encoder.image_spec, encoder.tokenizer, encoder.max_length)
         self.deadly_row, self.marker, self.forever = f":{deadly_row}", marker, forever
 
-    def encode(self, sample):
+    def encode(self, sample, grids=()):
         if sample.sample_id.endswith(self.deadly_row) and torch.utils.data.get_worker_info() is not None:
             died_before = self.marker.exists()
             self.marker.touch()
             if self.forever or not died_before:
                 os.kill(os.getpid(), signal.SIGKILL)
-        return super().encode(sample)
+        return super().encode(sample, grids)
 
 
 @pytest.mark.parametrize("forever", [False, True])
@@ -327,20 +340,47 @@ def test_a_worker_that_dies_is_replaced_once(rows_path, encoder, tmp_path, caplo
     loader.close()
 
 
+@pytest.mark.parametrize("error", [EOFError(), ConnectionResetError(104, "reset by peer"), FileNotFoundError("socket")])
+def test_a_worker_that_dies_before_its_pixels_are_fetched_has_died(error):
+    def stream():
+        yield "a microbatch"
+        raise error
+
+    checked = _checked(stream())
+    assert next(checked) == "a microbatch"
+    with pytest.raises(RunError, match=r"a data loader worker died \(.+; is there enough memory\?\)"):
+        next(checked)
+
+
+def test_what_a_workers_own_code_raises_is_no_death():
+    """As torch's DataLoader raises it again in the rank."""
+
+    def stream():
+        try:
+            raise FileNotFoundError("no such thing")
+        except FileNotFoundError:
+            wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
+        wrapped.reraise()
+        yield
+
+    with pytest.raises(FileNotFoundError, match="no such thing"):
+        next(_checked(stream()))
+
+
 def test_memory_stays_flat_over_many_samples(encoder, tmp_path):
     """Two walks over the same rows, the second of which must not need more than the first has left behind.
 
-    With MEGAVLM_FULL_MATRIX=1 a walk is 100,000 samples, else 4,000.
+    With MEGAVLM_FULL_MATRIX=1 a walk is 100,000 samples and may leave 16 MB behind, else 2,000 and 8 MB: 4 kB each.
     """
-    num_rows = 100_000 if os.environ.get("MEGAVLM_FULL_MATRIX") else 4_000
+    num_rows, most_bytes = (100_000, 16 * 2**20) if os.environ.get("MEGAVLM_FULL_MATRIX") else (2_000, 8 * 2**20)
     draw_image(tmp_path / "picture.png", 96, 64)
     answer = {"role": "assistant", "content": "a red square"}
     with (tmp_path / "rows.jsonl").open("w") as file:
         for number in range(num_rows):
             question = {"role": "user", "content": f"<image>what is {number}?"}
             file.write(json.dumps({"messages": [question, answer], "images": ["picture.png"]}) + "\n")
-    dataset = Dataset(Rows.open([str(tmp_path / "rows.jsonl")]), encoder, cached_tokens=50_000)
-    dataset.prepare()
+    dataset = Dataset(Rows.open([str(tmp_path / "rows.jsonl")]), encoder, cached_tokens=25_000)
+    assert dataset.prepare().num_tokens > 25_000  # the cache is full after the first walk
     plan = GlobalBatchPlan(num_rows, 5, 100, 10, 1)
     loader = BatchLoader(
         dataset,
@@ -355,7 +395,7 @@ def test_memory_stays_flat_over_many_samples(encoder, tmp_path):
         gc.collect()
         after_walk.append(process.memory_info().rss)
     grown = after_walk[1] - after_walk[0]
-    assert grown < 16 * 2**20, f"{grown / 2**20:.1f} MB more for {num_rows} samples more"
+    assert grown < most_bytes, f"{grown / 2**20:.1f} MB more for {num_rows} samples more"
 
 
 def test_everything_of_a_microbatch_is_pinned(rows_path, encoder, monkeypatch):
@@ -368,5 +408,5 @@ def test_everything_of_a_microbatch_is_pinned(rows_path, encoder, monkeypatch):
     (one, *_) = make_loader(dataset).batches(0)
     copy = pin_memory(one)
     assert_same(one, copy)
-    tensors = [copy.patches_PC, *(value for value in vars(copy.batch).values() if isinstance(value, torch.Tensor))]
+    tensors = [copy.pixels.values_B, *(value for value in vars(copy.batch).values() if isinstance(value, torch.Tensor))]
     assert len(tensors) >= 9 and {id(tensor) for tensor in tensors} == {id(tensor) for tensor in pinned}

@@ -21,12 +21,13 @@ ALLOWED_ROOMS: dict[str, frozenset[str]] = {
     "data": frozenset({"platform"}),
     "losses": frozenset({"platform"}),
     "parallel": frozenset({"platform"}),
-    "models": frozenset({"platform", "parallel"}),
+    "precision": frozenset(),
+    "models": frozenset({"platform", "parallel", "precision"}),
     "pipeline": frozenset({"platform", "parallel"}),
     "planner": frozenset({"platform", "data", "models", "parallel", "pipeline"}),
     "peft": frozenset({"platform", "models", "parallel"}),
     "observe": frozenset({"platform", "data"}),
-    "checkpoint": frozenset({"platform", "data", "models", "parallel", "peft"}),
+    "checkpoint": frozenset({"platform", "data", "models", "parallel", "peft", "precision"}),
     "rollout": frozenset({"platform", "data", "models", "parallel", "checkpoint"}),
     "evaluate": frozenset({"platform", "data", "models", "parallel", "checkpoint", "rollout", "observe"}),
     "train": frozenset(
@@ -44,6 +45,7 @@ FORBIDDEN_PACKAGES: dict[str, frozenset[str]] = {
     "data": frozenset({"megatron"}),
     "losses": frozenset({"megatron"}),
     "planner": frozenset({"megatron"}),
+    "precision": frozenset({"megatron"}),
 }
 
 # Where transformers may be imported: files, and whole rooms.

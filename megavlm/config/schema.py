@@ -7,6 +7,8 @@ Knobs carry the names that Megatron and ms-swift users already type. Units are i
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megavlm.config.precision import Fp8Config
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -264,6 +266,15 @@ class OptimizerConfig:
     adam_eps: float = 1e-8
     clip_grad: float = 1.0
     """Global gradient norm is clipped to this; 0: not clipped."""
+    loss_scale: float = 0.0
+    """With fp16: the loss is multiplied by this, and gradients divided by it again; 0: by a scale that is halved when
+    gradients overflow (the step is then skipped), and doubled after loss_scale_window steps without."""
+    initial_loss_scale: float = 65536.0
+    """Far less than Megatron's 2 ** 32: a loss here is a sum over tokens, and its gradients are divided afterwards."""
+    min_loss_scale: float = 1.0
+    loss_scale_window: int = 1000
+    hysteresis: int = 2
+    """Overflows that are let pass before the scale is halved."""
     lr_decay_style: Literal["cosine", "linear", "constant", "WSD"] = "cosine"
     lr_warmup_fraction: float = 0.0
     lr_warmup_iters: int = 0
@@ -286,7 +297,10 @@ class TrainConfig:
     """Optimizer steps; 0: from num_train_epochs."""
     num_train_epochs: float = 0.0
     """Used when train_iters is 0."""
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["fp32", "bf16", "fp16", "fp8", "fp8_emulated"] = "bf16"
+    """fp16 scales the loss (see optimizer.loss_scale). fp8 is bf16 with linear layers in FP8 as `fp8` says, through
+    Transformer Engine; fp8_emulated rounds their operands to the same FP8 numbers on any machine, and multiplies
+    these in fp32: for what a recipe does to the loss, not for speed."""
     seed: int = 1234
     eval_steps: int = 0
     """Evaluate every so many steps (0: only at the end, where data.eval is set)."""
@@ -380,6 +394,7 @@ class Recipe:
     train: TrainConfig = field(default_factory=TrainConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    fp8: Fp8Config = field(default_factory=Fp8Config)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)

@@ -14,6 +14,7 @@ from megavlm.config.fit import validate_layout, validate_model
 from megavlm.config.layout import divisors, language_pipeline_size, parse_pipeline_layout
 from megavlm.config.load import recipe_to_dict
 from megavlm.config.mixture import check_mixture
+from megavlm.config.numerics import check_numerics
 from megavlm.config.objectives import check_objective
 from megavlm.config.placement import check_placement
 from megavlm.config.schema import DataConfig, ParallelConfig, Recipe
@@ -81,6 +82,15 @@ LEAST: dict[str, float] = {
     "preference.cpo_alpha": 0,
     "preference.simpo_gamma": 0,
     "reward.center_rewards_coefficient": 0,
+    "optimizer.loss_scale": 0,
+    "optimizer.initial_loss_scale": 1,
+    "optimizer.min_loss_scale": 1,
+    "optimizer.loss_scale_window": 1,
+    "optimizer.hysteresis": 1,
+    "fp8.fp8_margin": 0,
+    "fp8.fp8_amax_history_len": 1,
+    "fp8.num_layers_at_start_in_bf16": 0,
+    "fp8.num_layers_at_end_in_bf16": 0,
     "train.micro_batch_size": 1,
     "train.global_batch_size": 1,
     "train.train_iters": 0,
@@ -122,6 +132,7 @@ def validate_recipe(recipe: Recipe, check_paths: bool = True) -> None:
     _check_numbers(recipe)
     _check_name(recipe)
     _check_model(recipe)
+    check_numerics(recipe)
     check_placement(recipe.parallel)
     _check_pipeline(recipe.parallel)
     _check_tensor_parallel(recipe.parallel)

@@ -19,13 +19,13 @@ from megavlm.models.specs import provider_of
 from megavlm.models.tower_config import tower_config
 from megavlm.parallel.groups import Groups
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def transformer_config(
     architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, precision: str
 ) -> TransformerConfig:
-    """Megatron-Core's configuration of the language model under a layout.
+    """Megatron-Core's configuration of the language model under a layout; `precision` out of `DTYPES`.
 
     Fusions stay off: those of Megatron-Core without Transformer Engine change the arithmetic (tanh for erf GELU) or
     need CUDA.
@@ -53,6 +53,7 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=precision == "bf16",
+        fp16=precision == "fp16",
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         pipeline_model_parallel_size=language_pipeline_size(parallel),
@@ -132,7 +133,7 @@ def build_language_chunks(
             gate_interval=architecture.gate_interval,
         )
         chunk = LanguageChunk(config, architecture, groups, language, vp_stage)
-        chunks.append(Float16Module(config, chunk) if config.bf16 else chunk)
+        chunks.append(Float16Module(config, chunk) if config.bf16 or config.fp16 else chunk)
     return chunks
 
 
@@ -157,7 +158,7 @@ def build_encoder(
     if groups.vision.pp.rank() == num_stages - 1:
         projector = family.build_projector(encoder_config, architecture, provider, groups.vision)
     encoder = VisionEncoder(encoder_config, architecture, groups, vision, projector)
-    return encoder.bfloat16() if config.bf16 else encoder
+    return encoder.to(config.params_dtype)
 
 
 def unwrap(chunk: torch.nn.Module) -> LanguageChunk | VisionEncoder:

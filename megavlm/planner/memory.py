@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from megavlm.config.inputs import Grid
 from megavlm.config.layout import layers_per_stage, split_evenly
+from megavlm.config.numerics import compute_dtype
 from megavlm.config.schema import Recipe
 from megavlm.models.architecture import Architecture, ExpertsArchitecture
 from megavlm.parallel.topology import Topology
@@ -115,14 +116,15 @@ class RankMemory:
 
     Args:
         architecture: of the model.
-        recipe: reads `parallel`, `train.precision` and what is frozen.
+        recipe: reads `parallel`, the precision and what is frozen.
         topology: of the layout.
         position: schedule position of the rank.
     """
 
     def __init__(self, architecture: Architecture, recipe: Recipe, topology: Topology, position: int) -> None:
         self.architecture, self.recipe, self.topology, self.position = architecture, recipe, topology, position
-        self.element_bytes = 4 if recipe.train.precision == "fp32" else 2
+        self.dtype = compute_dtype(recipe)
+        self.element_bytes = 4 if self.dtype == "fp32" else 2
         self.recompute = activations.recompute_of(recipe.parallel)
         self.stage = position - topology.first_position
         self.layers = _layers_of(recipe, architecture, self.stage) if self.stage >= 0 else ()
@@ -139,19 +141,19 @@ class RankMemory:
                 self.architecture, recipe.optimizer, topology.tensor, layers, self.stage, topology.pipeline
             )
             copies = topology.data * topology.context
-            parts.append(state_bytes(held, recipe.parallel, recipe.train.precision, copies))
+            parts.append(state_bytes(held, recipe.parallel, self.dtype, copies))
             ranks = self.expert_ranks
             experts = experts_held(
                 self.architecture.language, recipe.optimizer, len(layers), ranks.expert, ranks.tensor
             )
             copies = topology.layer_size // (ranks.expert * ranks.tensor)
-            parts.append(state_bytes(experts, recipe.parallel, recipe.train.precision, copies))
+            parts.append(state_bytes(experts, recipe.parallel, self.dtype, copies))
         if self.tower_layers is not None:
             first, last = self._encoder_ends
             encoder = encoder_held(
                 self.architecture, recipe.optimizer, topology.vision_tensor, len(self.tower_layers), first, last
             )
-            parts.append(state_bytes(encoder, recipe.parallel, recipe.train.precision, len(topology.replicas)))
+            parts.append(state_bytes(encoder, recipe.parallel, self.dtype, len(topology.replicas)))
         return StateBytes(
             sum(part.weights for part in parts),
             sum(part.gradients for part in parts),

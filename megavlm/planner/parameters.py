@@ -214,13 +214,13 @@ def experts_held(
 def state_bytes(held: Held, parallel: ParallelConfig, precision: str, num_copies: int) -> StateBytes:
     """Weights, gradients and optimizer state of a rank.
 
-    Gradients are fp32 always. AdamW keeps two averages in fp32, and an fp32 copy of bf16 weights; the distributed
-    optimizer shards these over all ranks that hold a copy of the weights.
+    Gradients are fp32 always. AdamW keeps two averages in fp32, and an fp32 copy of weights in bf16 or fp16; the
+    distributed optimizer shards these over all ranks that hold a copy of the weights.
 
     Args:
         held: the rank's parameters.
         parallel: reads `use_distributed_optimizer`.
-        precision: fp32 or bf16.
+        precision: fp32, bf16 or fp16.
         num_copies: ranks that hold the same parameters (for the language model data x context ranks, for experts the
             ranks of a stage over those that share them).
     """

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from megavlm.config.numerics import row_multiples
 from megavlm.data.media import shown_file
 from megavlm.data.readers import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 from megavlm.data.sample import Batch, Sample
@@ -15,7 +16,7 @@ from megavlm.train.pipeline_work import Rows
 from megavlm.train.scheduling import evaluation_schedule
 from megavlm.train.shares import StepShares, share_step
 from megavlm.train.stages.registry import STAGES
-from megavlm.train.state import TrainState, row_multiples
+from megavlm.train.state import TrainState
 from megavlm.train.step import run_schedule
 
 SAMPLES_NAME = "samples.json"

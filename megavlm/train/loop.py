@@ -142,6 +142,8 @@ class _Observer:
 def _extra(state: TrainState, result: StepResult) -> dict[str, float]:
     """Further figures of a step; `consumed/<source>` are samples since training began, earlier attempts included."""
     extra = {"pad_share": result.pad_share} | result.figures
+    if result.loss_scale is not None:
+        extra |= {"loss_scale": result.loss_scale, "skipped": float(result.skipped)}
     if result.load_balancing_loss is not None:
         extra["load_balancing_loss"] = result.load_balancing_loss
     if state.plan.mixture is not None:

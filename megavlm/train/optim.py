@@ -19,6 +19,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import param_is_not_shared
 
 from megavlm.checkpoint.native import named_optimizers
+from megavlm.config.numerics import compute_dtype
 from megavlm.config.schema import OptimizerConfig as OptimizerRecipe
 from megavlm.config.schema import Recipe
 from megavlm.models.build import DTYPES
@@ -45,11 +46,11 @@ def build_optimizer(recipe: Recipe, parts: Parts, total_steps: int) -> tuple[Cha
     over which a distributed optimizer shards its state. Every rank has both, one perhaps without parameters.
 
     Args:
-        recipe: reads `optimizer`, `parallel` and `train.precision`.
+        recipe: reads `optimizer`, `parallel` and the precision.
         parts: wrapped, frozen parameters already marked.
         total_steps: where the schedule ends.
     """
-    knobs = recipe.optimizer
+    knobs, precision = recipe.optimizer, compute_dtype(recipe)
     peaks = peak_learning_rates(knobs)
     config = OptimizerConfig(
         optimizer="adam",
@@ -60,8 +61,14 @@ def build_optimizer(recipe: Recipe, parts: Parts, total_steps: int) -> tuple[Cha
         adam_beta2=knobs.adam_beta2,
         adam_eps=knobs.adam_eps,
         clip_grad=knobs.clip_grad,
-        bf16=recipe.train.precision == "bf16",
-        params_dtype=DTYPES[recipe.train.precision],
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        params_dtype=DTYPES[precision],
+        loss_scale=knobs.loss_scale or None,
+        initial_loss_scale=knobs.initial_loss_scale,
+        min_loss_scale=knobs.min_loss_scale,
+        loss_scale_window=knobs.loss_scale_window,
+        hysteresis=knobs.hysteresis,
         use_distributed_optimizer=recipe.parallel.use_distributed_optimizer,
         overlap_param_gather=recipe.parallel.overlap_param_gather,
         log_num_zeros_in_grad=False,

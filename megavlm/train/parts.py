@@ -9,10 +9,13 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megavlm.checkpoint.hf_io import HFDirectory, load_weights
+from megavlm.config.numerics import compute_dtype, fp8_recipes
 from megavlm.config.schema import Recipe
+from megavlm.models.architecture import Architecture
 from megavlm.models.build import build_encoder, build_language_chunks, transformer_config, unwrap
 from megavlm.models.chunk import LanguageChunk
 from megavlm.models.encoder import VisionEncoder
+from megavlm.models.fp8 import EmulatedFp8
 from megavlm.models.names import Part, named_parameters
 from megavlm.models.score import initialise_scores
 from megavlm.parallel.groups import Groups
@@ -32,6 +35,7 @@ class Parts:
         encoder_chunk: the vision encoder in DDP; empty on a rank that has none.
         encoder: the same unwrapped, or None.
         trains_encoder: whether any rank's encoder (tower or projector) learns.
+        fp8: what is emulated, if anything is.
     """
 
     groups: Groups
@@ -41,6 +45,7 @@ class Parts:
     encoder_chunk: DistributedDataParallel
     encoder: VisionEncoder | None
     trains_encoder: bool
+    fp8: EmulatedFp8 | None = None
 
     @property
     def rank(self) -> int:
@@ -87,7 +92,7 @@ class Parts:
 def build_parts(recipe: Recipe, directory: HFDirectory, groups: Groups, bucket_size: int) -> Parts:
     """This rank's parts with the directory's weights, frozen and wrapped as the recipe says."""
     architecture, parallel = directory.architecture, recipe.parallel
-    config = transformer_config(architecture, recipe.model, parallel, recipe.train.precision)
+    config = transformer_config(architecture, recipe.model, parallel, compute_dtype(recipe))
     bare = build_language_chunks(architecture, config, recipe.model, groups)
     models = [unwrap(chunk) for chunk in bare]
     encoder = build_encoder(directory.family, architecture, config, recipe.model.backend, groups)
@@ -107,7 +112,16 @@ def build_parts(recipe: Recipe, directory: HFDirectory, groups: Groups, bucket_s
         encoder_chunk=encoder_chunk,
         encoder=encoder,
         trains_encoder=not {"vision", "projector"} <= frozen_components(recipe.optimizer),
+        fp8=_emulated(recipe, architecture, held, groups) if recipe.train.precision == "fp8_emulated" else None,
     )
     for chunk in parts.wrapped:
         chunk.train()
     return parts
+
+
+def _emulated(recipe: Recipe, architecture: Architecture, parts: Sequence[Part], groups: Groups) -> EmulatedFp8:
+    emulated = EmulatedFp8(groups)
+    for part in parts:
+        emulated.add(part, fp8_recipes(recipe), recipe.fp8, architecture)
+    emulated.check_patterns(recipe.fp8.fp8_exempt)
+    return emulated

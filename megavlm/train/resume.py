@@ -13,6 +13,7 @@ from megavlm.checkpoint import native, writing
 from megavlm.config.load import dump_recipe
 from megavlm.errors import use_error
 from megavlm.train.freeze import frozen_components
+from megavlm.train.loss_scale import restore_scalers, scaler_state
 from megavlm.train.state import TrainState, is_main_rank, run_path
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,9 @@ def _common(state: TrainState) -> dict[str, Any]:
         "frozen": sorted(frozen_components(state.recipe.optimizer)),
         "layout": _layout(state),
         "scheduler": state.scheduler.state_dict(),
+        "num_skipped": state.num_skipped,
+        "loss_scaler": scaler_state(state.optimizer),
+        "fp8": {} if state.parts.fp8 is None else state.parts.fp8.state(),
         "chat_template": tokenizer.chosen_template,
         "eos_token_ids": list(tokenizer.eos_token_ids),
     }
@@ -114,20 +118,28 @@ def resume(state: TrainState) -> Path | None:
     if common.get("rows", state.train_set.index.digest) != state.train_set.index.digest and is_main_rank():
         # May be meant (rows were added, another template): the order goes on by number, in the rows as they are now.
         logger.warning("the training rows, or what they become, are not those that %s was trained on", folder)
+    # checkpoints from before there was fp16 have skipped nothing
+    state.step, state.num_skipped = common["step"], common.get("num_skipped", 0)
+    num_updates = state.step - state.num_skipped
     sharded: dict[str, Any] = native.model_state(state.models, state.groups)
-    sharded["optimizer"] = native.optimizer_state(state.optimizer, sharded, state.parts.learns, is_loading=True)
+    if num_updates:  # before the first, an optimizer has nothing to save, and weights are what they were
+        sharded["optimizer"] = native.optimizer_state(state.optimizer, sharded, state.parts.learns, is_loading=True)
     same_layout = common["layout"] == _layout(state)
     if same_layout:
         sharded["random_state"] = native.random_state(state.groups)
     loaded = native.load_sharded(folder, sharded, knobs.save_timeout_s)
     weights = native.model_state(state.models, state.groups)
-    native.restore_optimizer(state.optimizer, weights, loaded["optimizer"], common["step"])
+    native.restore_optimizer(state.optimizer, weights, loaded.get("optimizer", {}), num_updates)
     native.restore_models(state.models, loaded)
+    if not num_updates:
+        state.optimizer.reload_model_params()
+    restore_scalers(state.optimizer, common.get("loss_scaler", {}))
+    if state.parts.fp8 is not None:
+        state.parts.fp8.restore(common.get("fp8", {}))
     if same_layout:
         native.restore_random_state(loaded)
     else:
         logger.info("resumed into another layout: random state (dropout) starts anew")
-    state.step = common["step"]
     state.scheduler.num_steps = 0
     state.scheduler.step(increment=state.step)
     return folder

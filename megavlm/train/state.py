@@ -13,6 +13,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megavlm.checkpoint.hf_io import HFDirectory
 from megavlm.config.layout import layers_per_stage
+from megavlm.config.numerics import row_multiples
 from megavlm.config.schema import Recipe
 from megavlm.data.balance import SampleCosts
 from megavlm.data.dataset import Dataset
@@ -61,6 +62,8 @@ class TrainState:
     total_steps: int
     step: int = 0
     """Optimizer steps done."""
+    num_skipped: int = 0
+    """Those of them that changed nothing, because gradients in fp16 had overflown."""
     evaluation: tuple[int, float] | None = None
     """The last evaluation: steps done by then, loss on the held-out rows."""
 
@@ -233,15 +236,6 @@ def _check_images(recipe: Recipe, train_set: Dataset) -> None:
             "rows with images",
             "set parallel.vision_placement=first_stage",
         )
-
-
-def row_multiples(recipe: Recipe) -> tuple[int, int]:
-    """What a sample, and a whole packed row, are padded to a multiple of."""
-    context = recipe.parallel.context_parallel_size
-    sample = 2 * context if context > 1 else 1
-    tensor = recipe.parallel.tensor_model_parallel_size if recipe.parallel.sequence_parallel else 1
-    # each context rank's part must divide by the sequence-parallel ranks, and the tail segment zig-zags too
-    return sample, sample * tensor
 
 
 def run_path(recipe: Recipe) -> Path:

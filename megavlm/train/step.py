@@ -21,6 +21,7 @@ from megavlm.pipeline.exchange import Exchange
 from megavlm.pipeline.runtime import Event, execute, perf_clock
 from megavlm.train import balance
 from megavlm.train.inputs import StepInputs, step_inputs
+from megavlm.train.loss_scale import prepare_gradients, scaler_of
 from megavlm.train.optim import GradientNorms, clip_and_update, gradient_norms
 from megavlm.train.pipeline_work import OnOutput, PartsWork, Rows
 from megavlm.train.routes import LayoutRoutes
@@ -59,6 +60,10 @@ class StepResult:
     """How long this rank waited for its microbatches."""
     figures: dict[str, float] = field(default_factory=dict)
     """Of the stage, beside the loss."""
+    loss_scale: float | None = None
+    """Of fp16: what the loss was multiplied by."""
+    skipped: bool = False
+    """Gradients have overflown: nothing was learned, and norms are 0."""
     load_balancing_loss: float | None = None
     """Of models with experts, when it is learned: mean over tokens and layers; 1 where all are chosen alike."""
 
@@ -168,8 +173,17 @@ def train_step(state: TrainState, step: int, recordings: list[Recording] | None 
     totals, metrics = _reduce(state, tally, step)
     state.parts.scale_gradients(float(1.0 / totals[1]))
     loss_sum, count, num_tokens, num_images, num_padded_tokens = totals.tolist()
-    norms = _checked_norms(state, step, list(itertools.chain(*(batch.sample_ids for batch in rows.batches))))
-    clip_and_update(state.optimizer, norms, state.recipe.optimizer.clip_grad)
+    scaler = scaler_of(state.optimizer)
+    loss_scale = None if scaler is None else float(scaler.scale)
+    skipped = prepare_gradients(state.optimizer)
+    if skipped:
+        norms = GradientNorms(0.0, dict.fromkeys(state.learning_components, 0.0))
+        state.num_skipped += 1
+    else:
+        norms = _checked_norms(state, step, list(itertools.chain(*(batch.sample_ids for batch in rows.batches))))
+        clip_and_update(state.optimizer, norms, state.recipe.optimizer.clip_grad)
+    if state.parts.fp8 is not None:
+        state.parts.fp8.end_step()
     state.scheduler.step(increment=1)
     context = state.groups.topology.context
     return StepResult(
@@ -179,6 +193,8 @@ def train_step(state: TrainState, step: int, recordings: list[Recording] | None 
         num_images=round(num_images / context),
         norms=norms,
         data_wait_s=data_wait_s,
+        loss_scale=loss_scale,
+        skipped=skipped,
         pad_share=1 - num_tokens / num_padded_tokens,
         figures=state.stage.figures(_split(state.stage, metrics), count),
         load_balancing_loss=balance.measure(state, rows.batches) if balances else None,
@@ -230,7 +246,6 @@ def _finite(value: float) -> bool:
 
 
 def _checked_norms(state: TrainState, step: int, sample_ids: list[str]) -> GradientNorms:
-    state.optimizer.prepare_grads()
     norms = gradient_norms(state.optimizer, state.parts, state.learning_components)
     if _finite(norms.total):
         return norms

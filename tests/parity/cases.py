@@ -75,11 +75,11 @@ def compare(
         broken: what to break on purpose, a key of `MUTATIONS`.
     """
     from megavlm.checkpoint.hf_io import HFDirectory
+    from megavlm.config.numerics import row_multiples
     from megavlm.parallel.groups import initialize
     from megavlm.platform.seeds import seed_everything
     from megavlm.train.parts import build_parts
     from megavlm.train.stages.sft import SupervisedFineTuning
-    from megavlm.train.state import row_multiples
 
     judge = HFDirectory(hf_dir)
     with mutation(broken):

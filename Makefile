@@ -10,7 +10,7 @@ BALANCE_BENCHES := balance packing spreading planner real
 DATA_BENCHES := packing_speed packed_training images
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup demo test test-full test-serve test-next test-video check bench bench-balance bench-checkpoint bench-data clean
+.PHONY: help setup demo test test-full test-serve test-next test-video check check-recipes bench bench-balance bench-checkpoint bench-data clean
 
 help:
 	@echo 'make demo       train, export and question a tiny model on real images, on the CPU'
@@ -21,6 +21,7 @@ help:
 	@echo '                of its own (some GB)'
 	@echo 'make test-video pixels of videos against the processors that need torchvision, in an environment of its own'
 	@echo 'make check      lint, format, types'
+	@echo 'make check-recipes  recipes of real size: they divide, every rank is built, memory fits (no GPU, no weights)'
 	@echo 'make bench      all benches (bench-balance: places of the encoder, simulated and real; packing; spreading;'
 	@echo '                bench-checkpoint: conversion, asynchronous saves; bench-data: packing, training on packed rows, images)'
 	@echo 'make setup      .venv alone'
@@ -57,6 +58,9 @@ check: setup
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m ruff format --check .
 	@$(PYTHON) -m mypy
+
+check-recipes: setup
+	$(TEST_ENV) $(PYTHON) tools/check_recipes.py
 
 bench: bench-balance bench-checkpoint bench-data
 

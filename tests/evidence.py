@@ -58,6 +58,16 @@ TITLES = {
         "The first step of layouts in bf16 against one process in bf16, where rounding depends on the layout; the "
         "equivalence itself is shown in fp32. Written by the tests that measure it.",
     ),
+    "precision": (
+        "Precision",
+        "Tiny models with emulated FP8, by recipe, against the same training without. Written by the tests that "
+        "measure it and by `make bench-precision`.",
+    ),
+    "recipes": (
+        "Recipes",
+        "Recipes of real size without their machines: every rank's part of the model, built on torch's meta device, "
+        "and the planner's memory for full rows. Nothing of it ran on a GPU. Written by `make check-recipes`.",
+    ),
     "serve": (
         "Serving",
         "Tiny random models, imported and exported again, behind vLLM's server on the CPU, against ours: greedy "

@@ -388,6 +388,9 @@ class Recipe:
     name: str = "run"
     output_dir: str = "runs"
     """The run folder is output_dir/name."""
+    gpu: str = ""
+    """What the layout is meant for: h100, h200, b200, or a hardware file. Read by `make check-recipes`, which shows
+    that it fits."""
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -100,6 +100,17 @@ PRESETS: dict[str, Hardware] = {
         node_bandwidth_bytes_per_s=450 * _GB,
         network_bandwidth_bytes_per_s=50 * _GB,
     ),
+    "h200": Hardware(
+        name="H200 SXM",
+        source="NVIDIA H200 data sheet (SXM): 1,979 BF16 TFLOPS with sparsity, 141 GB, 4.8 TB/s, NVLink 900 GB/s; "
+        "HGX H200: 8 GPUs, one 400 Gb/s InfiniBand port each",
+        peak_flops_per_s=989.4e12,
+        memory_bytes=141 * _GB,
+        memory_bandwidth_bytes_per_s=4.8 * _TB,
+        gpus_per_node=8,
+        node_bandwidth_bytes_per_s=450 * _GB,
+        network_bandwidth_bytes_per_s=50 * _GB,
+    ),
     "b200": Hardware(
         name="B200",
         source="NVIDIA HGX B200 data sheet: 8 GPUs with 36 BF16 PFLOPS with sparsity, 1.4 TB, NVLink 1.8 TB/s each; "

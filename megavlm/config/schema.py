@@ -20,6 +20,11 @@ class ModelConfig:
     """Layer specs: plain torch SDPA (runs anywhere), flash-attn, or Transformer Engine."""
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
+    cross_entropy_loss_fusion: bool = False
+    """Output layer and loss go through a row in pieces, forward and again backward: logits never exist whole. Any
+    backend; costs the output layer's product once more."""
+    cross_entropy_chunk_tokens: int = 1024
+    """Tokens of such a piece."""
     moe_aux_loss_coeff: float = 0.0
     """Of mixtures of experts: weight of the load-balancing loss (Switch Transformer's, of each row and layer), a mean
     over the real tokens of the global batch and a sum over layers, beside the mean loss."""

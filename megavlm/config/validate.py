@@ -32,6 +32,7 @@ LEAST: dict[str, float] = {
     "model.attention_dropout": 0,
     "model.hidden_dropout": 0,
     "model.moe_aux_loss_coeff": 0,
+    "model.cross_entropy_chunk_tokens": 1,
     "parallel.tensor_model_parallel_size": 1,
     "parallel.pipeline_model_parallel_size": 1,
     "parallel.virtual_pipeline_model_parallel_size": 1,

@@ -36,6 +36,7 @@ class Parts:
         encoder: the same unwrapped, or None.
         trains_encoder: whether any rank's encoder (tower or projector) learns.
         fp8: what is emulated, if anything is.
+        chunk_tokens: tokens whose logits exist at a time; 0: the last chunk gives all of a row.
     """
 
     groups: Groups
@@ -46,6 +47,7 @@ class Parts:
     encoder: VisionEncoder | None
     trains_encoder: bool
     fp8: EmulatedFp8 | None = None
+    chunk_tokens: int = 0
 
     @property
     def rank(self) -> int:
@@ -113,6 +115,7 @@ def build_parts(recipe: Recipe, directory: HFDirectory, groups: Groups, bucket_s
         encoder=encoder,
         trains_encoder=not {"vision", "projector"} <= frozen_components(recipe.optimizer),
         fp8=_emulated(recipe, architecture, held, groups) if recipe.train.precision == "fp8_emulated" else None,
+        chunk_tokens=recipe.model.cross_entropy_chunk_tokens if recipe.model.cross_entropy_loss_fusion else 0,
     )
     for chunk in parts.wrapped:
         chunk.train()

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megavlm.checkpoint.hf_io import weight_files
+from megavlm.config.numerics import row_multiples
 from megavlm.data.dataset import Dataset
 from megavlm.data.loader import BatchLoader, evaluation_rows
 from megavlm.data.pairs import PAIR_PARTS
@@ -28,7 +29,7 @@ from megavlm.train.pipeline_work import Rows
 from megavlm.train.scheduling import evaluation_schedule
 from megavlm.train.stages.preference import answer_logprobs
 from megavlm.train.stages.registry import STAGES
-from megavlm.train.state import TrainState, is_main_rank, row_multiples, run_path
+from megavlm.train.state import TrainState, is_main_rank, run_path
 from megavlm.train.step import run_schedule
 
 logger = logging.getLogger(__name__)

@@ -393,9 +393,6 @@ class Recipe:
     name: str = "run"
     output_dir: str = "runs"
     """The run folder is output_dir/name."""
-    gpu: str = ""
-    """What the layout is meant for: h100, h200, b200, or a hardware file. Read by `make check-recipes`, which shows
-    that it fits."""
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -406,6 +403,9 @@ class Recipe:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)
+    gpu: str = ""
+    """What the layout is meant for: h100, h200, b200, or a hardware file. Read by `make check-recipes`, which shows
+    that it fits."""
 
     @property
     def run_dir(self) -> str:

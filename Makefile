@@ -10,7 +10,7 @@ BALANCE_BENCHES := balance packing spreading planner real
 DATA_BENCHES := packing_speed packed_training images
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup demo test test-full test-serve test-next test-video check check-recipes bench bench-balance bench-checkpoint bench-data clean
+.PHONY: help setup demo test test-full test-serve test-next test-video check check-recipes bench bench-balance bench-checkpoint bench-data bench-precision clean
 
 help:
 	@echo 'make demo       train, export and question a tiny model on real images, on the CPU'
@@ -24,6 +24,7 @@ help:
 	@echo 'make check-recipes  recipes of real size: they divide, every rank is built, memory fits (no GPU, no weights)'
 	@echo 'make bench      all benches (bench-balance: places of the encoder, simulated and real; packing; spreading;'
 	@echo '                bench-checkpoint: conversion, asynchronous saves; bench-data: packing, training on packed rows, images)'
+	@echo 'make bench-precision  the demo in bf16 and with emulated FP8 (three times the demo, or more)'
 	@echo 'make setup      .venv alone'
 	@echo 'make clean      remove caches and build folders; .venv and runs/ stay'
 
@@ -74,6 +75,9 @@ bench-checkpoint: setup
 
 bench-data: setup
 	@failed=0; for bench in $(DATA_BENCHES); do $(TEST_ENV) $(PYTHON) -m benchmarks.$$bench || failed=1; done; exit $$failed
+
+bench-precision: setup
+	$(TEST_ENV) $(PYTHON) -m benchmarks.precision
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

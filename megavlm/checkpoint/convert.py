@@ -8,17 +8,21 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megavlm.checkpoint import native, writing
 from megavlm.checkpoint.hf_io import (
     DTYPE_NAMES,
     HFDirectory,
+    add_to_config,
     copy_companions,
     make_empty,
     write_chat_template,
     write_reward_config,
 )
-from megavlm.checkpoint.stream import NativeReader, export_stream
+from megavlm.checkpoint.stream import NativeReader, export_stream, exported_shapes
 from megavlm.checkpoint.stream_import import import_stream
+from megavlm.checkpoint.weight_formats import BlockFp8, OneType, fp8_names, quantization_config
 from megavlm.errors import RunError, use_error
 from megavlm.models.names import Part
 from megavlm.parallel.groups import Groups
@@ -97,7 +101,8 @@ def export_checkpoint(folder: Path, directory: HFDirectory, out_dir: Path, dtype
             run had a chat template of its own (`data.template`), that is written instead of the directory's. A reward
             model is written without the output layer over words, and with its head for scores.
         out_dir: new or empty.
-        dtype: float32, bfloat16, float16, or None: what the directory's config says.
+        dtype: float32, bfloat16, float16, None (what the directory's config says), or fp8: matrices of decoder layers
+            in E4M3 with a scale for each 128 x 128 numbers, all else in bfloat16.
 
     Raises:
         UseError: out_dir holds files, or the checkpoint is of another model.
@@ -106,17 +111,39 @@ def export_checkpoint(folder: Path, directory: HFDirectory, out_dir: Path, dtype
     if native.read_common(folder)["common"].get("has_score_head", False):
         directory = directory.as_reward_model()
     common = checked_common(folder, directory)
-    wanted = DTYPE_NAMES[dtype] if dtype else directory.dtype
     reader = NativeReader(folder)
+    wanted = torch.bfloat16 if dtype == "fp8" else DTYPE_NAMES[dtype] if dtype else directory.dtype
+    shapes = exported_shapes(reader, directory)
+    in_fp8 = _in_fp8(directory, shapes) if dtype == "fp8" else frozenset()
+    weight_format = BlockFp8(in_fp8, wanted) if in_fp8 else OneType(wanted)
     num_bytes = sum(math.prod(spec.shape) for spec in reader.specs.values()) * wanted.itemsize
     with finished(out_dir, num_bytes) as unfinished:
-        export_stream(reader, directory, unfinished, wanted)
+        export_stream(reader, directory, unfinished, weight_format)
         copy_companions(directory.path, unfinished)
         if common.get("chat_template"):  # else the directory's own, also in imports and older checkpoints
             write_chat_template(unfinished, common["chat_template"], common["eos_token_ids"])
         if directory.architecture.language.has_score_head:
             write_reward_config(unfinished)
+        if in_fp8:
+            add_to_config(unfinished, {"quantization_config": quantization_config(in_fp8, shapes)})
     return int(common["step"])
+
+
+def _in_fp8(directory: HFDirectory, shapes: dict[str, tuple[int, ...]]) -> frozenset[str]:
+    """What is written in FP8."""
+    if directory.architecture.language.experts is not None:
+        raise use_error(
+            "--dtype",
+            "fp8 for a mixture of experts",
+            "a model with dense layers: how experts lie in FP8 directories is not settled between readers",
+            "export --dtype bfloat16, and quantise with the inference engine",
+        )
+    names = fp8_names(directory.entries, shapes)
+    if not names:
+        raise use_error(
+            "--dtype", "fp8", "decoder matrices whose sides are multiples of 128", "export --dtype bfloat16"
+        )
+    return names
 
 
 @contextlib.contextmanager

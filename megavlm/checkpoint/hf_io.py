@@ -365,5 +365,11 @@ def write_reward_config(out_dir: Path) -> None:
     _write_json(path, content)
 
 
+def add_to_config(out_dir: Path, content: Mapping[str, Any]) -> None:
+    """Add keys to a directory's config.json."""
+    path = out_dir / "config.json"
+    _write_json(path, {**read_json(path), **content})
+
+
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

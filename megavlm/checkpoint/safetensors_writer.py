@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 DTYPE_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+# Also written, but not read: without its scales a tensor of this type means nothing.
+_WRITTEN_CODES = DTYPE_CODES | {torch.float8_e4m3fn: "F8_E4M3"}
 _ALIGNMENT = 8
 
 
@@ -24,7 +26,7 @@ class TensorSpec:
 
     Attributes:
         shape: its dimensions.
-        dtype: float32, bfloat16 or float16.
+        dtype: float32, bfloat16 or float16; of what is written also float8_e4m3fn.
     """
 
     shape: tuple[int, ...]
@@ -52,7 +54,7 @@ class SafetensorsWriter:
         for name, spec in specs.items():
             self._starts[name] = end
             header[name] = {
-                "dtype": DTYPE_CODES[spec.dtype],
+                "dtype": _WRITTEN_CODES[spec.dtype],
                 "shape": list(spec.shape),
                 "data_offsets": [end, end + spec.num_bytes],
             }

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megavlm.checkpoint.hf_io import INDEX, SINGLE, HFDirectory, index_text
 from megavlm.checkpoint.safetensors_writer import SafetensorsWriter, TensorSpec
+from megavlm.checkpoint.weight_formats import WeightFormat
 from megavlm.errors import use_error
 from megavlm.models.weight_map import Entry
 
@@ -116,7 +117,7 @@ def export_stream(
     reader: NativeReader | MemoryReader,
     directory: HFDirectory,
     out_dir: Path,
-    dtype: torch.dtype,
+    weight_format: WeightFormat,
     max_shard_bytes: int = 5 * 2**30,
     num_threads: int = NUM_THREADS,
 ) -> None:
@@ -126,7 +127,7 @@ def export_stream(
         reader: of the checkpoint.
         directory: says what the model is.
         out_dir: an existing, empty directory.
-        dtype: of the written weights.
+        weight_format: what becomes of each.
         max_shard_bytes: a new file is begun before this size is passed.
         num_threads: that read, convert and write.
 
@@ -134,17 +135,8 @@ def export_stream(
         UseError: the checkpoint lacks a tensor, or has it in another shape than the directory's config says.
     """
     specs: dict[str, TensorSpec] = {}
-    for entry in directory.entries:
-        if entry.native not in reader.specs:
-            raise use_error(
-                str(reader.folder),
-                f"no tensor {entry.native}",
-                f"a checkpoint of the model in {directory.path}",
-                "give --hf-dir the directory that training started from",
-            )
-        parts = entry.to_hf(torch.empty(reader.specs[entry.native].shape, device="meta"))
-        for name, part in zip(entry.names, parts, strict=True):
-            specs[name] = TensorSpec(tuple(part.shape), dtype)
+    for name, shape in exported_shapes(reader, directory).items():
+        specs |= weight_format.specs(name, shape)
     files = list(_files(specs, max_shard_bytes))
     writers = {file.name: SafetensorsWriter(out_dir / file.name, file.specs) for file in files}
     writer_of = {name: writers[file.name] for file in files for name in file.specs}
@@ -152,7 +144,8 @@ def export_stream(
     def convert(entry: Entry) -> None:
         whole = reader.read(entry.native)
         for name, part in zip(entry.names, entry.to_hf(whole), strict=True):
-            writer_of[name].write(name, part.to(dtype))
+            for written, tensor in weight_format.tensors(name, part).items():
+                writer_of[written].write(written, tensor)
 
     try:
         jobs = [
@@ -167,6 +160,27 @@ def export_stream(
         writer.close()
     if len(files) > 1:
         (out_dir / INDEX).write_text(index_text([(file.name, file.specs) for file in files]), encoding="utf-8")
+
+
+def exported_shapes(reader: NativeReader | MemoryReader, directory: HFDirectory) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors by their Hugging Face names.
+
+    Raises:
+        UseError: the checkpoint lacks one.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for entry in directory.entries:
+        if entry.native not in reader.specs:
+            raise use_error(
+                str(reader.folder),
+                f"no tensor {entry.native}",
+                f"a checkpoint of the model in {directory.path}",
+                "give --hf-dir the directory that training started from",
+            )
+        parts = entry.to_hf(torch.empty(reader.specs[entry.native].shape, device="meta"))
+        for name, part in zip(entry.names, parts, strict=True):
+            shapes[name] = tuple(part.shape)
+    return shapes
 
 
 def _files(specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> Iterator[OutputFile]:

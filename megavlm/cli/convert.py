@@ -23,7 +23,9 @@ at which layer. The exit code of both is 1 where something differs.
 
 export takes the newest complete checkpoint of a folder, or the step folder that is named. Config, tokenizer, template
 and processor files are copied from --hf-dir, the directory that training started from. Training itself starts from a
-Hugging Face directory, so import is only needed for a native copy. Both go tensor by tensor: a model needs little more
+Hugging Face directory, so import is only needed for a native copy. With --dtype fp8 it is for
+inference alone: matrices of the decoder in E4M3 with scales of 128 x 128 numbers, as transformers and vLLM read them.
+Both go tensor by tensor: a model needs little more
 memory than its largest tensor, no GPU and no process group, and a native checkpoint loads in any layout.
 """
 
@@ -41,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--activations", action="store_true", help="of diff: also compare what goes into every layer")
     parser.add_argument("--out", help="new or empty directory")
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the exported weights (default: as in --hf-dir)"
+        "--dtype",
+        choices=["float32", "bfloat16", "float16", "fp8"],
+        help="of the exported weights (default: as in --hf-dir); fp8: E4M3 with 128 x 128 block scales, rest bfloat16",
     )
 
 

@@ -21,6 +21,11 @@ class ModelConfig:
     """Layer specs: plain torch SDPA (runs anywhere), flash-attn, or Transformer Engine."""
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
+    cross_entropy_loss_fusion: bool = False
+    """Output layer and loss go through a row in pieces, forward and again backward: logits never exist whole. Any
+    backend; costs the output layer's product once more."""
+    cross_entropy_chunk_tokens: int = 1024
+    """Tokens of such a piece."""
     moe_aux_loss_coeff: float = 0.0
     """Of mixtures of experts: weight of the load-balancing loss (Switch Transformer's, of each row and layer), a mean
     over the real tokens of the global batch and a sum over layers, beside the mean loss."""
@@ -357,9 +362,6 @@ class Recipe:
     name: str = "run"
     output_dir: str = "runs"
     """The run folder is output_dir/name."""
-    gpu: str = ""
-    """What the layout is meant for: h100, h200, b200, or a hardware file. Read by `make check-recipes`, which shows
-    that it fits."""
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -371,6 +373,9 @@ class Recipe:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)
+    gpu: str = ""
+    """What the layout is meant for: h100, h200, b200, or a hardware file. Read by `make check-recipes`, which shows
+    that it fits."""
 
     @property
     def run_dir(self) -> str:

@@ -32,6 +32,7 @@ LEAST: dict[str, float] = {
     "model.attention_dropout": 0,
     "model.hidden_dropout": 0,
     "model.moe_aux_loss_coeff": 0,
+    "model.cross_entropy_chunk_tokens": 1,
     "parallel.tensor_model_parallel_size": 1,
     "parallel.pipeline_model_parallel_size": 1,
     "parallel.virtual_pipeline_model_parallel_size": 1,
@@ -196,6 +197,13 @@ def _check_model(recipe: Recipe) -> None:
             "flash with train.precision fp32",
             "bf16",
             "set train.precision=bf16 or model.backend=torch",
+        )
+    if recipe.model.cross_entropy_loss_fusion and recipe.train.stage == "rm":
+        raise use_error(
+            "model.cross_entropy_loss_fusion",
+            "true with train.stage rm",
+            "false: a reward model has scores in place of logits",
+            "set model.cross_entropy_loss_fusion=false",
         )
     for name in ("attention_dropout", "hidden_dropout"):
         dropout = vars(recipe.model)[name]

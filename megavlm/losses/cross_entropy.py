@@ -6,16 +6,17 @@ Shape suffixes: T tokens of this rank, W this rank's part of the vocabulary.
 import torch
 import torch.distributed as dist
 
+from megavlm.losses.chunked import Logits
 from megavlm.losses.logprob import token_logprobs, token_statistics
 
 
 def cross_entropy(
-    logits_TW: torch.Tensor, labels_T: torch.Tensor, weights_T: torch.Tensor, group: dist.ProcessGroup
+    logits_TW: Logits, labels_T: torch.Tensor, weights_T: torch.Tensor, group: dist.ProcessGroup
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """-sum_t weight_t log p(label_t).
 
     Args:
-        logits_TW: sharded logits.
+        logits_TW: sharded logits, or what they are computed from.
         labels_T: int64 ids of the tokens to predict.
         weights_T: fp32 weight of each prediction; 0 for prompts and padding.
         group: tensor-parallel group.
@@ -28,7 +29,7 @@ def cross_entropy(
 
 
 def regularised_cross_entropy(
-    logits_TW: torch.Tensor,
+    logits_TW: Logits,
     labels_T: torch.Tensor,
     weights_T: torch.Tensor,
     group: dist.ProcessGroup,
@@ -41,7 +42,7 @@ def regularised_cross_entropy(
     sum_t weight_t * (-(1 - s) log p(label_t) - s mean_v log p(v) + z log(sum_v exp(logit_v))^2)
 
     Args:
-        logits_TW: sharded logits.
+        logits_TW: sharded logits, or what they are computed from.
         labels_T: int64 ids of the tokens to predict.
         weights_T: fp32 weight of each prediction; 0 for prompts and padding.
         group: tensor-parallel group.

@@ -4,10 +4,13 @@ Shape suffixes: T tokens, W this rank's part of the vocabulary.
 Source: Shoeybi et al., arXiv 1909.08053, section 3 (vocabulary-parallel cross entropy).
 """
 
+import functools
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from megavlm.losses.chunked import Logits, ProjectedLogits, over_chunks
 
 
 def _shifted(
@@ -50,14 +53,17 @@ class _VocabularyParallelLogprob(torch.autograd.Function):
         return grad_TW, None, None
 
 
-def token_logprobs(logits_TW: torch.Tensor, labels_T: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+def token_logprobs(logits_TW: Logits, labels_T: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """Log-probability of each label, fp32 [T], the same on every rank of `group`.
 
     Args:
-        logits_TW: this rank's part of the logits, fp32 or bf16; rank r holds ids r * W to (r + 1) * W - 1.
+        logits_TW: this rank's part of the logits, of any floating type, or what they are computed from; rank r holds
+            ids r * W to (r + 1) * W - 1.
         labels_T: int64 token ids.
         group: the ranks that share the vocabulary (tensor parallel).
     """
+    if isinstance(logits_TW, ProjectedLogits):
+        return over_chunks(functools.partial(token_logprobs, group=group), logits_TW, labels_T)
     logprobs: torch.Tensor = _VocabularyParallelLogprob.apply(logits_TW, labels_T, group)
     return logprobs
 
@@ -97,12 +103,13 @@ class _VocabularyParallelStatistics(torch.autograd.Function):
 
 
 def token_statistics(
-    logits_TW: torch.Tensor, labels_T: torch.Tensor, vocabulary_size: int, group: dist.ProcessGroup
+    logits_TW: Logits, labels_T: torch.Tensor, vocabulary_size: int, group: dist.ProcessGroup
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What label smoothing and the z-loss read, three times fp32 [T], the same on every rank of `group`.
 
     Args:
-        logits_TW: this rank's part of the logits, fp32 or bf16; rank r holds ids r * W to (r + 1) * W - 1.
+        logits_TW: this rank's part of the logits, of any floating type, or what they are computed from; rank r holds
+            ids r * W to (r + 1) * W - 1.
         labels_T: int64 token ids.
         vocabulary_size: number of ids in the mean, in all ranks together; those from it on are filling.
         group: the ranks that share the vocabulary (tensor parallel).
@@ -110,7 +117,14 @@ def token_statistics(
     Returns:
         Log-probability of each label, mean log-probability over the vocabulary, and log of the sum of exp(logits).
     """
-    logprobs_T, means_T, normalisers_T = _VocabularyParallelStatistics.apply(
-        logits_TW, labels_T, vocabulary_size, group
-    ).unbind(0)
+
+    def statistics(part_TW: torch.Tensor, of_T: torch.Tensor) -> torch.Tensor:
+        figures: torch.Tensor = _VocabularyParallelStatistics.apply(part_TW, of_T, vocabulary_size, group)
+        return figures
+
+    if isinstance(logits_TW, ProjectedLogits):
+        figures_3T = over_chunks(statistics, logits_TW, labels_T)
+    else:
+        figures_3T = statistics(logits_TW, labels_T)
+    logprobs_T, means_T, normalisers_T = figures_3T.unbind(0)
     return logprobs_T, means_T, normalisers_T

@@ -14,6 +14,7 @@ from megavlm.models.architecture import Architecture, LanguageArchitecture
 from megavlm.models.chunk import LanguageChunk
 from megavlm.models.encoder import VisionEncoder
 from megavlm.models.family import ModelFamily
+from megavlm.models.head import leave_out_product
 from megavlm.models.language import build_language_model
 from megavlm.models.specs import provider_of
 from megavlm.models.tower_config import tower_config
@@ -132,6 +133,8 @@ def build_language_chunks(
             moe_aux_loss_coeff=model.moe_aux_loss_coeff,
             gate_interval=architecture.gate_interval,
         )
+        if model.cross_entropy_loss_fusion and language.post_process:
+            leave_out_product(language, groups.language)
         chunk = LanguageChunk(config, architecture, groups, language, vp_stage)
         chunks.append(Float16Module(config, chunk) if config.bf16 or config.fp16 else chunk)
     return chunks

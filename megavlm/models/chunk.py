@@ -84,7 +84,8 @@ class LanguageChunk(MegatronModule):
             noise_TH: what is added to the word embeddings of the row; None: nothing.
 
         Returns:
-            Logits [L, W] (of a reward model scores [L, 1]) on the last chunk, hidden states [S, K, H] elsewhere.
+            Logits [L, W] on the last chunk (where the loss computes them, what they are computed from: [L, H]; of a
+            reward model scores [L, 1]), hidden states [S, K, H] elsewhere.
         """
         borders = cu_seqlens.to(torch.int32)
         longest = int((borders[1:] - borders[:-1]).max())

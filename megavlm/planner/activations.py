@@ -314,6 +314,16 @@ def output_layer(language: LanguageArchitecture, row: Row) -> float:
     return rms_norm(width, row.held_tokens, learns) + learns * width * row.element_bytes
 
 
+def chunked_output_layer(language: LanguageArchitecture, row: Row) -> float:
+    """The final norm alone, where the loss computes the logits."""
+    return rms_norm(row.held_tokens * language.hidden_size, row.held_tokens, 1 if row.trained else 0)
+
+
+def chunked_logits(language: LanguageArchitecture, row: Row) -> float:
+    """What logits are computed from, in fp32, of all tokens of the tensor-parallel ranks; labels and weights."""
+    return row.tokens * (language.hidden_size * FP32_BYTES + INDEX_BYTES + FP32_BYTES)
+
+
 def logits(language: LanguageArchitecture, row: Row) -> float:
     """The softmax in fp32 over the rank's part of the vocabulary, and labels and weights."""
     softmax = row.tokens * language.vocab_size / row.tensor * FP32_BYTES

@@ -201,8 +201,12 @@ class RankMemory:
         kept = decoder_layers(architecture, row, numbers, self.recompute)
         is_first = self.stage == 0 and number == 0
         is_last = self.stage == self.topology.pipeline - 1 and number == len(self.layers) - 1
-        head = activations.output_layer(language, row) if is_last else 0.0
-        loss = activations.logits(language, row) if is_last else 0.0
+        head = loss = 0.0
+        if is_last and self.recipe.model.cross_entropy_loss_fusion:
+            head = activations.chunked_output_layer(language, row)
+            loss = activations.chunked_logits(language, row)
+        elif is_last:
+            head, loss = activations.output_layer(language, row), activations.logits(language, row)
         border = 0.0
         width = row.held_tokens * language.hidden_size * self.element_bytes
         behind = architecture.num_deepstack  # the least that an empty chunk passes on
@@ -230,7 +234,7 @@ class RankMemory:
         return encoder_activations.encoder(self.architecture, images, self.recompute, self.tower_layers, first, last)
 
     def temporary(self, load: Load) -> float:
-        """The largest tensors that come and go: logits in both precisions and their gradient, or an MLP's."""
+        """The largest tensors that come and go: logits (or a piece's) and their gradient, or an MLP's."""
         if self.stage < 0:
             return 0.0
         row, language = self.row(load), self.architecture.language
@@ -240,8 +244,12 @@ class RankMemory:
         gathered = row.tokens * language.hidden_size * self.element_bytes if row.sequence_parallel else 0.0
         if self.stage < self.topology.pipeline - 1:
             return mlp + gathered
-        vocabulary = row.tokens * language.vocab_size / row.tensor
-        return max(mlp, vocabulary * (4 + self.element_bytes)) + gathered
+        rows = language.vocab_size / row.tensor
+        if self.recipe.model.cross_entropy_loss_fusion:
+            chunk = min(self.recipe.model.cross_entropy_chunk_tokens, row.tokens)
+            gradient = rows * language.hidden_size * (4 + self.element_bytes)  # of the weight: fp32, and its own type
+            return max(mlp, rows * chunk * (8 + self.element_bytes) + gradient) + gathered
+        return max(mlp, rows * row.tokens * (4 + self.element_bytes)) + gathered
 
     def _dispatched(self, experts: ExpertsArchitecture, row: Row) -> float:
         """Tokens on their way to experts: what is sent and what has come, and what the experts make of it."""

@@ -21,7 +21,7 @@ from megavlm.data.token_weights import RESPONSE
 from megavlm.parallel.context import zigzag_index
 from megavlm.parallel.groups import Groups
 
-RunForward = Callable[[Batch, Callable[[torch.Tensor, Batch], torch.Tensor]], torch.Tensor | None]
+RunForward = Callable[[Batch, Callable[[Any, Batch], torch.Tensor]], torch.Tensor | None]
 """Forward pass of one packed row: (row, what to do with the last stage's logits) to that result, None elsewhere."""
 
 
@@ -113,7 +113,8 @@ def _next_tokens(
     Never the placeholder of an image: there would be no image for it.
     """
 
-    def choose(logits_LW: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def choose(logits_LW: Any, batch: Batch) -> torch.Tensor:
+        """`logits_LW` may be what logits are computed from: rows of it are logits."""
         context = groups.context
         positions_L = zigzag_index(batch.cu_seqlens, context.size(), context.rank()).to(logits_LW.device)
         where = torch.full((len(batch.tokens_T),), -1, device=logits_LW.device)

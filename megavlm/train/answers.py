@@ -30,8 +30,8 @@ def answer(state: TrainState, samples: list[Sample]) -> list[str]:
     sample_multiple, total_multiple = row_multiples(state.recipe)
 
     def run_forward(batch: Batch, choose: Callable[[torch.Tensor, Batch], torch.Tensor]) -> torch.Tensor | None:
-        def on_output(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            return logits.sum(), torch.ones((), dtype=torch.int), choose(logits, batch)
+        def on_output(logits: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            return torch.zeros(()), torch.ones((), dtype=torch.int), choose(logits, batch)
 
         # Every pipeline answers the same prompts.
         grids = [tuple(grid) for grid in batch.grid_thw_N3.tolist()]

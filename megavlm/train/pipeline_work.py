@@ -13,13 +13,16 @@ import torch
 from megavlm.config.inputs import Grid
 from megavlm.data.image_patches import PixelBytes, normalised
 from megavlm.data.sample import Batch
+from megavlm.losses.chunked import ProjectedLogits
+from megavlm.models.head import output_weight
 from megavlm.pipeline.actions import Compute, Message
 from megavlm.pipeline.runtime import Needs
 from megavlm.train.parts import Parts
 from megavlm.train.routes import feature_order
 from megavlm.train.shares import StepShares
 
-OnOutput = Callable[[torch.Tensor, Batch], tuple[torch.Tensor, torch.Tensor, Any]]
+OnOutput = Callable[[Any, Batch], tuple[torch.Tensor, torch.Tensor, Any]]
+"""(logits, or what they are computed from, and the row) to (sum, count, anything)."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,10 @@ class _LanguageWork:
         model.set_input_tensor(None if model.pre_process else taken)
         with wrapped.no_sync():
             noise_TH = parts.noise(batch) if model.pre_process else None
-            output = run_chunk(wrapped, batch, taken if model.pre_process else None, parts.device, noise_TH)
+            output: Any = run_chunk(wrapped, batch, taken if model.pre_process else None, parts.device, noise_TH)
         if model.post_process:
+            if parts.chunk_tokens:
+                output = ProjectedLogits(output, output_weight(model.language), parts.chunk_tokens)
             output, _count, result = self._on_output(output, batch)
             self.results.append(result)
         if torch.is_grad_enabled():

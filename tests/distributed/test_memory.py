@@ -58,7 +58,10 @@ _CONNECTED: tuple[Member, ...] = tuple(
         ("encoder in bubbles, PP2 x VPP2", 2, layout(placement="bubble", pp=2, vpp=2), False),
     )
 )
-_FROZEN = {
+_VARIANTS = {
+    "logits in pieces": Reference(
+        "qwen3_vl", {}, {"cross_entropy_loss_fusion": True, "cross_entropy_chunk_tokens": 16}
+    ),
     "experts frozen": Reference("qwen3_vl_moe", {"freeze_llm": True}, {"moe_aux_loss_coeff": 0.1}),
     "gated cross-attention, language frozen": Reference("gated_cross_attention", {"freeze_llm": True}),
     "perceiver frozen": Reference("perceiver", {"freeze_aligner": True}),
@@ -68,7 +71,9 @@ MEMBERS: tuple[Member, ...] = (
     *_HEADS,
     *_EXPERTS,
     *_CONNECTED,
-    *(Member("one process", 1, {}, True, name) for name in _FROZEN),
+    *(Member("one process", 1, {}, True, name) for name in _VARIANTS),
+    Member("TP2+SP", 2, layout(tp=2, sp=True), True, "logits in pieces"),
+    Member("PP2", 2, layout(pp=2), False, "logits in pieces"),
 ) + tuple(
     Member(name, world_size, parallel, quick and family == "qwen3_vl", family)
     for family in ("qwen3_vl", "llava", "qwen2_5_vl", "internvl")
@@ -114,7 +119,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_predicted_is_counted(workers: PoolKeeper, inputs: Path, member: Member, precision: str) -> None:
     train: dict[str, Any] = {"precision": precision, "micro_batch_size": 2}
-    reference = (REFERENCES | _FROZEN)[member.against]
+    reference = (REFERENCES | _VARIANTS)[member.against]
     recipe = canon.recipe(
         inputs,
         reference.family,

@@ -54,6 +54,7 @@ class Member:
     micro_batch_size: int = 1
     bucket_size: int | None = None
     data: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,9 @@ PLAIN = layout(sharded_optimizer=False)
 PACKED = {"packing": True, "max_length": 160}
 PACKED_PAIRS = PACKED | {"packing_length": 320}
 
+# Fewer tokens than any row has, and no divisor of their number.
+PIECES = {"cross_entropy_loss_fusion": True, "cross_entropy_chunk_tokens": 19}
+
 EP2 = layout(ep=2)
 EP2_TP2 = layout(ep=2, etp=1, tp=2, sp=True)
 _MOE = layout(recompute="selective", recompute_modules=("core_attn", "moe", "layernorm"))
@@ -151,6 +155,8 @@ MEMBERS: tuple[Member, ...] = (
     Member("LLaVA, all rows packed into one", 1, micro_batch_size=8, against="llava"),
     Member("gated cross-attention, all rows packed into one", 1, micro_batch_size=8, against="gated_cross_attention"),
     Member("gated cross-attention, recompute full", 1, _FULL, True, "gated_cross_attention"),
+    Member("logits in pieces", 1, quick=True, model=PIECES),
+    Member("logits in pieces, LLaVA", 1, against="llava", model=PIECES),
     # recompute
     Member("recompute full, uniform", 1, _FULL),
     Member("recompute full, block", 1, _BLOCK, quick=True),
@@ -181,7 +187,11 @@ MEMBERS: tuple[Member, ...] = (
     Member("TP2+SP, vision TP1", 2, layout(tp=2, sp=True, vision_tp=1)),
     Member("TP2, frozen vision", 2, layout(tp=2), against="frozen vision"),
     Member("LLaVA TP2+SP", 2, layout(tp=2, sp=True), True, "llava", micro_batch_size=4),
+    Member("TP2+SP, logits in pieces", 2, layout(tp=2, sp=True), True, micro_batch_size=4, model=PIECES),
+    Member("TP2, logits in pieces", 2, layout(tp=2), model=PIECES),
+    Member("LLaVA TP2+SP, logits in pieces", 2, layout(tp=2, sp=True), False, "llava", model=PIECES),
     # pipeline
+    Member("PP2, logits in pieces", 2, layout(pp=2), model=PIECES),
     Member("PP2", 2, layout(pp=2)),
     Member("PP2, layers 1 + 3", 2, layout(pp=2, stages="Et|tttL"), quick=True),
     Member("PP2 x VPP2", 2, layout(pp=2, vpp=2), quick=True),
@@ -197,7 +207,9 @@ MEMBERS: tuple[Member, ...] = (
     Member("CP2 all_gather, recompute full", 2, layout(cp=2, cp_comm="all_gather") | _FULL),
     Member("LLaVA CP2 all_gather", 2, layout(cp=2, cp_comm="all_gather"), True, "llava", micro_batch_size=4),
     Member("LLaVA CP2 p2p", 2, layout(cp=2, cp_comm="p2p"), False, "llava"),
+    Member("CP2, logits in pieces", 2, layout(cp=2), model=PIECES),
     # data parallel
+    Member("DP2, overlap, logits in pieces", 2, _OVERLAP_BOTH, True, bucket_size=SMALL_BUCKET, model=PIECES),
     Member("DP2", 2, PLAIN, quick=True),
     Member("DP2, overlap", 2, PLAIN | _OVERLAP, quick=True, bucket_size=SMALL_BUCKET),
     Member("DP2, distributed optimizer", 2, {}, quick=True),

@@ -32,6 +32,7 @@ def _chosen(table: Sequence[Member] | Sequence[Switch]) -> list[Any]:
 def _recipe(inputs: Path, member: Member, **changes: dict[str, Any]) -> Recipe:
     sections = {
         "parallel": member.parallel,
+        "model": member.model,
         "train": {"micro_batch_size": member.micro_batch_size},
         "data": member.data,
     }

@@ -236,6 +236,7 @@ def round_trip(hf_dir: Path, out_dir: Path, max_shard_bytes: int) -> dict[str, A
     """Load a directory, write it again, load that: names that are on one side only, and tensors that differ."""
     from megavlm.checkpoint.hf_io import HFDirectory, copy_companions, make_empty
     from megavlm.checkpoint.stream import MemoryReader, export_stream
+    from megavlm.checkpoint.weight_formats import OneType
     from megavlm.parallel.groups import initialize
     from megavlm.platform.seeds import seed_everything
     from megavlm.train.parts import build_parts
@@ -248,7 +249,7 @@ def round_trip(hf_dir: Path, out_dir: Path, max_shard_bytes: int) -> dict[str, A
     parts = build_parts(recipe, source, groups, 0)
     native = _whole_tensors(parts)
     make_empty(out_dir)
-    export_stream(MemoryReader(native), source, out_dir, source.dtype, max_shard_bytes)
+    export_stream(MemoryReader(native), source, out_dir, OneType(source.dtype), max_shard_bytes)
     copy_companions(source.path, out_dir)
     written = HFDirectory(out_dir)
     seed_everything(1)

@@ -84,6 +84,10 @@ def test_good_recipes_pass(folder: Path, overrides: list[str]) -> None:
         (["model.hf_dir="], ["model.hf_dir", "nothing"]),
         (["model.hf_dir=Qwen/none"], ["model.hf_dir", "`Qwen/none`, which does not exist", "download"]),
         (["model.backend=flash", "train.precision=fp32"], ["model.backend", "bf16"]),
+        (
+            ["model.cross_entropy_loss_fusion=true", "train.stage=rm"],
+            ["model.cross_entropy_loss_fusion", "train.stage rm"],
+        ),
         (["model.hidden_dropout=1"], ["model.hidden_dropout", "below 1"]),
         (["model.attention_dropout=0.1", "parallel.context_parallel_size=2"], ["model.attention_dropout", "context"]),
         (["model.hidden_dropout=0.1", "parallel.context_parallel_size=2"], ["model.hidden_dropout", "context"]),

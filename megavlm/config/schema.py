@@ -313,6 +313,11 @@ class TrainConfig:
     """Evaluate every so many steps (0: only at the end, where data.eval is set)."""
     eval_iters: int = 0
     """Microbatch rounds per evaluation (0: all of data.eval)."""
+    early_stopping_patience: int = 0
+    """Stop after so many evaluations in a row without a lower loss on the held-out rows; 0: never. The checkpoint with
+    the least loss is kept with checkpoint.keep_best, where checkpoints are saved when evaluations are made."""
+    early_stopping_threshold: float = 0.0
+    """By how much a loss has to be lower than the lowest before."""
     distributed_timeout_s: int = 600
 
 

@@ -104,6 +104,8 @@ LEAST: dict[str, float] = {
     "train.seed": 0,
     "train.eval_steps": 0,
     "train.eval_iters": 0,
+    "train.early_stopping_patience": 0,
+    "train.early_stopping_threshold": 0,
     "train.distributed_timeout_s": 1,
     "checkpoint.save_steps": 0,
     "checkpoint.keep_last": 0,

@@ -43,6 +43,7 @@ def _common(state: TrainState) -> dict[str, Any]:
         "architecture": repr(state.directory.architecture),
         "has_score_head": state.directory.architecture.language.has_score_head,
         "stage": state.recipe.train.stage,
+        "early_stopping": state.early_stopping.state(),
         "use_distributed_optimizer": state.recipe.parallel.use_distributed_optimizer,
         "frozen": sorted(frozen_components(state.recipe.optimizer)),
         "layout": _layout(state),
@@ -121,6 +122,7 @@ def resume(state: TrainState) -> Path | None:
     # checkpoints from before there was fp16 have skipped nothing
     state.step, state.num_skipped = common["step"], common.get("num_skipped", 0)
     num_updates = state.step - state.num_skipped
+    state.early_stopping.restore(common.get("early_stopping", {}))
     sharded: dict[str, Any] = native.model_state(state.models, state.groups)
     if num_updates:  # before the first, an optimizer has nothing to save, and weights are what they were
         sharded["optimizer"] = native.optimizer_state(state.optimizer, sharded, state.parts.learns, is_loading=True)

@@ -30,6 +30,7 @@ from megavlm.pipeline.actions import Payload
 from megavlm.pipeline.exchange import make_payload_groups
 from megavlm.platform.seeds import seed_everything
 from megavlm.train.datasets import build_dataset, build_encoder, build_train_set
+from megavlm.train.early_stopping import EarlyStopping
 from megavlm.train.freeze import frozen_components
 from megavlm.train.inputs import CostModel, StepInputs, step_inputs
 from megavlm.train.optim import build_optimizer
@@ -70,6 +71,8 @@ class TrainState:
     def __post_init__(self) -> None:
         self._inputs: dict[int, StepInputs] = {}
         self.token_schedule = token_schedule(self.recipe.data)
+        train = self.recipe.train
+        self.early_stopping = EarlyStopping(train.early_stopping_patience, train.early_stopping_threshold)
         self.loader = BatchLoader(
             self.train_set,
             lambda step: self.inputs(step).orders,

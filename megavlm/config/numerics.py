@@ -92,6 +92,8 @@ def check_numerics(recipe: Recipe) -> None:
             "model.backend te: FP8 matrix products are Transformer Engine's",
             "set model.backend=te, or train.precision=fp8_emulated to study a recipe without a GPU",
         )
+    if train.precision == "fp8":
+        _check_transformer_engine(recipe)
     if train.precision == "fp8_emulated" and recipe.model.backend != "torch":
         raise use_error(
             "train.precision",
@@ -112,4 +114,31 @@ def check_numerics(recipe: Recipe) -> None:
             "true with the recipe delayed",
             "another recipe: Megatron-Core keeps one history for all layers",
             "set fp8.fp8_recipe=tensorwise or fp8.first_last_layers_bf16=false",
+        )
+
+
+def _check_transformer_engine(recipe: Recipe) -> None:
+    """What Megatron-Core's use of Transformer Engine leaves out: it enters FP8 around transformer layers, whole."""
+    fp8, parallel = recipe.fp8, recipe.parallel
+    if "projector" in fp8_recipes(recipe):
+        raise use_error(
+            "fp8.aligner_fp8_recipe",
+            fp8.aligner_fp8_recipe or f"{fp8.fp8_recipe} (fp8_recipe)",
+            "none: with train.precision fp8 only transformer layers are in FP8",
+            "set fp8.aligner_fp8_recipe=none",
+        )
+    if fp8.fp8_exempt:
+        raise use_error(
+            "fp8.fp8_exempt",
+            f"`{fp8.fp8_exempt[0]}` with train.precision fp8",
+            "nothing: Transformer Engine's layers are in FP8 whole; modules are exempt with fp8_emulated only",
+            "set fp8.first_last_layers_bf16=true, or leave it out",
+        )
+    recomputes_norms = parallel.recompute_granularity == "selective" and "layernorm" in parallel.recompute_modules
+    if recomputes_norms and "delayed" in fp8_recipes(recipe).values():
+        raise use_error(
+            "parallel.recompute_modules",
+            "layernorm with the recipe delayed",
+            "another recipe, or no norms: Megatron-Core refuses them together",
+            "set fp8.fp8_recipe=tensorwise, or remove layernorm",
         )

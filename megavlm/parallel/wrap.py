@@ -37,6 +37,7 @@ def wrap_language(
         grad_reduce_in_fp32=config.params_dtype != torch.float32,
         average_in_collective=False,
         bucket_size=bucket_size if overlap else None,
+        fp8_param_gather=config.fp8_param,
     )
     modules = list(chunks) or [MegatronModule(config)]
     return [_wrapped_in(config, settings, module, groups.language, number) for number, module in enumerate(modules)]

@@ -17,7 +17,7 @@ from megavlm.models.build import build_encoder, build_language_chunks, transform
 from megavlm.models.chunk import LanguageChunk
 from megavlm.models.embedding_noise import embedding_noise
 from megavlm.models.encoder import VisionEncoder
-from megavlm.models.fp8 import EmulatedFp8
+from megavlm.models.fp8 import EmulatedFp8, fp8_settings
 from megavlm.models.names import Part, named_parameters
 from megavlm.models.score import initialise_scores
 from megavlm.parallel.groups import Groups
@@ -114,10 +114,14 @@ class Parts:
 def build_parts(recipe: Recipe, directory: HFDirectory, groups: Groups, bucket_size: int) -> Parts:
     """This rank's parts with the directory's weights, frozen and wrapped as the recipe says."""
     architecture, parallel = directory.architecture, recipe.parallel
-    config = transformer_config(architecture, recipe.model, parallel, compute_dtype(recipe))
+    config = transformer_config(
+        architecture, recipe.model, parallel, compute_dtype(recipe), fp8_settings("language", recipe)
+    )
     bare = build_language_chunks(architecture, config, recipe.model, groups)
     models = [unwrap(chunk) for chunk in bare]
-    encoder = build_encoder(directory.family, architecture, config, recipe.model.backend, groups)
+    encoder = build_encoder(
+        directory.family, architecture, config, recipe.model.backend, groups, fp8_settings("vision", recipe)
+    )
     held: list[Part] = [*models, encoder] if encoder is not None else [*models]
     load_weights(directory, held)
     if directory.has_new_score_head:

@@ -65,12 +65,13 @@ def row_multiples(recipe: Recipe) -> tuple[int, int]:
 
 
 def check_numerics(recipe: Recipe) -> None:
-    """Check the section `fp8` and the loss scale against train.precision.
+    """Check the section `fp8`, the loss scale and fused products against train.precision and the stage.
 
     Raises:
         UseError: the first contradiction found.
     """
     train, fp8, optimizer = recipe.train, recipe.fp8, recipe.optimizer
+    _check_fusions(recipe)
     if optimizer.loss_scale and train.precision != "fp16":
         raise use_error(
             "optimizer.loss_scale",
@@ -141,4 +142,21 @@ def _check_transformer_engine(recipe: Recipe) -> None:
             "layernorm with the recipe delayed",
             "another recipe, or no norms: Megatron-Core refuses them together",
             "set fp8.fp8_recipe=tensorwise, or remove layernorm",
+        )
+
+
+def _check_fusions(recipe: Recipe) -> None:
+    if recipe.model.cross_entropy_loss_fusion and recipe.train.stage == "rm":
+        raise use_error(
+            "model.cross_entropy_loss_fusion",
+            "true with train.stage rm",
+            "false: a reward model has scores in place of logits",
+            "set model.cross_entropy_loss_fusion=false",
+        )
+    if recipe.parallel.gradient_accumulation_fusion and recipe.train.precision == "fp8_emulated":
+        raise use_error(
+            "parallel.gradient_accumulation_fusion",
+            "true with train.precision fp8_emulated",
+            "false: emulated products have no kernels",
+            "set parallel.gradient_accumulation_fusion=false",
         )

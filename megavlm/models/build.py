@@ -76,7 +76,7 @@ def transformer_config(
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=parallel.gradient_accumulation_fusion,
         apply_rope_fusion=False,
         use_cpu_initialization=False,
         # also marks which parameters are sharded, and how; the values are overwritten

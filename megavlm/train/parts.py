@@ -56,6 +56,7 @@ class Parts:
         noise: what is added to the word embeddings of a row in training, [T, H], if anything.
         fp8: what is emulated, if anything is.
         chunk_tokens: tokens whose logits exist at a time; 0: the last chunk gives all of a row.
+        offloads: whether activations wait in CPU memory.
     """
 
     groups: Groups
@@ -68,6 +69,7 @@ class Parts:
     noise: Callable[[Batch], torch.Tensor | None] = no_noise
     fp8: EmulatedFp8 | None = None
     chunk_tokens: int = 0
+    offloads: bool = False
 
     @property
     def rank(self) -> int:
@@ -140,6 +142,7 @@ def build_parts(recipe: Recipe, directory: HFDirectory, groups: Groups, bucket_s
         trains_encoder=not {"vision", "projector"} <= frozen_components(recipe.optimizer),
         noise=embedding_noise_of(recipe, architecture.language.hidden_size),
         fp8=_emulated(recipe, architecture, held, groups) if recipe.train.precision == "fp8_emulated" else None,
+        offloads=parallel.cpu_offloading,
         chunk_tokens=recipe.model.cross_entropy_chunk_tokens if recipe.model.cross_entropy_loss_fusion else 0,
     )
     for chunk in parts.wrapped:

@@ -79,6 +79,12 @@ class ParallelConfig:
     recompute_num_layers: int = 1
     recompute_modules: tuple[str, ...] = ("core_attn",)
     """With `selective`: any of core_attn, mlp (moe in a model with experts), layernorm."""
+    cpu_offloading: bool = False
+    """Activations wait for their backward pass in CPU memory, of encoder and language model; copied to and fro without
+    overlap."""
+    gradient_accumulation_fusion: bool = False
+    """Gradients of weights are added to those of the step in the product itself: kernels of Transformer Engine or apex,
+    on GPUs only."""
 
 
 @dataclass(frozen=True)

@@ -200,13 +200,6 @@ def _check_model(recipe: Recipe) -> None:
             "bf16",
             "set train.precision=bf16 or model.backend=torch",
         )
-    if recipe.model.cross_entropy_loss_fusion and recipe.train.stage == "rm":
-        raise use_error(
-            "model.cross_entropy_loss_fusion",
-            "true with train.stage rm",
-            "false: a reward model has scores in place of logits",
-            "set model.cross_entropy_loss_fusion=false",
-        )
     for name in ("attention_dropout", "hidden_dropout"):
         dropout = vars(recipe.model)[name]
         if dropout > 0 and recipe.parallel.context_parallel_size > 1:

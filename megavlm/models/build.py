@@ -1,5 +1,7 @@
 """From an architecture and a layout to the parts of the model that this rank holds."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,9 +26,15 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def transformer_config(
-    architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, precision: str
+    architecture: Architecture,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    precision: str,
+    fp8: Mapping[str, Any] = MappingProxyType({}),
 ) -> TransformerConfig:
-    """Megatron-Core's configuration of the language model under a layout; `precision` out of `DTYPES`.
+    """Megatron-Core's configuration of the language model under a layout.
+
+    `precision` is out of `DTYPES`; `fp8` are its own knobs of FP8 (`models.fp8.fp8_settings`), none: it is not in FP8.
 
     Fusions stay off: those of Megatron-Core without Transformer Engine change the arithmetic (tanh for erf GELU) or
     need CUDA.
@@ -68,13 +76,14 @@ def transformer_config(
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=parallel.gradient_accumulation_fusion,
         apply_rope_fusion=False,
         use_cpu_initialization=False,
         # also marks which parameters are sharded, and how; the values are overwritten
         perform_initialization=True,
         **_experts(language, parallel),
         **_recompute(parallel),
+        **fp8,
     )
 
 
@@ -141,9 +150,17 @@ def build_language_chunks(
 
 
 def build_encoder(
-    family: ModelFamily, architecture: Architecture, config: TransformerConfig, backend: str, groups: Groups
+    family: ModelFamily,
+    architecture: Architecture,
+    config: TransformerConfig,
+    backend: str,
+    groups: Groups,
+    fp8: Mapping[str, Any] = MappingProxyType({}),
 ) -> VisionEncoder | None:
-    """This rank's vision encoder, or its stage of it, weights uninitialised; None where there is none."""
+    """This rank's vision encoder, or its stage of it, weights uninitialised; None where there is none.
+
+    `config` is the language model's, `fp8` the tower's own knobs of FP8.
+    """
     if not groups.has_encoder:
         return None
     num_layers, num_stages = architecture.vision.num_computed_layers, groups.vision.pp.size()
@@ -155,7 +172,7 @@ def build_encoder(
             f"set it to {num_layers} or less",
         )
     provider = provider_of(backend)
-    encoder_config = tower_config(config, architecture.vision, groups.vision)
+    encoder_config = tower_config(config, architecture.vision, groups.vision, fp8)
     vision = family.build_tower(encoder_config, architecture, provider, groups.vision)
     projector = None
     if groups.vision.pp.rank() == num_stages - 1:

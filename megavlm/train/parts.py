@@ -17,7 +17,7 @@ from megavlm.models.build import build_encoder, build_language_chunks, transform
 from megavlm.models.chunk import LanguageChunk
 from megavlm.models.embedding_noise import embedding_noise
 from megavlm.models.encoder import VisionEncoder
-from megavlm.models.fp8 import EmulatedFp8
+from megavlm.models.fp8 import EmulatedFp8, fp8_settings
 from megavlm.models.names import Part, named_parameters
 from megavlm.models.score import initialise_scores
 from megavlm.parallel.groups import Groups
@@ -56,6 +56,7 @@ class Parts:
         noise: what is added to the word embeddings of a row in training, [T, H], if anything.
         fp8: what is emulated, if anything is.
         chunk_tokens: tokens whose logits exist at a time; 0: the last chunk gives all of a row.
+        offloads: whether activations wait in CPU memory.
     """
 
     groups: Groups
@@ -68,6 +69,7 @@ class Parts:
     noise: Callable[[Batch], torch.Tensor | None] = no_noise
     fp8: EmulatedFp8 | None = None
     chunk_tokens: int = 0
+    offloads: bool = False
 
     @property
     def rank(self) -> int:
@@ -114,10 +116,14 @@ class Parts:
 def build_parts(recipe: Recipe, directory: HFDirectory, groups: Groups, bucket_size: int) -> Parts:
     """This rank's parts with the directory's weights, frozen and wrapped as the recipe says."""
     architecture, parallel = directory.architecture, recipe.parallel
-    config = transformer_config(architecture, recipe.model, parallel, compute_dtype(recipe))
+    config = transformer_config(
+        architecture, recipe.model, parallel, compute_dtype(recipe), fp8_settings("language", recipe)
+    )
     bare = build_language_chunks(architecture, config, recipe.model, groups)
     models = [unwrap(chunk) for chunk in bare]
-    encoder = build_encoder(directory.family, architecture, config, recipe.model.backend, groups)
+    encoder = build_encoder(
+        directory.family, architecture, config, recipe.model.backend, groups, fp8_settings("vision", recipe)
+    )
     held: list[Part] = [*models, encoder] if encoder is not None else [*models]
     load_weights(directory, held)
     if directory.has_new_score_head:
@@ -136,6 +142,7 @@ def build_parts(recipe: Recipe, directory: HFDirectory, groups: Groups, bucket_s
         trains_encoder=not {"vision", "projector"} <= frozen_components(recipe.optimizer),
         noise=embedding_noise_of(recipe, architecture.language.hidden_size),
         fp8=_emulated(recipe, architecture, held, groups) if recipe.train.precision == "fp8_emulated" else None,
+        offloads=parallel.cpu_offloading,
         chunk_tokens=recipe.model.cross_entropy_chunk_tokens if recipe.model.cross_entropy_loss_fusion else 0,
     )
     for chunk in parts.wrapped:

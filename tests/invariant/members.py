@@ -30,6 +30,7 @@ _SHORT = {
     "ep": "expert_model_parallel_size",
     "etp": "expert_tensor_parallel_size",
     "dispatcher": "moe_token_dispatcher_type",
+    "offload": "cpu_offloading",
 }
 
 
@@ -156,6 +157,8 @@ MEMBERS: tuple[Member, ...] = (
     Member("gated cross-attention, all rows packed into one", 1, micro_batch_size=8, against="gated_cross_attention"),
     Member("gated cross-attention, recompute full", 1, _FULL, True, "gated_cross_attention"),
     Member("logits in pieces", 1, quick=True, model=PIECES),
+    Member("activations in CPU memory", 1, layout(offload=True), True, micro_batch_size=4),
+    Member("activations in CPU memory, recompute selective", 1, layout(offload=True) | _THREE),
     Member("logits in pieces, LLaVA", 1, against="llava", model=PIECES),
     # recompute
     Member("recompute full, uniform", 1, _FULL),
@@ -191,6 +194,7 @@ MEMBERS: tuple[Member, ...] = (
     Member("TP2, logits in pieces", 2, layout(tp=2), model=PIECES),
     Member("LLaVA TP2+SP, logits in pieces", 2, layout(tp=2, sp=True), False, "llava", model=PIECES),
     # pipeline
+    Member("PP2 x VPP2, activations in CPU memory", 2, layout(pp=2, vpp=2, offload=True)),
     Member("PP2, logits in pieces", 2, layout(pp=2), model=PIECES),
     Member("PP2", 2, layout(pp=2)),
     Member("PP2, layers 1 + 3", 2, layout(pp=2, stages="Et|tttL"), quick=True),

@@ -85,6 +85,10 @@ def test_good_recipes_pass(folder: Path, overrides: list[str]) -> None:
         (["model.hf_dir=Qwen/none"], ["model.hf_dir", "`Qwen/none`, which does not exist", "download"]),
         (["model.backend=flash", "train.precision=fp32"], ["model.backend", "bf16"]),
         (
+            ["parallel.gradient_accumulation_fusion=true", "train.precision=fp8_emulated"],
+            ["parallel.gradient_accumulation_fusion", "fp8_emulated"],
+        ),
+        (
             ["model.cross_entropy_loss_fusion=true", "train.stage=rm"],
             ["model.cross_entropy_loss_fusion", "train.stage rm"],
         ),

@@ -26,13 +26,18 @@ GLOO_EXTRA_TIMEOUT_S = 30.0
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """Who a worker is, and where it finds the others: `store_port` on 127.0.0.1."""
+    """Who a worker is, and where it finds the others: `store_port` on 127.0.0.1.
+
+    `transformer_engine` is the version that the stand-in stands in for; empty: there is none, as on any machine
+    without a GPU.
+    """
 
     rank: int
     world_size: int
     store_port: int
     repo_dir: str
     log_path: str
+    transformer_engine: str = ""
 
 
 def work(pipe: connection.Connection, spec: WorkerSpec) -> None:
@@ -107,6 +112,10 @@ def _prepare(spec: WorkerSpec) -> None:
 
     from megavlm.platform import cpu
 
+    if spec.transformer_engine:
+        from tests.stand_ins.te_surface import install
+
+        install(spec.transformer_engine)
     torch.set_num_threads(1)
     assert cpu.install(), "the CPU adapter did not install itself"
     gc.collect()

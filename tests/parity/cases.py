@@ -177,7 +177,7 @@ def compare_gradients(models: Sequence[Any], expected: Mapping[str, torch.Tensor
             if not parameter.requires_grad:
                 continue
             whole = entry.to_native(parts)
-            part = _shard(whole if expert is None else whole[expert], parameter, entry, model)
+            part = _shard(whole if expert is None else whole[expert], parameter, entry, model).to(parameter.device)
             if not part.any():  # an image behind the last word
                 assert not parameter.main_grad.any(), f"{name} has a gradient"
                 zero += [name] if expert is None else []  # an expert that no token went to has others beside it

@@ -72,6 +72,7 @@ PACKAGES = {
             f"{_TE}module.rmsnorm:RMSNorm",
             f"{_TE}attention.dot_product_attention.dot_product_attention:DotProductAttention",
             f"{_TE}attention.rope:apply_rotary_pos_emb",
+            f"{_TE}cpp_extensions.gemm:general_gemm",
             f"{_TE}cpu_offload:get_cpu_offload_context",
             f"{_TE}cross_entropy:parallel_cross_entropy",
             f"{_TE}distributed:checkpoint",

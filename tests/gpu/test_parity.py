@@ -8,7 +8,6 @@ from tests.gpu.conftest import Figures, GpuWorkers
 from tests.parity import cases
 from tests.parity.conftest import WRITERS
 from tests.parity.reference import load_reference, reference
-from tests.pool import PoolKeeper
 
 pytestmark = pytest.mark.gpu
 
@@ -21,11 +20,10 @@ def test_first_step_equals_transformers(
     model_dirs: dict[str, Path],
     rows_file: Path,
     gpu_workers: GpuWorkers,
-    workers: PoolKeeper,
     figures: Figures,
 ) -> None:
     hf_dir = model_dirs[family]
-    items = workers(1).run(cases.encode_rows, hf_dir=hf_dir, rows_file=rows_file)[0]
+    items = gpu_workers(1).run(cases.encode_rows, hf_dir=hf_dir, rows_file=rows_file)[0]
     expected = reference(load_reference(hf_dir), items)
     (measured,) = gpu_workers(1).run(
         cases.train_step_against, hf_dir=hf_dir, rows_file=rows_file, expected=expected, micro_batch_size=2

@@ -58,6 +58,23 @@ def get_cpu_offload_context(
     return contextlib.nullcontext(), lambda tensor: tensor
 
 
+@contracted("general_gemm", "use_split_accumulator", "grad", "bulk_overlap")
+def general_gemm(
+    A: torch.Tensor,  # noqa: N803
+    B: torch.Tensor,  # noqa: N803
+    out_dtype: torch.dtype | None,
+    gelu: bool | None,
+    layout: str,
+    out: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, None, None, None]:
+    """A matrix product in the layouts of a linear's output (TN), gradient of its input (NN) and of its weight (NT)."""
+    assert not gelu and out is None
+    A, B = (tensor.to(out_dtype or A.dtype) for tensor in (A, B))
+    product = {"TN": lambda: B @ A.t(), "NN": lambda: B @ A, "NT": lambda: B.t() @ A}[layout]()
+    return product if bias is None else product + bias, None, None, None
+
+
 class FusedAdam(PlainAdam):
     """`te.pytorch.optimizers.FusedAdam`."""
 
@@ -112,6 +129,7 @@ IMPLEMENTED: dict[str, Any] = {
     "RMSNorm": RMSNorm,
     "activation_recompute_forward": activation_recompute_forward,
     "fp8_autocast": fp8_autocast,
+    "general_gemm": general_gemm,
     "get_cpu_offload_context": get_cpu_offload_context,
     "multi_tensor_applier": MultiTensorApply(),
     "multi_tensor_l2norm": multi_tensor_l2norm,

@@ -1,5 +1,6 @@
 """The modules of the stand-in, made when they are imported: names of the recorded version, and what is implemented."""
 
+import enum
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -14,6 +15,20 @@ _TOP = "transformer_engine"
 _NATIVE = "transformer_engine_torch"
 
 
+class DType(enum.IntEnum):
+    """Of the compiled part the only name that Megatron-Core 0.19 needs while it is imported."""
+
+    kByte = 0
+    kInt32 = 2
+    kFloat32 = 4
+    kFloat16 = 5
+    kBFloat16 = 6
+    kFloat8E4M3 = 7
+    kFloat8E5M2 = 8
+    kFloat8E8M0 = 9
+    kFloat4E2M1 = 10
+
+
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds the recorded modules, and fills them."""
 
@@ -24,7 +39,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(
         self, fullname: str, _path: Sequence[str] | None = None, _target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """A spec for a recorded module; the compiled part of the package has no names."""
+        """A spec for a recorded module, or for the compiled part of the package."""
         if fullname in self.contract.exports or fullname == _NATIVE:
             return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
         return None
@@ -35,6 +50,8 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def exec_module(self, module: types.ModuleType) -> None:
         """Fill the module; the package itself imports all others, as `te.common.recipe` is read without an import."""
         name = module.__name__
+        if name == _NATIVE:
+            vars(module)["DType"] = DType
         for export in self.contract.exports.get(name, ()):
             if f"{name}.{export}" not in self.contract.exports:
                 vars(module)[export] = self.implemented.get(export) or self._placeholder(export)

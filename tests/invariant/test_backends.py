@@ -64,6 +64,8 @@ SWITCHES: tuple[tuple[str, Member, str, Member, str], ...] = (
     ("torch to te experts EP2 of TP2+SP", _EXPERTS, "", Member("", 2, EP2_TP2, against="experts balanced"), OLD),
 )
 QUICK_SWITCHES = (0, 3)
+# What make test-next runs with the newest megatron-core, too.
+NEXT_CORE = ("CP2 all_gather", "experts EP2", "torch to te experts EP2 of TP2+SP")
 
 
 def _recipe(inputs: Path, member: Member, backend: str) -> Recipe:
@@ -97,7 +99,7 @@ def _run(workers: PoolKeeper, recipe: Recipe, size: int, version: str, name: str
 
 def _chosen(table: Sequence[Any], names: Sequence[str], quick: Sequence[bool]) -> list[Any]:
     return [
-        pytest.param(*one, id=name)
+        pytest.param(*one, id=name, marks=[pytest.mark.next_core] if name in NEXT_CORE else [])
         for one, name, is_quick in zip(table, names, quick, strict=True)
         if is_quick or canon.FULL_MATRIX
     ]

@@ -10,6 +10,7 @@ import math
 import re
 from pathlib import Path
 
+from megavlm.config.backends import check_backend
 from megavlm.config.fit import validate_layout, validate_model
 from megavlm.config.layout import divisors, language_pipeline_size, parse_pipeline_layout
 from megavlm.config.load import recipe_to_dict
@@ -191,8 +192,7 @@ def _check_name(recipe: Recipe) -> None:
 def _check_model(recipe: Recipe) -> None:
     if not recipe.model.hf_dir:
         raise use_error("model.hf_dir", "nothing", "a Hugging Face directory", "set model.hf_dir")
-    _check_kernels(recipe)
-    _check_context_messages(recipe)
+    check_backend(recipe)
     if recipe.model.cross_entropy_loss_fusion and recipe.train.stage == "rm":
         raise use_error(
             "model.cross_entropy_loss_fusion",
@@ -209,29 +209,6 @@ def _check_model(recipe: Recipe) -> None:
                 "no dropout under context parallelism",
                 f"set model.{name}=0 or parallel.context_parallel_size=1",
             )
-
-
-def _check_kernels(recipe: Recipe) -> None:
-    if recipe.model.backend == "flash" and recipe.train.precision == "fp32":
-        raise use_error(
-            "model.backend",
-            "flash with train.precision fp32",
-            "bf16",
-            "set train.precision=bf16 or model.backend=torch",
-        )
-
-
-def _check_context_messages(recipe: Recipe) -> None:
-    """What a backend cannot do; Transformer Engine's own limits are found when it is there (`models/te.py`)."""
-    backend, kind = recipe.model.backend, recipe.parallel.cp_comm_type
-    known = {"torch": ("all_gather", "p2p"), "flash": ("all_gather",), "te": ("all_gather", "p2p", "a2a")}[backend]
-    if recipe.parallel.context_parallel_size > 1 and kind not in known:
-        raise use_error(
-            "parallel.cp_comm_type",
-            f"{kind} with model.backend={backend}",
-            " or ".join(known),
-            f"set parallel.cp_comm_type={known[0]}" + ("" if backend == "te" else ", or model.backend=te"),
-        )
 
 
 def _check_pipeline(parallel: ParallelConfig) -> None:

@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import torch
 
-from megavlm.config import validate
+from megavlm.config import backends
 from tests.stand_ins import calls, flash
 
 
@@ -24,7 +24,7 @@ def counted_in_fp32() -> Iterator[dict[str, int]]:
     with (
         flash.installed(),
         patch.object(kernels, "HALF_PRECISIONS", (*kernels.HALF_PRECISIONS, torch.float32)),
-        patch.object(validate, "_check_kernels", lambda _recipe: None),
+        patch.object(backends, "_check_precision", lambda _recipe: None),
     ):
         yield calls.seen
 

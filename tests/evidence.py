@@ -31,6 +31,12 @@ TITLES = {
         "DP8, packs of 8K tokens, costs in FLOPs, messages free), real steps of a small model on two pinned processes "
         "against the simulator; packing and spreading by cost; the planner. Written by `make bench-balance`.",
     ),
+    "backends": (
+        "Backends",
+        "Training and resuming with `backend: te`, Megatron-Core's own wrappers over a stand-in for Transformer Engine "
+        "that computes in torch on the CPU, against the torch backend. It shows that specs, arguments and names are "
+        "right, and nothing of kernels. Written by the tests that measure it.",
+    ),
     "checkpoint": (
         "Checkpoints",
         "Conversion tensor by tensor against a plain copy of the same bytes on the same disk; how long training stands "

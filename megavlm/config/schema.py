@@ -43,8 +43,9 @@ class ParallelConfig:
     pipeline_model_parallel_layout: str = ""
     """Explicit decoder layers per stage in Megatron's notation, e.g. `Et|ttt|tL`; empty: even split."""
     context_parallel_size: int = 1
-    cp_comm_type: Literal["all_gather", "p2p"] = "all_gather"
-    """How context-parallel attention moves keys and values: `p2p` is the ring."""
+    cp_comm_type: Literal["all_gather", "p2p", "a2a"] = "all_gather"
+    """How context-parallel attention moves keys and values: `p2p` is the ring (backends torch and te), `a2a` shares out
+    heads instead of tokens (te). With te, `all_gather` takes Transformer Engine 2.18."""
     expert_model_parallel_size: int = 1
     """Ranks that share the experts of a layer; they are out of the tensor, context and data ranks of a stage."""
     expert_tensor_parallel_size: int = 0

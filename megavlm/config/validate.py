@@ -10,6 +10,7 @@ import math
 import re
 from pathlib import Path
 
+from megavlm.config.backends import check_backend
 from megavlm.config.fit import validate_layout, validate_model
 from megavlm.config.layout import divisors, language_pipeline_size, parse_pipeline_layout
 from megavlm.config.load import recipe_to_dict
@@ -193,13 +194,7 @@ def _check_name(recipe: Recipe) -> None:
 def _check_model(recipe: Recipe) -> None:
     if not recipe.model.hf_dir:
         raise use_error("model.hf_dir", "nothing", "a Hugging Face directory", "set model.hf_dir")
-    if recipe.model.backend == "flash" and recipe.train.precision == "fp32":
-        raise use_error(
-            "model.backend",
-            "flash with train.precision fp32",
-            "bf16",
-            "set train.precision=bf16 or model.backend=torch",
-        )
+    check_backend(recipe)
     for name in ("attention_dropout", "hidden_dropout"):
         dropout = vars(recipe.model)[name]
         if dropout > 0 and recipe.parallel.context_parallel_size > 1:

@@ -81,13 +81,13 @@ def transformer_config(
         use_cpu_initialization=False,
         # also marks which parameters are sharded, and how; the values are overwritten
         perform_initialization=True,
-        **_experts(language, parallel),
+        **_experts(language, model, parallel),
         **_recompute(parallel),
         **fp8,
     )
 
 
-def _experts(language: LanguageArchitecture, parallel: ParallelConfig) -> dict[str, Any]:
+def _experts(language: LanguageArchitecture, model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
     if language.experts is None:
         return {}
     return {
@@ -97,6 +97,7 @@ def _experts(language: LanguageArchitecture, parallel: ParallelConfig) -> dict[s
         "moe_router_pre_softmax": False,
         "moe_ffn_hidden_size": language.experts.ffn_hidden_size,
         "moe_router_load_balancing_type": "none",  # models/experts.py has its own
+        "moe_grouped_gemm": model.backend == "te",
         "moe_token_dispatcher_type": parallel.moe_token_dispatcher_type,
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size,

@@ -141,6 +141,52 @@ def all_gather_attention(
     return torch.cat(outputs)
 
 
+@dataclass(frozen=True)
+class Segments:
+    """A rank's queries and the keys that they see, as segments of two packed rows; causal masks end at the last key.
+
+    Attributes:
+        keys: int64, of all ranks' keys behind each other those that are seen, segment after segment.
+        borders_q: int32, of the queries' segments, in this rank's order.
+        borders_k: int32, of the keys' segments.
+        longest_q: tokens of the longest segment of queries.
+        longest_k: tokens of the longest segment of keys.
+    """
+
+    keys: torch.Tensor
+    borders_q: torch.Tensor
+    borders_k: torch.Tensor
+    longest_q: int
+    longest_k: int
+
+
+def gathered_segments(borders: list[int], cp_size: int, cp_rank: int) -> Segments:
+    """What a rank attends to once all ranks' keys are gathered: each of its chunks sees its sample up to its own end.
+
+    Args:
+        borders: of the samples of the whole row.
+        cp_size: context-parallel ranks.
+        cp_rank: this one.
+    """
+    tokens_per_rank = borders[-1] // cp_size
+    keys, lengths_q, lengths_k = [], [0], [0]
+    for start, end in zip(borders[:-1], borders[1:], strict=True):
+        chunk = (end - start) // (2 * cp_size)
+        if not chunk:
+            continue
+        local = start // cp_size
+        spots = [rank * tokens_per_rank + local for rank in range(cp_size)]
+        spots += [rank * tokens_per_rank + local + chunk for rank in reversed(range(cp_size))]
+        for query_chunk in (cp_rank, 2 * cp_size - 1 - cp_rank):
+            keys += [torch.arange(at, at + chunk) for at in spots[: query_chunk + 1]]
+            lengths_q.append(chunk)
+            lengths_k.append(chunk * (query_chunk + 1))
+    borders_q, borders_k = (torch.tensor(lengths, dtype=torch.int32).cumsum(0) for lengths in (lengths_q, lengths_k))
+    return Segments(
+        torch.cat(keys), borders_q.to(torch.int32), borders_k.to(torch.int32), max(lengths_q), max(lengths_k)
+    )
+
+
 def _late_causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
     """Queries are the last len(q) positions of the keys' sequence."""
     late = len(k) - len(q)

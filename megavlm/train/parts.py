@@ -107,6 +107,15 @@ class Parts:
         if self.encoder is not None:
             self.encoder_chunk.finish_grad_sync()
 
+    def weights_changed(self) -> None:
+        """Have layers that keep an FP8 copy of their weights from one microbatch to the next make it anew.
+
+        Megatron-Core's schedules say so in each step's first microbatch; without it Transformer Engine would go on with
+        the weights that it saw first.
+        """
+        for model in self.all:
+            model.set_is_first_microbatch()
+
     def scale_gradients(self, factor: float) -> None:
         """Multiply all gradients."""
         for chunk in self.wrapped:

@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megavlm.models.recompute import ready_for_recompute
 from megavlm.models.specs import layer_spec, without_bias
 
 
@@ -147,6 +148,7 @@ def run_layers(
         The last hidden state [P, 1, D], and the kept ones in the order of `taps`.
     """
     recompute = block.config.recompute_granularity == "full" and block.training
+    hidden_P1D = ready_for_recompute(hidden_P1D, block)
     kept: dict[int, torch.Tensor] = {}
     for local_number, layer in enumerate(block.layers):
         number = layer.layer_number - 1

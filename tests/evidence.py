@@ -79,6 +79,12 @@ TITLES = {
         "Tiny random models, imported and exported again, behind vLLM's server on the CPU, against ours: greedy "
         "tokens of an image chat and their log probabilities. Written by `make test-serve`.",
     ),
+    "peft": (
+        "Adapters",
+        "What each way of tuning holds in memory during a training step, counted, against training everything. "
+        "Written by the tests that measure it; parity with the peft package is in parity.md, layouts in "
+        "equivalence.md.",
+    ),
     "parity": (
         "Parity",
         "Tiny random models against transformers (eager attention), with the same weights and inputs, and mistakes "

@@ -7,6 +7,7 @@ Knobs carry the names that Megatron and ms-swift users already type. Units are i
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megavlm.config.peft import PeftConfig
 from megavlm.config.precision import Fp8Config
 from megavlm.config.stage_knobs import PreferenceConfig, RewardConfig, SftConfig
 
@@ -383,6 +384,7 @@ class Recipe:
     reward: RewardConfig = field(default_factory=RewardConfig)
     fp8: Fp8Config = field(default_factory=Fp8Config)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    peft: PeftConfig = field(default_factory=PeftConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)
     gpu: str = ""

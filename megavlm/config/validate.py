@@ -20,6 +20,7 @@ from megavlm.config.objectives import check_objective
 from megavlm.config.placement import check_placement
 from megavlm.config.schema import DataConfig, ParallelConfig, Recipe
 from megavlm.config.tokens import check_tokens
+from megavlm.config.tuning import check_tuning
 from megavlm.errors import UseError, use_error
 
 __all__ = ["LEAST", "RECOMPUTE_MODULES", "validate_layout", "validate_model", "validate_recipe"]
@@ -98,6 +99,12 @@ LEAST: dict[str, float] = {
     "fp8.fp8_amax_history_len": 1,
     "fp8.num_layers_at_start_in_bf16": 0,
     "fp8.num_layers_at_end_in_bf16": 0,
+    "peft.lora_rank": 1,
+    "peft.lora_alpha": 0,
+    "peft.lora_dropout": 0,
+    "peft.lorap_lr_ratio": 0,
+    "peft.adapter_size": 1,
+    "peft.num_virtual_tokens": 1,
     "train.micro_batch_size": 1,
     "train.global_batch_size": 1,
     "train.train_iters": 0,
@@ -125,8 +132,9 @@ _BELOW_ONE = (
     "optimizer.adam_beta2",
     "optimizer.lr_warmup_fraction",
     "sft.label_smoothing_factor",
+    "peft.lora_dropout",
 )
-_ABOVE_ZERO = ("data.frames_fps", "optimizer.lr", "optimizer.adam_eps")
+_ABOVE_ZERO = ("data.frames_fps", "optimizer.lr", "optimizer.adam_eps", "peft.lora_alpha", "peft.lorap_lr_ratio")
 
 
 def validate_recipe(recipe: Recipe, check_paths: bool = True) -> None:
@@ -150,7 +158,7 @@ def validate_recipe(recipe: Recipe, check_paths: bool = True) -> None:
     _check_recompute(recipe.parallel)
     _check_duration(recipe)
     _check_schedule(recipe)
-    _check_freezing(recipe)
+    check_tuning(recipe)
     check_mixture(recipe)
     _check_data(recipe)
     _check_media_limits(recipe.data)
@@ -313,28 +321,6 @@ def _check_schedule(recipe: Recipe) -> None:
         )
     if optimizer.min_lr > optimizer.lr:
         raise use_error("optimizer.min_lr", optimizer.min_lr, f"at most optimizer.lr {optimizer.lr}", "lower min_lr")
-
-
-def _check_freezing(recipe: Recipe) -> None:
-    optimizer = recipe.optimizer
-    if optimizer.freeze_vit and optimizer.freeze_aligner and optimizer.freeze_llm:
-        raise use_error(
-            "optimizer.freeze_llm",
-            "vision tower, projector and language model all frozen",
-            "something to train",
-            "set one of freeze_vit, freeze_aligner, freeze_llm to false",
-        )
-    for part, is_frozen, lr in (
-        ("vit", optimizer.freeze_vit, optimizer.vit_lr),
-        ("aligner", optimizer.freeze_aligner, optimizer.aligner_lr),
-    ):
-        if is_frozen and lr >= 0:
-            raise use_error(
-                f"optimizer.{part}_lr",
-                f"{lr} with freeze_{part} true",
-                "no learning rate for what is frozen",
-                f"set optimizer.{part}_lr=-1 or optimizer.freeze_{part}=false",
-            )
 
 
 def _check_data(recipe: Recipe) -> None:

@@ -6,10 +6,9 @@ from types import MappingProxyType
 
 import torch
 
+from megavlm.config.tuning import COMPONENTS
 from megavlm.models.chunk import LanguageChunk
 from megavlm.models.encoder import VisionEncoder
-
-COMPONENTS = ("vision", "projector", "language")
 
 Part = VisionEncoder | LanguageChunk
 """A part of the model that a rank holds."""
@@ -74,3 +73,14 @@ def component_of(name: str) -> str:
         if part in COMPONENTS:
             return part
     raise AssertionError(f"{name} belongs to no component")
+
+
+def layer_of(name: str) -> int | None:
+    """Number of the layer that a parameter or module of this (global) name is in; None: in none."""
+    match = _LAYER.match(name)
+    return int(match.group(2)) if match else None
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name is an adapter's, beside the model's own."""
+    return ".adapter." in name

@@ -7,11 +7,9 @@ Whatever the backend, weights have the same names in weight maps and checkpoints
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
-from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -23,22 +21,10 @@ from torch import nn
 
 from megavlm.errors import use_error
 from megavlm.models.core_attention import PackedAttention
+from megavlm.models.linear import ColumnLinear, RowLinear
 from megavlm.models.names import FUSED_NORMS
 from megavlm.models.norm import Norm
 from megavlm.platform.capabilities import require
-
-
-class RowLinear(RowParallelLinear):
-    """Row-parallel linear that hands out a copy of its bias (the layer adds it later), not the parameter.
-
-    Selective recompute of an MLP runs it inside an autograd function, and what that returns becomes an output of the
-    function: the parameter itself would get a history that leads from one microbatch into the one before, without end.
-    """
-
-    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Output, and the bias that is still to be added."""
-        output, bias = super().forward(input_)
-        return output, None if bias is None else bias.clone()
 
 
 class TorchProvider(LocalSpecProvider):
@@ -50,6 +36,10 @@ class TorchProvider(LocalSpecProvider):
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, **_options: Any) -> type:
         """Return the norm module."""
         return Norm
+
+    def column_parallel_linear(self) -> type:
+        """Return the linear split over its outputs."""
+        return ColumnLinear
 
     def row_parallel_linear(self) -> type:
         """Return the linear split over its inputs."""

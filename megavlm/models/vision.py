@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megavlm.models.recompute import ready_for_recompute
 from megavlm.models.specs import layer_spec, without_bias
 
 
@@ -153,6 +154,7 @@ def run_layers(
     recompute = block.config.recompute_granularity == "full" and block.training
     # As in TransformerBlock.forward: with delayed scales one context for all layers, else one each.
     is_delayed = bool(block.config.fp8) and block.config.fp8_recipe == Fp8Recipe.delayed
+    hidden_P1D = ready_for_recompute(hidden_P1D, block)
     kept: dict[int, torch.Tensor] = {}
     with get_fp8_context(block.config) if is_delayed else contextlib.nullcontext():
         for local_number, layer in enumerate(block.layers):

@@ -2,15 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megavlm.checkpoint.adapter_import import load_adapter
 from megavlm.checkpoint.hf_io import HFDirectory, load_weights
 from megavlm.config.numerics import compute_dtype, fp8_recipes
 from megavlm.config.schema import Recipe
+from megavlm.config.tuning import tuning_plan
 from megavlm.data.sample import Batch
 from megavlm.models.architecture import Architecture
 from megavlm.models.build import build_encoder, build_language_chunks, transformer_config, unwrap
@@ -22,7 +25,9 @@ from megavlm.models.names import Part, named_parameters
 from megavlm.models.score import initialise_scores
 from megavlm.parallel.groups import Groups
 from megavlm.parallel.wrap import wrap_encoder, wrap_language
-from megavlm.train.freeze import freeze, frozen_components
+from megavlm.peft.attach import attach
+from megavlm.peft.quantized import quantise_frozen
+from megavlm.train.freeze import freeze
 
 
 def no_noise(batch: Batch) -> None:
@@ -138,7 +143,12 @@ def build_parts(recipe: Recipe, directory: HFDirectory, groups: Groups, bucket_s
     if directory.has_new_score_head:
         for part in held:
             initialise_scores(named_parameters(part), recipe.train.seed)
-    freeze(held, recipe.optimizer)
+    plan = tuning_plan(recipe)
+    quantise_frozen(held, directory.entries, plan, recipe.peft, directory.read_parts, config.params_dtype)
+    attach(held, directory.entries, plan, recipe.peft, recipe.train.seed, config.params_dtype)
+    freeze(held, plan)
+    if recipe.peft.adapters:
+        load_adapter(Path(recipe.peft.adapters), directory, held)
     chunks = wrap_language(bare, config, parallel, groups, bucket_size)
     encoder_chunk = wrap_encoder(encoder, config, parallel, groups, bucket_size)
     parts = Parts(
@@ -148,7 +158,7 @@ def build_parts(recipe: Recipe, directory: HFDirectory, groups: Groups, bucket_s
         models=tuple(model for model in models if isinstance(model, LanguageChunk)),
         encoder_chunk=encoder_chunk,
         encoder=encoder,
-        trains_encoder=not {"vision", "projector"} <= frozen_components(recipe.optimizer),
+        trains_encoder=plan.learns("vision") or plan.learns("projector"),
         noise=embedding_noise_of(recipe, architecture.language.hidden_size),
         fp8=_emulated(recipe, architecture, held, groups) if recipe.train.precision == "fp8_emulated" else None,
         offloads=parallel.cpu_offloading,

@@ -173,7 +173,8 @@ class _EncoderWork:
         if microbatch in self._kept:
             inputs, output = self._kept.pop(microbatch)
             with self._parts.encoder_chunk.no_sync():
-                torch.autograd.backward(output, self._added(taken))
+                if output.requires_grad:  # not of a first stage that is frozen
+                    torch.autograd.backward(output, self._added(taken))
             grad = None if self._parts.encoder.is_first_stage else inputs.grad
         self._backwards_left -= 1
         if not self._backwards_left and self._parts.encoder_chunk.ddp_config.overlap_grad_reduce:

@@ -109,7 +109,7 @@ def build_index(
                 path.unlink()
         builders.wait()
         for start in starts[builders.number :: builders.count]:
-            if not _part_path(folder, start).is_file() and not make_part(
+            if not _is_made(folder, start) and not make_part(
                 folder, samples, encoder, check_images, start, stop_at_mistake=stop_at_mistake
             ):
                 break
@@ -133,7 +133,7 @@ def build_index(
 
 def missing_parts(folder: Path, num_rows: int) -> list[int]:
     """The first rows of the parts that are still to be made."""
-    return [start for start in range(0, num_rows, PART_ROWS) if not _part_path(folder, start).is_file()]
+    return [start for start in range(0, num_rows, PART_ROWS) if not _is_made(folder, start)]
 
 
 def make_part(
@@ -160,6 +160,10 @@ def make_part(
 
 def _part_path(folder: Path, start: int) -> Path:
     return folder / f"part_{start:012d}.npz"
+
+
+def _is_made(folder: Path, start: int) -> bool:
+    return _part_path(folder, start).is_file() and _tokens_path(folder, start).is_file()
 
 
 def _tokens_path(folder: Path, start: int) -> Path:

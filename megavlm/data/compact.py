@@ -18,7 +18,7 @@ import numpy as np
 from megavlm.config.inputs import Grid, InputSpec
 from megavlm.data.pairs import feature_rows
 from megavlm.data.positions import sample_positions
-from megavlm.data.sample import Cut, EncodedSample, FrameFiles, Media, Sample, Video, VideoClip
+from megavlm.data.sample import Cut, EncodedSample, Media, Sample, VideoClip
 from megavlm.errors import use_error
 
 # What a record holds behind its head: the largest types first, so that each array is aligned.
@@ -48,7 +48,7 @@ class CompactSample:
         scales_Z: float32; empty where all are 1.
         run_lengths_Y: int32 tokens of each run of visual ones.
         part_lengths_Q: int32 tokens of each sequence; empty where there is one.
-        sources_G: int32, which of the row's images and videos (`_media`) each of the encoded sample's is.
+        sources_G: int32, which of the row's images and videos (`_stills`) each of the encoded sample's is.
         num_frames_G: int32 frames that the model sees of a video; 0 for an image.
         frames_F: int32 their numbers, video by video.
         intervals_L: float64 `VideoClip.interval` of each video.
@@ -100,7 +100,7 @@ def compact(encoded: EncodedSample, sample: Sample, inputs: InputSpec) -> Compac
     goes_on_S[1:] &= (kinds_S[1:] == kinds_S[:-1]) & (scales_S[1:] == scales_S[:-1])
     starts_Z = np.flatnonzero(~goes_on_S)
     lengths_Z = np.diff(starts_Z, append=len(tokens_S))
-    media = _media(sample)
+    stills = _stills(sample)
     clips = [image for image in encoded.images if isinstance(image, VideoClip)]
     return CompactSample(
         target=encoded.target,
@@ -109,7 +109,12 @@ def compact(encoded: EncodedSample, sample: Sample, inputs: InputSpec) -> Compac
         scales_Z=scales_S[starts_Z] if (scales_S != 1).any() else scales_S[:0],
         run_lengths_Y=_int32(lengths_Z[is_image_S[starts_Z]]),
         part_lengths_Q=_int32(encoded.part_lengths),
-        sources_G=_int32([media.index(_source(image)) for image in encoded.images]),
+        sources_G=_int32(
+            [
+                len(stills) + sample.videos.index(image.path) if isinstance(image, VideoClip) else stills.index(image)
+                for image in encoded.images
+            ]
+        ),
         num_frames_G=_int32([len(image.frames) if isinstance(image, VideoClip) else 0 for image in encoded.images]),
         frames_F=_int32([frame for clip in clips for frame in clip.frames]),
         intervals_L=np.array([clip.interval for clip in clips], dtype=np.float64),
@@ -161,13 +166,9 @@ def expand(kept: CompactSample, sample: Sample, grids: tuple[Grid, ...], cut: Cu
     )
 
 
-def _media(sample: Sample) -> list[Media | Video]:
-    """Everything that a row shows, in the order in which it is numbered here."""
-    return [*sample.images, *(sample.rejected_images or ()), *sample.videos]
-
-
-def _source(image: Media | VideoClip) -> Media | Video:
-    return image.path if isinstance(image, VideoClip) else image
+def _stills(sample: Sample) -> list[Media]:
+    """A row's images, in the order in which they are numbered here; its videos are numbered behind them."""
+    return [*sample.images, *(sample.rejected_images or ())]
 
 
 def _int32(values: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -192,20 +193,19 @@ def _uses(encoded: EncodedSample, inputs: InputSpec) -> list[int]:
 
 
 def _images(kept: CompactSample, sample: Sample) -> tuple[Media | VideoClip, ...]:
-    media = _media(sample)
-    first_video = len(media) - len(sample.videos)
+    stills, videos = _stills(sample), sample.videos
     frames, intervals = iter(kept.frames_F.tolist()), iter(kept.intervals_L.tolist())
     images: list[Media | VideoClip] = []
     for source, num_frames in zip(kept.sources_G.tolist(), kept.num_frames_G.tolist(), strict=True):
-        shown = media[source] if source < len(media) and (source >= first_video) == (num_frames > 0) else None
-        if num_frames and shown is not None:
-            images.append(VideoClip(shown, tuple(itertools.islice(frames, num_frames)), next(intervals)))
-        elif shown is not None and not isinstance(shown, FrameFiles):
-            images.append(shown)
+        if num_frames and 0 <= source - len(stills) < len(videos):
+            seen = tuple(itertools.islice(frames, num_frames))
+            images.append(VideoClip(videos[source - len(stills)], seen, next(intervals)))
+        elif not num_frames and source < len(stills):
+            images.append(stills[source])
         else:
             raise use_error(
                 sample.sample_id,
-                f"{first_video} images and {len(sample.videos)} videos",
+                f"{len(stills)} images and {len(videos)} videos",
                 f"{'a video' if num_frames else 'an image'} at place {source + 1} of them, as the index says",
                 "do not change rows or images during a run; make the index anew (megavlm data index --rebuild)",
             )

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from megavlm.config.inputs import InputSpec
 from megavlm.config.schema import TokenWeights
@@ -80,6 +81,8 @@ def folder(tmp_path_factory) -> Path:
     for number, size in enumerate([(96, 64), (40, 150), (70, 70)]):
         draw_image(folder / f"{number}.png", *size, seed=number)
     write_video(folder / "a.mp4", num_frames=40)
+    pictures = [Image.open(folder / f"{number}.png").resize((96, 64)) for number in (0, 1, 2, 0)]
+    pictures[0].save(folder / "move.gif", save_all=True, append_images=pictures[1:], duration=250)
     return folder
 
 
@@ -138,6 +141,7 @@ def rows_of_videos():
         talk("<video>what moves?", "a square", videos=["a.mp4"]),
         talk("<image><video> or <video>?", "the first", images=["1.png"], videos=["a.mp4", frames]),
         talk("<video>and?", "yes", "<image>now?", "no", images=["2.png"], videos=[frames]),
+        talk("<image>or <video>?", "both", images=["move.gif"], videos=["move.gif"]),
     ]
 
 

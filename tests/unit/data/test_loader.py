@@ -278,7 +278,7 @@ def test_workers_make_no_difference(rows_path, encoder):
         for first, second in itertools.zip_longest(alone.batches(step), helped.batches(step)):
             assert_same(first, second)
     for _ in range(2):
-        for first, second in itertools.zip_longest(eval_batches(alone, dataset), eval_batches(helped, dataset)):
+        for first, second in itertools.zip_longest(eval_batches(alone, dataset), eval_batches(helped, with_tokens)):
             assert_same(first, second)
     helped.close()
 
@@ -347,8 +347,11 @@ class _DeadlyEncoder(SampleEncoder):
 
 @pytest.mark.parametrize("forever", [False, True])
 def test_a_worker_that_dies_is_replaced_once(rows_path, encoder, tmp_path, caplog, forever):
+    for number in (1, 7, 10):  # pixels for shared memory, not only for the pipe
+        draw_image(tmp_path / f"{number}_0.png", 400, 400)
     dataset, _ = prepared(rows_path, encoder)
     expected = list(make_loader(dataset).batches(0))
+    assert any(len(one.pixels.values_B) >= LEAST_SHARED_BYTES for one in expected)
     deadly, _ = prepared(rows_path, _DeadlyEncoder(encoder, 4, tmp_path / "died", forever))
     loader = make_loader(deadly, num_workers=1)
     if forever:

@@ -133,7 +133,9 @@ def in_workers(
         bare = len(paths) / (time.perf_counter() - started_s)
     orders = functools.partial(_orders, microbatches)
     loader = BatchLoader(dataset, orders, 1, 1, num_workers)
-    rates = Rates(loader_rate(loader, normalise=False), loader_rate(loader, normalise=True), bare)
+    for _ in loader.batches(0):  # in which workers start
+        pass
+    rates = Rates(loader_rate(loader, 1, normalise=False), loader_rate(loader, 2, normalise=True), bare)
     loader.close()
     return rates
 
@@ -147,12 +149,10 @@ def begin_bare(backend: Backend, path: Path) -> None:
     BARE[backend](path)
 
 
-def loader_rate(loader: BatchLoader, *, normalise: bool) -> float:
-    """Images a second of the second step; in the first workers start."""
-    for _ in loader.batches(0):
-        pass
+def loader_rate(loader: BatchLoader, step: int, *, normalise: bool) -> float:
+    """Images a second of a step."""
     num_images, started_s = 0, time.perf_counter()
-    for microbatch in loader.batches(1):
+    for microbatch in loader.batches(step):
         if normalise:
             normalised(microbatch.pixels)
         num_images += len(microbatch.batch.sample_ids)

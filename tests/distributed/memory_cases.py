@@ -174,8 +174,11 @@ class _Routing:
 
 
 class _WatchedStage:
+    """A stage whose loss is told apart from the rest of the language model."""
+
     def __init__(self, stage: Any, saved: SavedBytes) -> None:
         self._stage, self._saved = stage, saved
+        self.look_ahead, self.metric_sizes, self.figures = stage.look_ahead, stage.metric_sizes, stage.figures
 
     def loss(self, *arguments: Any) -> Any:
         before, self._saved.part = self._saved.part, "logits"

@@ -10,7 +10,7 @@ BALANCE_BENCHES := balance packing spreading planner real
 DATA_BENCHES := packing_speed packed_training images
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup demo test test-full test-serve test-next test-video check check-recipes bench bench-balance bench-checkpoint bench-data bench-precision clean
+.PHONY: help setup demo test test-full test-serve test-next test-video check check-recipes bench bench-balance bench-checkpoint bench-data bench-precision bench-train clean
 
 help:
 	@echo 'make demo       train, export and question a tiny model on real images, on the CPU'
@@ -63,7 +63,7 @@ check: setup
 check-recipes: setup
 	$(TEST_ENV) $(PYTHON) tools/check_recipes.py
 
-bench: bench-balance bench-checkpoint bench-data
+bench: bench-balance bench-checkpoint bench-data bench-train
 
 # All of them, also when one misses its figure.
 bench-balance: setup
@@ -78,6 +78,9 @@ bench-data: setup
 
 bench-precision: setup
 	$(TEST_ENV) $(PYTHON) -m benchmarks.precision
+
+bench-train: setup
+	$(TEST_ENV) $(PYTHON) -m benchmarks.train_step
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -53,6 +53,8 @@ EXTRAS_REQUIRE = {
     # Both build against the installed torch: pip install --no-build-isolation "megavlm[gpu]". An NGC container has
     # them already. NVIDIA apex is not on PyPI (the package of that name there is something else).
     "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12", "flash-attn>=2.7"],
+    # 4-bit weights (QLoRA).
+    "qlora": ["bitsandbytes>=0.49"],
     "dali": ["nvidia-dali-cuda130>=2.4"],
     "vllm": ["vllm>=0.32,<0.33"],
     # vLLM for machines without a GPU.
@@ -70,6 +72,9 @@ EXTRAS_REQUIRE = {
         "mlxtend>=0.23.4",
         # The reference for losses on preferences.
         "trl>=1.16,<1.17",
+        # The reference for adapters.
+        "peft>=0.21,<0.22",
+        "bitsandbytes>=0.49",
     ],
 }
 

@@ -31,6 +31,12 @@ TITLES = {
         "DP8, packs of 8K tokens, costs in FLOPs, messages free), real steps of a small model on two pinned processes "
         "against the simulator; packing and spreading by cost; the planner. Written by `make bench-balance`.",
     ),
+    "backends": (
+        "Backends",
+        "Training and resuming with `backend: te`, Megatron-Core's own wrappers over a stand-in for Transformer Engine "
+        "that computes in torch on the CPU, against the torch backend. It shows that specs, arguments and names are "
+        "right, and nothing of kernels. Written by the tests that measure it.",
+    ),
     "checkpoint": (
         "Checkpoints",
         "Conversion tensor by tensor against a plain copy of the same bytes on the same disk; how long training stands "
@@ -72,6 +78,12 @@ TITLES = {
         "Serving",
         "Tiny random models, imported and exported again, behind vLLM's server on the CPU, against ours: greedy "
         "tokens of an image chat and their log probabilities. Written by `make test-serve`.",
+    ),
+    "peft": (
+        "Adapters",
+        "What each way of tuning holds in memory during a training step, counted, against training everything. "
+        "Written by the tests that measure it; parity with the peft package is in parity.md, layouts in "
+        "equivalence.md.",
     ),
     "parity": (
         "Parity",

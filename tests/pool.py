@@ -77,11 +77,15 @@ class _Answers:
 
 
 class WorkerPool:
-    """`world_size` processes that form one gloo world. Started by the first `run`, restarted after a failure."""
+    """`world_size` processes that form one gloo world. Started by the first `run`, restarted after a failure.
 
-    def __init__(self, world_size: int) -> None:
+    With `transformer_engine`, they have the stand-in for that version (`tests/stand_ins`); with the device `cuda`, each
+    has a GPU.
+    """
+
+    def __init__(self, world_size: int, transformer_engine: str = "", device: str = "cpu") -> None:
         assert world_size >= 1
-        self.world_size = world_size
+        self.world_size, self.transformer_engine, self.device = world_size, transformer_engine, device
         self._workers: list[_Worker] = []
         self._store: Any = None
         self._directory: Path | None = None
@@ -147,7 +151,15 @@ class WorkerPool:
             ours, theirs = context.Pipe()
             log_path = self._directory / f"rank{rank}.log"
             log_path.touch()
-            spec = WorkerSpec(rank, self.world_size, self._store.port, str(REPO_DIR), str(log_path))
+            spec = WorkerSpec(
+                rank=rank,
+                world_size=self.world_size,
+                store_port=self._store.port,
+                repo_dir=str(REPO_DIR),
+                log_path=str(log_path),
+                transformer_engine=self.transformer_engine,
+                device=self.device,
+            )
             # Not a daemon: daemons may not have children, and saving a checkpoint starts some.
             process = context.Process(target=work, args=(theirs, spec), name=f"pool{self.world_size}-rank{rank}")
             process.start()
@@ -224,20 +236,21 @@ class WorkerPool:
 
 
 class PoolKeeper:
-    """One pool per world size, made when asked for; the longest unused are closed to bound the memory."""
+    """One pool per world size and stand-in, made when asked for; the longest unused are closed to bound the memory."""
 
     def __init__(self, max_processes: int = MAX_PROCESSES) -> None:
         self._max_processes = max_processes
-        self._pools: dict[int, WorkerPool] = {}
+        self._pools: dict[tuple[int, str, str], WorkerPool] = {}
         atexit.register(self.close)
 
-    def __call__(self, world_size: int) -> WorkerPool:
-        """The pool of this size, not yet started perhaps."""
-        pool = self._pools.pop(world_size, None) or WorkerPool(world_size)
-        while self._pools and sum(self._pools) + world_size > self._max_processes:
+    def __call__(self, world_size: int, transformer_engine: str = "", device: str = "cpu") -> WorkerPool:
+        """The pool of this size, not yet started perhaps; see `WorkerPool` for the rest."""
+        key = (world_size, transformer_engine, device)
+        pool = self._pools.pop(key, None) or WorkerPool(*key)
+        while self._pools and sum(size for size, *_ in self._pools) + world_size > self._max_processes:
             longest_unused = next(iter(self._pools))
             self._pools.pop(longest_unused).close()
-        self._pools[world_size] = pool
+        self._pools[key] = pool
         return pool
 
     def close(self) -> None:

@@ -26,13 +26,19 @@ GLOO_EXTRA_TIMEOUT_S = 30.0
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """Who a worker is, and where it finds the others: `store_port` on 127.0.0.1."""
+    """Who a worker is, and where it finds the others: `store_port` on 127.0.0.1.
+
+    `transformer_engine` is the version that the stand-in stands in for; empty: there is none, as on any machine
+    without a GPU. `device` is `cpu`, or `cuda`: then the ranks have a GPU each, and speak over NCCL.
+    """
 
     rank: int
     world_size: int
     store_port: int
     repo_dir: str
     log_path: str
+    transformer_engine: str = ""
+    device: str = "cpu"
 
 
 def work(pipe: connection.Connection, spec: WorkerSpec) -> None:
@@ -94,8 +100,9 @@ def _exit_with_parent() -> None:
 
 def _prepare(spec: WorkerSpec) -> None:
     """Environment, import path, the CPU adapter: in this order, before anything imports megatron."""
+    if spec.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the pool is the CPU platform, also on a machine with GPUs
     os.environ.update(
-        CUDA_VISIBLE_DEVICES="",  # the pool is the CPU platform, also on a machine with GPUs
         RANK=str(spec.rank),
         WORLD_SIZE=str(spec.world_size),
         LOCAL_RANK=str(spec.rank),
@@ -107,8 +114,14 @@ def _prepare(spec: WorkerSpec) -> None:
 
     from megavlm.platform import cpu
 
+    if spec.transformer_engine:
+        from tests.stand_ins.te_surface import install
+
+        install(spec.transformer_engine)
     torch.set_num_threads(1)
-    assert cpu.install(), "the CPU adapter did not install itself"
+    assert cpu.install() == (spec.device == "cpu"), "the CPU adapter is there for the CPU, and only then"
+    if spec.device == "cuda":
+        torch.cuda.set_device(spec.rank)
     gc.collect()
     gc.freeze()  # what the imports made stays: the collections between cases need not look at it
 
@@ -120,7 +133,8 @@ def _join_world(spec: WorkerSpec, case: str, timeout_s: float) -> None:
     # A client of its own per case: the prefix keeps keys apart, the time-out is the case's.
     store = dist.TCPStore("127.0.0.1", spec.store_port, is_master=False, timeout=timeout)
     prefixed = dist.PrefixStore(case, store)
-    dist.init_process_group("gloo", store=prefixed, rank=spec.rank, world_size=spec.world_size, timeout=timeout)
+    backend = {"cpu": "gloo", "cuda": "nccl"}[spec.device]
+    dist.init_process_group(backend, store=prefixed, rank=spec.rank, world_size=spec.world_size, timeout=timeout)
 
 
 def _reset() -> None:

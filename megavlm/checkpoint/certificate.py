@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from megavlm.checkpoint.adapters import open_checkpoint
 from megavlm.checkpoint.hf_io import HFDirectory
-from megavlm.checkpoint.stream import NativeReader
 
 FILE_NAME = "conversion.json"
 
@@ -50,7 +50,7 @@ def against_checkpoint(directory: HFDirectory, folder: Path) -> list[str]:
         directory: exported from the checkpoint.
         folder: the checkpoint's step folder.
     """
-    reader = NativeReader(folder)
+    reader = open_checkpoint(folder)
     differing: list[str] = []
     for entry in directory.entries:
         if entry.native not in reader.specs:

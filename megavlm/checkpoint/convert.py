@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megavlm.checkpoint import native, writing
+from megavlm.checkpoint.adapters import AdapterCheckpoint, fill_models, open_checkpoint, write_adapter
 from megavlm.checkpoint.hf_io import (
     DTYPE_NAMES,
     HFDirectory,
@@ -20,7 +21,7 @@ from megavlm.checkpoint.hf_io import (
     write_chat_template,
     write_reward_config,
 )
-from megavlm.checkpoint.stream import NativeReader, export_stream, exported_shapes
+from megavlm.checkpoint.stream import export_stream, exported_shapes
 from megavlm.checkpoint.stream_import import import_stream
 from megavlm.checkpoint.weight_formats import BlockFp8, OneType, fp8_names, quantization_config
 from megavlm.errors import RunError, use_error
@@ -31,12 +32,16 @@ TIMEOUT_S = 3600
 
 
 def load_checkpoint_weights(folder: Path, directory: HFDirectory, models: Sequence[Part], groups: Groups) -> int:
-    """Fill the parts of a whole model with a native checkpoint's weights; returns its step.
+    """Fill the parts of a whole model with a native checkpoint's weights, adapters merged; returns its step.
 
     Raises:
         UseError: the checkpoint is of another model.
     """
     common = checked_common(folder, directory)
+    checkpoint = open_checkpoint(folder, directory)
+    if isinstance(checkpoint, AdapterCheckpoint):
+        fill_models(checkpoint, models)
+        return int(common["step"])
     loaded = native.load_sharded(folder, native.model_state(models, groups), TIMEOUT_S)
     native.restore_models(models, loaded)
     return int(common["step"])
@@ -93,7 +98,7 @@ def import_checkpoint(directory: HFDirectory, out_dir: Path) -> Path:
 
 
 def export_checkpoint(folder: Path, directory: HFDirectory, out_dir: Path, dtype: str | None) -> int:
-    """Write a native checkpoint as a Hugging Face directory; returns the checkpoint's step.
+    """Write a native checkpoint as a Hugging Face directory, adapters merged; returns the checkpoint's step.
 
     Args:
         folder: the checkpoint's step folder.
@@ -111,7 +116,7 @@ def export_checkpoint(folder: Path, directory: HFDirectory, out_dir: Path, dtype
     if native.read_common(folder)["common"].get("has_score_head", False):
         directory = directory.as_reward_model()
     common = checked_common(folder, directory)
-    reader = NativeReader(folder)
+    reader = open_checkpoint(folder, directory)
     wanted = torch.bfloat16 if dtype == "fp8" else DTYPE_NAMES[dtype] if dtype else directory.dtype
     shapes = exported_shapes(reader, directory)
     in_fp8 = _in_fp8(directory, shapes) if dtype == "fp8" else frozenset()
@@ -144,6 +149,33 @@ def _in_fp8(directory: HFDirectory, shapes: dict[str, tuple[int, ...]]) -> froze
             "--dtype", "fp8", "decoder matrices whose sides are multiples of 128", "export --dtype bfloat16"
         )
     return names
+
+
+def export_adapter(folder: Path, directory: HFDirectory, out_dir: Path, dtype: str | None) -> int:
+    """Write what a run with adapters has learned as a folder in peft's format; returns the checkpoint's step.
+
+    Args:
+        folder: the checkpoint's step folder.
+        directory: the model that it started from.
+        out_dir: new or empty.
+        dtype: float32, bfloat16, float16, or None: as it was trained.
+
+    Raises:
+        UseError: out_dir holds files, the checkpoint has no adapters, or is of another model.
+        RunError: writing failed.
+    """
+    if native.read_common(folder)["common"].get("has_score_head", False):
+        directory = directory.as_reward_model()
+    common = checked_common(folder, directory)
+    checkpoint = open_checkpoint(folder, directory)
+    if not isinstance(checkpoint, AdapterCheckpoint):
+        raise use_error(
+            "--adapter-only", f"{folder}, which has no adapters", "a checkpoint of a run with peft", "leave it out"
+        )
+    num_bytes = sum(checkpoint.learned.specs[one.native].num_bytes for one in checkpoint.tensors)
+    with finished(out_dir, num_bytes) as unfinished:
+        write_adapter(checkpoint, unfinished, DTYPE_NAMES[dtype] if dtype else None)
+    return int(common["step"])
 
 
 @contextlib.contextmanager

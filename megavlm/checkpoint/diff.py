@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
+from megavlm.checkpoint.adapters import open_checkpoint
 from megavlm.checkpoint.hf_io import HFDirectory
 from megavlm.checkpoint.native import find_checkpoint
 from megavlm.checkpoint.safetensors_writer import TensorSpec
-from megavlm.checkpoint.stream import NativeReader
 from megavlm.models.names import COMPONENTS
 
 NUM_SHOWN = 10
@@ -59,7 +59,7 @@ def source_of(path: Path) -> Source:
         return Source(path, specs, lambda name: directory.read_native(entries[name]))
     folder = find_checkpoint(path, required=True)
     assert folder is not None
-    reader = NativeReader(folder)
+    reader = open_checkpoint(folder)
     specs = {name: spec for name, spec in reader.specs.items() if name.split(".")[0] in COMPONENTS}
     return Source(folder, specs, reader.read)
 

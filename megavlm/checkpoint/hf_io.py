@@ -138,6 +138,12 @@ class HFDirectory:
         file, stored = self._files[name]
         return self._handles[file].spec(stored)
 
+    def read_parts(self, entry: Entry, expert: int | None = None) -> list[torch.Tensor]:
+        """The whole tensors that a native one is made of; of an expert, its native matrix."""
+        if expert is None:
+            return [self.read(name) for name in entry.names]
+        return [self.read_native(entry, expert)]
+
     def read_native(self, entry: Entry, expert: int | None = None) -> torch.Tensor:
         """One whole native tensor, or one expert's part of it."""
         if expert is None:
@@ -231,11 +237,11 @@ def load_weights(directory: HFDirectory, models: Iterable[Part]) -> None:
     with torch.no_grad():
         for model in models:
             for name, parameter in named_parameters(model):
-                native, expert = stacked_name(_tied_name(name, model))
+                native, expert = stacked_name(tied_name(name, model))
                 entry = by_native[native]
                 if entry.names == (HF_NAME,) and directory.has_new_score_head:
                     continue  # the caller fills it
-                part = _shard(directory.read_native(entry, expert), parameter, entry, model)
+                part = shard_of(directory.read_native(entry, expert), parameter, entry, model)
                 if part.shape != parameter.shape:
                     raise use_error(
                         f"{directory.path} {entry.names[0]}",
@@ -246,14 +252,15 @@ def load_weights(directory: HFDirectory, models: Iterable[Part]) -> None:
                 parameter.copy_(part)
 
 
-def _tied_name(name: str, model: Part) -> str:
+def tied_name(name: str, model: Part) -> str:
+    """The name that a parameter's tensor has in weight maps: of a tied output layer, the embedding's."""
     tied = not isinstance(model, VisionEncoder) and model.share_embeddings_and_output_weights
     if name == "language.output_layer.weight" and tied:
         return "language.embedding.word_embeddings.weight"
     return name
 
 
-def _shard(whole: torch.Tensor, parameter: torch.nn.Parameter, entry: Entry, model: Part) -> torch.Tensor:
+def shard_of(whole: torch.Tensor, parameter: torch.nn.Parameter, entry: Entry, model: Part) -> torch.Tensor:
     """Cut this tensor-parallel rank's part. Megatron-Core marks its sharded parameters with these attributes."""
     marks = vars(parameter)
     if not marks.get("tensor_model_parallel", False):

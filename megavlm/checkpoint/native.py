@@ -43,8 +43,14 @@ def named_optimizers(optimizer: ChainedOptimizer) -> dict[str, MegatronOptimizer
     return dict(zip(names, inner, strict=True))
 
 
-def model_state(models: Iterable[Part], groups: Groups) -> dict[str, Any]:
-    """Sharded weights of this rank's parts, by names that do not depend on the layout."""
+def model_state(models: Iterable[Part], groups: Groups, learned_only: bool = False) -> dict[str, Any]:
+    """Sharded weights of this rank's parts, by names that do not depend on the layout.
+
+    Args:
+        models: the parts.
+        groups: process groups.
+        learned_only: only weights that learn: the rest stands in the directory that adapters belong to.
+    """
     state: dict[str, Any] = {}
     number = 0
     for model in models:
@@ -54,13 +60,17 @@ def model_state(models: Iterable[Part], groups: Groups) -> dict[str, Any]:
         name = "encoder" if is_encoder else f"language{number}"
         number += not is_encoder
         whole = model.sharded_state_dict(prefix="", metadata=metadata)
-        # Megatron-Core's own linears have an extra state each, and it is empty
-        state[name] = {key: one for key, one in whole.items() if not _is_empty(one)}
+        kept = {key: one for key, one in whole.items() if not _is_extra(key)}
+        state[name] = {key: one for key, one in kept.items() if not learned_only or one.data.requires_grad}
     return state
 
 
-def _is_empty(value: Any) -> bool:
-    return isinstance(value, ShardedObject) and value.data is None
+def _is_extra(key: str) -> bool:
+    """Whether this is a module's extra state: nothing in Megatron-Core's linears, a pickle in Transformer Engine's.
+
+    It is neither written nor read: checkpoints hold the same whatever the backend, and nothing of them is unpickled.
+    """
+    return key.rpartition(".")[2].startswith("_extra_state")
 
 
 def optimizer_state(
@@ -196,12 +206,16 @@ def load_sharded(folder: Path, state: dict[str, Any], timeout_s: int) -> dict[st
     return loaded
 
 
-def restore_models(models: Iterable[Part], loaded: Mapping[str, Any]) -> None:
-    """Put loaded weights into this rank's parts."""
+def restore_models(models: Iterable[Part], loaded: Mapping[str, Any], learned_only: bool = False) -> None:
+    """Put loaded weights into this rank's parts; `learned_only` as they were asked for (`model_state`)."""
     number = 0
     for model in models:
         is_encoder = isinstance(model, VisionEncoder)
-        model.load_state_dict(loaded["encoder" if is_encoder else f"language{number}"], strict=True)
+        weights = loaded["encoder" if is_encoder else f"language{number}"]
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+        learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        lost = learning & set(missing) if learned_only else {name for name in missing if not _is_extra(name)}
+        assert not lost and not unexpected, (lost, unexpected)
         number += not is_encoder
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
@@ -113,8 +113,18 @@ class OutputFile:
     specs: Mapping[str, TensorSpec]
 
 
+class Reader(Protocol):
+    """Whole native tensors by name."""
+
+    folder: Path
+    specs: dict[str, TensorSpec]
+
+    def read(self, name: str) -> torch.Tensor:
+        """One whole tensor; several threads may ask."""
+
+
 def export_stream(
-    reader: NativeReader | MemoryReader,
+    reader: Reader,
     directory: HFDirectory,
     out_dir: Path,
     weight_format: WeightFormat,
@@ -162,7 +172,7 @@ def export_stream(
         (out_dir / INDEX).write_text(index_text([(file.name, file.specs) for file in files]), encoding="utf-8")
 
 
-def exported_shapes(reader: NativeReader | MemoryReader, directory: HFDirectory) -> dict[str, tuple[int, ...]]:
+def exported_shapes(reader: Reader, directory: HFDirectory) -> dict[str, tuple[int, ...]]:
     """Shapes of all tensors by their Hugging Face names.
 
     Raises:

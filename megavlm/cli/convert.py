@@ -10,6 +10,7 @@ SUMMARY = "convert between Hugging Face directories and native checkpoints, or l
 EPILOG = """\
 examples:
   megavlm convert export --checkpoint runs/demo/checkpoints --hf-dir models/qwen3-vl --out exported
+  megavlm convert export --checkpoint runs/lora/checkpoints --hf-dir models/qwen3-vl --adapter-only --out adapter
   megavlm convert import --hf-dir models/qwen3-vl --out native
   megavlm convert verify --hf-dir exported --checkpoint runs/demo/checkpoints
   megavlm convert inspect --checkpoint runs/demo/checkpoints
@@ -22,7 +23,9 @@ greedy tokens, from transformers. diff says at which tensor two models part, in 
 at which layer. The exit code of both is 1 where something differs.
 
 export takes the newest complete checkpoint of a folder, or the step folder that is named. Config, tokenizer, template
-and processor files are copied from --hf-dir, the directory that training started from. Training itself starts from a
+and processor files are copied from --hf-dir, the directory that training started from. Adapters are merged into the
+weights; with --adapter-only they are written in the format of the peft package, which loads them beside the weights of
+--hf-dir (and a recipe does, by peft.adapters). Training itself starts from a
 Hugging Face directory, so import is only needed for a native copy. With --dtype fp8 it is for
 inference alone: matrices of the decoder in E4M3 with scales of 128 x 128 numbers, as transformers and vLLM read them.
 Both go tensor by tensor: a model needs little more
@@ -39,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", help="native checkpoint to export: a step folder, or a folder of them")
     parser.add_argument(
         "--allow-pickle", action="store_true", help="of import and export: read weights that torch.save wrote, too"
+    )
+    parser.add_argument(
+        "--adapter-only", action="store_true", help="of export: write adapters in peft's format, not merged weights"
     )
     parser.add_argument("--activations", action="store_true", help="of diff: also compare what goes into every layer")
     parser.add_argument("--out", help="new or empty directory")
@@ -72,10 +78,12 @@ def run(args: argparse.Namespace) -> int:
             raise use_error(name, "nothing", "a directory", f"add {name} DIR")
     if args.direction == "export" and not args.checkpoint:
         raise use_error("--checkpoint", "nothing", "a native checkpoint", "name the folder to export")
-    if args.direction == "import" and (args.checkpoint or args.dtype):
-        raise use_error("convert import", "--checkpoint or --dtype", "neither", "they belong to export")
+    if args.direction == "import" and (args.checkpoint or args.dtype or args.adapter_only):
+        raise use_error("convert import", "--checkpoint, --dtype or --adapter-only", "none", "they belong to export")
+    if args.adapter_only and args.dtype == "fp8":
+        raise use_error("--dtype", "fp8 with --adapter-only", "float32, bfloat16 or float16", "e.g. --dtype bfloat16")
     start()
-    from megavlm.checkpoint.convert import export_checkpoint, import_checkpoint
+    from megavlm.checkpoint.convert import export_adapter, export_checkpoint, import_checkpoint
     from megavlm.checkpoint.hf_io import HFDirectory
     from megavlm.checkpoint.native import find_checkpoint
 
@@ -83,7 +91,8 @@ def run(args: argparse.Namespace) -> int:
     directory, out = HFDirectory(args.hf_dir, args.allow_pickle), Path(args.out)
     folder = find_checkpoint(Path(args.checkpoint), required=True) if args.checkpoint else None
     if folder is not None:
-        step = export_checkpoint(folder, directory, out, args.dtype)
+        export = export_adapter if args.adapter_only else export_checkpoint
+        step = export(folder, directory, out, args.dtype)
         logger.info("exported step %d of %s to %s", step, folder, out)
     else:
         logger.info("imported %s to %s", directory.path, import_checkpoint(directory, out))

@@ -23,10 +23,11 @@ example:
   megavlm data index examples/recipes/demo_handwriting.yaml --nproc 8
   megavlm data index rows.jsonl --hf-dir models/qwen3-vl --max-length 8192
 
-The index lies beside the rows, in .megavlm_index, or in data.index_dir; training and planning find it there and look at
-no row again. It belongs to the files, the model's processors and the knobs that decide about tokens: with others it is
-made anew. A build that was interrupted goes on where it was. Rows that cannot be used are in its mistakes.txt; training
-stops at them, or leaves them out with data.on_error=skip.
+The index lies beside the rows, in .megavlm_index, or in data.index_dir; training and planning find it there, and
+tokenise no row again: tokens are kept with it, about five bytes for each of the texts. It belongs to the files, the
+model's processors and the knobs that decide about tokens: with others it is made anew. A build that was interrupted
+goes on where it was. Rows that cannot be used are in its mistakes.txt; training stops at them, or leaves them out with
+data.on_error=skip.
 """
 
 

@@ -24,6 +24,7 @@ COMMANDS: dict[str, str] = {
     "generate": "megavlm.cli.generate",
     "data": "megavlm.cli.data",
     "plan": "megavlm.cli.plan",
+    "ranks": "megavlm.cli.ranks",
     "report": "megavlm.cli.report_run",
     "doctor": "megavlm.cli.doctor",
 }

@@ -47,7 +47,7 @@ def _run(args: argparse.Namespace) -> int:
     from megavlm.config.load import load_recipe
     from megavlm.config.validate import validate_layout, validate_recipe
     from megavlm.errors import use_error
-    from megavlm.platform.capabilities import BACKEND_NEEDS, require
+    from megavlm.platform.capabilities import needs_of, require
 
     under_torchrun = {"RANK", "WORLD_SIZE"} <= os.environ.keys()
     if under_torchrun and args.nproc:
@@ -58,7 +58,7 @@ def _run(args: argparse.Namespace) -> int:
     validate_recipe(recipe)
     world_size = int(os.environ["WORLD_SIZE"]) if under_torchrun else max(1, args.nproc)
     validate_layout(recipe, world_size)
-    for name in BACKEND_NEEDS[recipe.model.backend]:
+    for name in needs_of(recipe):
         require(name)
     if world_size > 1 and not under_torchrun and not args.dry_run:
         from megavlm.cli.launch import launch

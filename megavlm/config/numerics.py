@@ -65,12 +65,13 @@ def row_multiples(recipe: Recipe) -> tuple[int, int]:
 
 
 def check_numerics(recipe: Recipe) -> None:
-    """Check the section `fp8` and the loss scale against train.precision.
+    """Check the section `fp8`, the loss scale and fused products against train.precision and the stage.
 
     Raises:
         UseError: the first contradiction found.
     """
     train, fp8, optimizer = recipe.train, recipe.fp8, recipe.optimizer
+    _check_fusions(recipe)
     if optimizer.loss_scale and train.precision != "fp16":
         raise use_error(
             "optimizer.loss_scale",
@@ -92,6 +93,8 @@ def check_numerics(recipe: Recipe) -> None:
             "model.backend te: FP8 matrix products are Transformer Engine's",
             "set model.backend=te, or train.precision=fp8_emulated to study a recipe without a GPU",
         )
+    if train.precision == "fp8":
+        _check_transformer_engine(recipe)
     if train.precision == "fp8_emulated" and recipe.model.backend != "torch":
         raise use_error(
             "train.precision",
@@ -112,4 +115,48 @@ def check_numerics(recipe: Recipe) -> None:
             "true with the recipe delayed",
             "another recipe: Megatron-Core keeps one history for all layers",
             "set fp8.fp8_recipe=tensorwise or fp8.first_last_layers_bf16=false",
+        )
+
+
+def _check_transformer_engine(recipe: Recipe) -> None:
+    """What Megatron-Core's use of Transformer Engine leaves out: it enters FP8 around transformer layers, whole."""
+    fp8, parallel = recipe.fp8, recipe.parallel
+    if "projector" in fp8_recipes(recipe):
+        raise use_error(
+            "fp8.aligner_fp8_recipe",
+            fp8.aligner_fp8_recipe or f"{fp8.fp8_recipe} (fp8_recipe)",
+            "none: with train.precision fp8 only transformer layers are in FP8",
+            "set fp8.aligner_fp8_recipe=none",
+        )
+    if fp8.fp8_exempt:
+        raise use_error(
+            "fp8.fp8_exempt",
+            f"`{fp8.fp8_exempt[0]}` with train.precision fp8",
+            "nothing: Transformer Engine's layers are in FP8 whole; modules are exempt with fp8_emulated only",
+            "set fp8.first_last_layers_bf16=true, or leave it out",
+        )
+    recomputes_norms = parallel.recompute_granularity == "selective" and "layernorm" in parallel.recompute_modules
+    if recomputes_norms and "delayed" in fp8_recipes(recipe).values():
+        raise use_error(
+            "parallel.recompute_modules",
+            "layernorm with the recipe delayed",
+            "another recipe, or no norms: Megatron-Core refuses them together",
+            "set fp8.fp8_recipe=tensorwise, or remove layernorm",
+        )
+
+
+def _check_fusions(recipe: Recipe) -> None:
+    if recipe.model.cross_entropy_loss_fusion and recipe.train.stage == "rm":
+        raise use_error(
+            "model.cross_entropy_loss_fusion",
+            "true with train.stage rm",
+            "false: a reward model has scores in place of logits",
+            "set model.cross_entropy_loss_fusion=false",
+        )
+    if recipe.parallel.gradient_accumulation_fusion and recipe.train.precision == "fp8_emulated":
+        raise use_error(
+            "parallel.gradient_accumulation_fusion",
+            "true with train.precision fp8_emulated",
+            "false: emulated products have no kernels",
+            "set parallel.gradient_accumulation_fusion=false",
         )

@@ -27,11 +27,12 @@ def loss_types(recipe: Recipe) -> tuple[str, ...]:
 
 
 def check_objective(recipe: Recipe) -> None:
-    """Check train.stage against what it reads, and sections that it does not read.
+    """Check train.stage against what it reads, and sections that it does not read; and what ends a run early.
 
     Raises:
         UseError: the first mistake found.
     """
+    _check_early_stopping(recipe)
     stage = recipe.train.stage
     if stage != "sft" and recipe.sft != SftConfig():
         raise use_error("sft", f"settings with train.stage {stage}", "none", "remove them, or set train.stage=sft")
@@ -85,6 +86,19 @@ def _check_preference(stage: str, knobs: PreferenceConfig, loss_type: tuple[str,
         raise use_error("preference.label_smoothing", 0, "above 0: exo_pair divides by it", "set it, e.g. to 0.001")
     if knobs.discopop_tau == 0:
         raise use_error("preference.discopop_tau", 0, "more than 0", "set it, e.g. to 0.05")
+
+
+def _check_early_stopping(recipe: Recipe) -> None:
+    train = recipe.train
+    if not train.early_stopping_patience:
+        return
+    if not train.eval_steps:  # which needs data.eval
+        raise use_error(
+            "train.early_stopping_patience",
+            f"{train.early_stopping_patience} without train.eval_steps",
+            "evaluations during training",
+            "set train.eval_steps, or early_stopping_patience to 0",
+        )
 
 
 def _augments(recipe: Recipe) -> bool:

@@ -7,6 +7,7 @@ Knobs carry the names that Megatron and ms-swift users already type. Units are i
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megavlm.config.peft import PeftConfig
 from megavlm.config.precision import Fp8Config
 from megavlm.config.stage_knobs import PreferenceConfig, RewardConfig, SftConfig
 
@@ -43,8 +44,9 @@ class ParallelConfig:
     pipeline_model_parallel_layout: str = ""
     """Explicit decoder layers per stage in Megatron's notation, e.g. `Et|ttt|tL`; empty: even split."""
     context_parallel_size: int = 1
-    cp_comm_type: Literal["all_gather", "p2p"] = "all_gather"
-    """How context-parallel attention moves keys and values: `p2p` is the ring."""
+    cp_comm_type: Literal["all_gather", "p2p", "a2a"] = "all_gather"
+    """How context-parallel attention moves keys and values: `p2p` is the ring (backends torch and te), `a2a` shares out
+    heads instead of tokens (te). With te, `all_gather` takes Transformer Engine 2.18."""
     expert_model_parallel_size: int = 1
     """Ranks that share the experts of a layer; they are out of the tensor, context and data ranks of a stage."""
     expert_tensor_parallel_size: int = 0
@@ -79,6 +81,12 @@ class ParallelConfig:
     recompute_num_layers: int = 1
     recompute_modules: tuple[str, ...] = ("core_attn",)
     """With `selective`: any of core_attn, mlp (moe in a model with experts), layernorm."""
+    cpu_offloading: bool = False
+    """Activations wait for their backward pass in CPU memory, of encoder and language model; copied to and fro without
+    overlap."""
+    gradient_accumulation_fusion: bool = False
+    """Gradients of weights are added to those of the step in the product itself: kernels of Transformer Engine or apex,
+    on GPUs only."""
 
 
 @dataclass(frozen=True)
@@ -313,6 +321,11 @@ class TrainConfig:
     """Evaluate every so many steps (0: only at the end, where data.eval is set)."""
     eval_iters: int = 0
     """Microbatch rounds per evaluation (0: all of data.eval)."""
+    early_stopping_patience: int = 0
+    """Stop after so many evaluations in a row without a lower loss on the held-out rows; 0: never. The checkpoint with
+    the least loss is kept with checkpoint.keep_best, where checkpoints are saved when evaluations are made."""
+    early_stopping_threshold: float = 0.0
+    """By how much a loss has to be lower than the lowest before."""
     distributed_timeout_s: int = 600
 
 
@@ -371,6 +384,7 @@ class Recipe:
     reward: RewardConfig = field(default_factory=RewardConfig)
     fp8: Fp8Config = field(default_factory=Fp8Config)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    peft: PeftConfig = field(default_factory=PeftConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)
     gpu: str = ""

@@ -10,6 +10,7 @@ import math
 import re
 from pathlib import Path
 
+from megavlm.config.backends import check_backend
 from megavlm.config.fit import validate_layout, validate_model
 from megavlm.config.layout import divisors, language_pipeline_size, parse_pipeline_layout
 from megavlm.config.load import recipe_to_dict
@@ -19,6 +20,7 @@ from megavlm.config.objectives import check_objective
 from megavlm.config.placement import check_placement
 from megavlm.config.schema import DataConfig, ParallelConfig, Recipe
 from megavlm.config.tokens import check_tokens
+from megavlm.config.tuning import check_tuning
 from megavlm.errors import UseError, use_error
 
 __all__ = ["LEAST", "RECOMPUTE_MODULES", "validate_layout", "validate_model", "validate_recipe"]
@@ -97,6 +99,12 @@ LEAST: dict[str, float] = {
     "fp8.fp8_amax_history_len": 1,
     "fp8.num_layers_at_start_in_bf16": 0,
     "fp8.num_layers_at_end_in_bf16": 0,
+    "peft.lora_rank": 1,
+    "peft.lora_alpha": 0,
+    "peft.lora_dropout": 0,
+    "peft.lorap_lr_ratio": 0,
+    "peft.adapter_size": 1,
+    "peft.num_virtual_tokens": 1,
     "train.micro_batch_size": 1,
     "train.global_batch_size": 1,
     "train.train_iters": 0,
@@ -104,6 +112,8 @@ LEAST: dict[str, float] = {
     "train.seed": 0,
     "train.eval_steps": 0,
     "train.eval_iters": 0,
+    "train.early_stopping_patience": 0,
+    "train.early_stopping_threshold": 0,
     "train.distributed_timeout_s": 1,
     "checkpoint.save_steps": 0,
     "checkpoint.keep_last": 0,
@@ -122,8 +132,9 @@ _BELOW_ONE = (
     "optimizer.adam_beta2",
     "optimizer.lr_warmup_fraction",
     "sft.label_smoothing_factor",
+    "peft.lora_dropout",
 )
-_ABOVE_ZERO = ("data.frames_fps", "optimizer.lr", "optimizer.adam_eps")
+_ABOVE_ZERO = ("data.frames_fps", "optimizer.lr", "optimizer.adam_eps", "peft.lora_alpha", "peft.lorap_lr_ratio")
 
 
 def validate_recipe(recipe: Recipe, check_paths: bool = True) -> None:
@@ -147,7 +158,7 @@ def validate_recipe(recipe: Recipe, check_paths: bool = True) -> None:
     _check_recompute(recipe.parallel)
     _check_duration(recipe)
     _check_schedule(recipe)
-    _check_freezing(recipe)
+    check_tuning(recipe)
     check_mixture(recipe)
     _check_data(recipe)
     _check_media_limits(recipe.data)
@@ -191,20 +202,7 @@ def _check_name(recipe: Recipe) -> None:
 def _check_model(recipe: Recipe) -> None:
     if not recipe.model.hf_dir:
         raise use_error("model.hf_dir", "nothing", "a Hugging Face directory", "set model.hf_dir")
-    if recipe.model.backend == "flash" and recipe.train.precision == "fp32":
-        raise use_error(
-            "model.backend",
-            "flash with train.precision fp32",
-            "bf16",
-            "set train.precision=bf16 or model.backend=torch",
-        )
-    if recipe.model.cross_entropy_loss_fusion and recipe.train.stage == "rm":
-        raise use_error(
-            "model.cross_entropy_loss_fusion",
-            "true with train.stage rm",
-            "false: a reward model has scores in place of logits",
-            "set model.cross_entropy_loss_fusion=false",
-        )
+    check_backend(recipe)
     for name in ("attention_dropout", "hidden_dropout"):
         dropout = vars(recipe.model)[name]
         if dropout > 0 and recipe.parallel.context_parallel_size > 1:
@@ -323,28 +321,6 @@ def _check_schedule(recipe: Recipe) -> None:
         )
     if optimizer.min_lr > optimizer.lr:
         raise use_error("optimizer.min_lr", optimizer.min_lr, f"at most optimizer.lr {optimizer.lr}", "lower min_lr")
-
-
-def _check_freezing(recipe: Recipe) -> None:
-    optimizer = recipe.optimizer
-    if optimizer.freeze_vit and optimizer.freeze_aligner and optimizer.freeze_llm:
-        raise use_error(
-            "optimizer.freeze_llm",
-            "vision tower, projector and language model all frozen",
-            "something to train",
-            "set one of freeze_vit, freeze_aligner, freeze_llm to false",
-        )
-    for part, is_frozen, lr in (
-        ("vit", optimizer.freeze_vit, optimizer.vit_lr),
-        ("aligner", optimizer.freeze_aligner, optimizer.aligner_lr),
-    ):
-        if is_frozen and lr >= 0:
-            raise use_error(
-                f"optimizer.{part}_lr",
-                f"{lr} with freeze_{part} true",
-                "no learning rate for what is frozen",
-                f"set optimizer.{part}_lr=-1 or optimizer.freeze_{part}=false",
-            )
 
 
 def _check_data(recipe: Recipe) -> None:

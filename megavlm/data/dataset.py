@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from megavlm.data.compact import expand
 from megavlm.data.encode import NUM_PARTS, SampleEncoder
-from megavlm.data.examine import examine
+from megavlm.data.examine import CUTS, examine
 from megavlm.data.index import GridTable, RowIndex, join
-from megavlm.data.sample import EncodedSample, InlineBytes, Sample
+from megavlm.data.sample import Cut, EncodedSample, InlineBytes, Sample
 from megavlm.errors import use_error
 
 CACHED_TOKENS = 4_000_000
@@ -125,17 +126,21 @@ class Dataset:
         return bool(self.index.cuts_N[index])
 
     def encoded(self, index: int) -> EncodedSample:
-        """The tokens of a row that is left.
+        """The tokens of a row that is left: as the index has kept them, or else encoded anew.
 
         Raises:
             UseError: the row is not what it was when the index was made. Its images may be others, too; that is found
-                out where they are decoded.
+                out where they are decoded. Its text is not looked at again where the index has kept its tokens.
         """
         if index in self._cache:
             return self._cache[index]
-        length, grids = int(self.num_tokens_each[index]), self.grids_each[index]
-        # Of a row that was cut the index knows only the images that are left.
-        encoded = self.encoder.encode(self.sample(index), () if self.is_cut(index) else grids)
+        length, grids, sample = int(self.num_tokens_each[index]), self.grids_each[index], self.sample(index)
+        if self.index.tokens is None:
+            # Of a row that was cut the index knows only the images that are left.
+            encoded = self.encoder.encode(sample, () if self.is_cut(index) else grids)
+        else:
+            cut: Cut = ("", *CUTS)[int(self.index.cuts_N[index])]
+            encoded = expand(self.index.tokens[index], sample, grids, cut, self.encoder.inputs)
         if len(encoded.tokens_S) != length or encoded.grids_thw != grids:
             raise use_error(
                 encoded.sample_id,

@@ -23,7 +23,7 @@ from megavlm.data.media import media_name
 from megavlm.data.messages import ANSWER_ROLES
 from megavlm.data.numbered_images import show_numbered
 from megavlm.data.pairs import PAIR_PARTS, encode_pair
-from megavlm.data.positions import linear_positions, mrope_positions
+from megavlm.data.positions import sample_positions
 from megavlm.data.readers import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 from megavlm.data.sample import EncodedSample, FrameFiles, Media, Sample, Turn
 from megavlm.data.token_weights import DEFAULT_SCHEDULE, READ, RESPONSE, TokenSchedule
@@ -336,14 +336,15 @@ class SampleEncoder:
                 f"ids below the model's vocabulary size {self.inputs.vocab_size}",
                 "use the tokenizer that the model came with",
             )
+        shown, their_grids = tuple(inset.source for inset in insets), tuple(inset.grid for inset in insets)
         return EncodedSample(
             sample_id=sample.sample_id,
             tokens_S=tokens_S,
             token_classes_S=classes_S,
             scales_S=scales_S,
-            position_ids_3S=self._positions(tokens_S, insets),
-            images=tuple(inset.source for inset in insets),
-            grids_thw=tuple(inset.grid for inset in insets),
+            position_ids_3S=sample_positions(tokens_S, shown, their_grids, self.inputs),
+            images=shown,
+            grids_thw=their_grids,
         )
 
     def _is_placeholder(self, tokens_S: np.ndarray) -> np.ndarray:
@@ -381,13 +382,6 @@ class SampleEncoder:
 
     def _image_size(self, path: Media) -> tuple[int, int]:
         return read_image_size(path, self.max_image_pixels)
-
-    def _positions(self, tokens_S: np.ndarray, insets: Sequence[Inset]) -> np.ndarray:
-        if self.inputs.position_kind == "linear":
-            return linear_positions(len(tokens_S))
-        grids = [grid for inset in insets for grid in inset.placed]
-        intervals = [inset.interval for inset in insets for _ in inset.placed]
-        return mrope_positions(tokens_S, self.inputs.image_token_id, grids, self.inputs.merge_size, intervals)
 
 
 def _entities(sample: Sample) -> list[str]:

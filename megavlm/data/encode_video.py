@@ -3,6 +3,7 @@
 Shape suffix: S tokens.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,20 +25,11 @@ class Inset:
         source: an image's path, or frames of a video.
         grid: its patches.
         tokens_S: int64.
-        interval: positions between two frames, where they follow the time.
-        by_frame: whether each frame's visual tokens stand on their own, with others in between.
     """
 
     source: Media | VideoClip
     grid: Grid
     tokens_S: np.ndarray
-    interval: float = 1.0
-    by_frame: bool = False
-
-    @property
-    def placed(self) -> list[Grid]:
-        """Grids of the visual tokens that stand together, in order."""
-        return [(1, *self.grid[1:])] * self.grid[0] if self.by_frame else [self.grid]
 
 
 class VideoEncoder:
@@ -67,10 +59,10 @@ class VideoEncoder:
         clip = VideoClip(path, tuple(frames.tolist()))
         visual_S = np.full(self.inputs.num_image_tokens(grid), self.inputs.image_token_id, dtype=np.int64)
         if self.spec.kind == "stamped":
-            return Inset(clip, grid, self._stamped(frames, header.fps, visual_S), by_frame=True)
+            return Inset(clip, grid, self._stamped(frames, header.fps, visual_S))
         if self.spec.kind == "timed":
             seconds = self.spec.frame.temporal_patch_size / (len(frames) / header.num_frames * header.fps)
-            return Inset(clip, grid, visual_S, interval=self.inputs.tokens_per_second * seconds)
+            clip = dataclasses.replace(clip, interval=self.inputs.tokens_per_second * seconds)
         return Inset(clip, grid, visual_S)
 
     def _stamped(self, frames: np.ndarray, fps: float, visual_S: np.ndarray) -> np.ndarray:

@@ -5,19 +5,21 @@ Shape suffixes: R rows looked at, G images and videos of the rows that are kept,
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from megavlm.config.inputs import InputSpec
+from megavlm.data.compact import CompactSample, compact, expand
 from megavlm.data.encode import SampleEncoder, TooLong
 from megavlm.data.pixels import WantedImage, load_pixels
-from megavlm.data.sample import EncodedSample, Sample
+from megavlm.data.sample import Cut, EncodedSample, Sample
 from megavlm.errors import UseError
 
 REASONS = ("too_long", "nothing_to_learn", "unreadable_row", "unusable_row", "broken_image")
 """Why rows are left out. The first two are no mistakes; the others are, as reader, encoder and decoder say."""
 MISTAKES = REASONS[2:]
-CUTS = ("turns", "answer")
+CUTS: tuple[Cut, ...] = ("turns", "answer")
 """What was left out of rows that are too long, but not left out whole."""
 
 
@@ -34,6 +36,8 @@ class Part:
         digests_R: uint64 of tokens, their kinds and scales, and positions; 0 where the row is not kept.
         grids_GK: int64 grids of images and videos, row by row.
         messages: of the rows that are not kept, in order: the line for the user, of one without a mistake its id.
+        record_bytes_R: int64 lengths of what is kept of their tokens (`compact.py`); 0 where a row is not kept.
+        records: of the rows that are kept, one behind the other; empty where they were not asked for, or lie in a file.
     """
 
     start: int
@@ -44,6 +48,8 @@ class Part:
     digests_R: np.ndarray
     grids_GK: np.ndarray
     messages: tuple[str, ...]
+    record_bytes_R: np.ndarray
+    records: bytes = field(default=b"", repr=False)
 
 
 def examine(
@@ -53,6 +59,7 @@ def examine(
     *,
     check_images: bool = False,
     stop_at_mistake: bool = False,
+    keep_tokens: bool = False,
 ) -> Part:
     """Read and encode rows; headers of images are read, their pixels only when asked for.
 
@@ -62,28 +69,32 @@ def examine(
         rows: which of them.
         check_images: decode every image and video whole.
         stop_at_mistake: look no further behind a row with a mistake; the part ends with it.
+        keep_tokens: keep what rows are encoded from without their texts.
     """
     reasons, lengths, cuts, counts, digests = [], [], [], [], []
+    records: list[bytes] = []
     grids: list[tuple[int, ...]] = []
     messages: list[str] = []
     for row in rows:
         found = _examine_row(samples, encoder, row, check_images)
-        if isinstance(found, EncodedSample):
+        if isinstance(found, tuple):
+            sample, encoded = found
             reasons.append(0)
-            lengths.append(len(found.tokens_S))
-            cuts.append(1 + CUTS.index(found.cut) if found.cut else 0)
-            counts.append(len(found.grids_thw))
-            digests.append(digest(found))
-            grids.extend(found.grids_thw)
+            lengths.append(len(encoded.tokens_S))
+            cuts.append(1 + CUTS.index(encoded.cut) if encoded.cut else 0)
+            counts.append(len(encoded.grids_thw))
+            digests.append(digest(encoded))
+            grids.extend(encoded.grids_thw)
+            records.append(_record(encoded, sample, encoder.inputs) if keep_tokens else b"")
             continue
-        reason, message = found
-        reasons.append(1 + REASONS.index(reason))
+        reasons.append(1 + REASONS.index(found.reason))
         lengths.append(0)
         cuts.append(0)
         counts.append(0)
         digests.append(0)
-        messages.append(message)
-        if stop_at_mistake and reason in MISTAKES:
+        records.append(b"")
+        messages.append(found.message)
+        if stop_at_mistake and found.reason in MISTAKES:
             break
     return Part(
         start=rows.start,
@@ -94,31 +105,49 @@ def examine(
         digests_R=np.array(digests, dtype=np.uint64),
         grids_GK=np.array(grids, dtype=np.int64).reshape(len(grids), len(grids[0]) if grids else 0),
         messages=tuple(messages),
+        record_bytes_R=np.array([len(record) for record in records], dtype=np.int64),
+        records=b"".join(records),
     )
+
+
+@dataclass(frozen=True)
+class _LeftOut:
+    """Why a row is left out: the reason, and the line for the user."""
+
+    reason: str
+    message: str
 
 
 def _examine_row(
     samples: Sequence[Sample], encoder: SampleEncoder, row: int, check_images: bool
-) -> EncodedSample | tuple[str, str]:
-    """The encoded row, or why it is left out: the reason, and the line for the user."""
+) -> tuple[Sample, EncodedSample] | _LeftOut:
+    """The row, and what it becomes."""
     try:
         sample = samples[row]
     except UseError as error:
-        return "unreadable_row", str(error)
+        return _LeftOut("unreadable_row", str(error))
     try:
         encoded = encoder.encode(sample)
     except TooLong as error:
-        return "too_long", error.sample_id
+        return _LeftOut("too_long", error.sample_id)
     except UseError as error:
-        return "unusable_row", str(error)
+        return _LeftOut("unusable_row", str(error))
     if not encoder.learns(encoded):
-        return "nothing_to_learn", sample.sample_id
+        return _LeftOut("nothing_to_learn", sample.sample_id)
     if check_images:
         try:
             load_pixels([WantedImage(encoded, number) for number in range(len(encoded.images))], encoder)
         except UseError as error:
-            return "broken_image", str(error)
-    return encoded
+            return _LeftOut("broken_image", str(error))
+    return sample, encoded
+
+
+def _record(encoded: EncodedSample, sample: Sample, inputs: InputSpec) -> bytes:
+    """What is kept of a row's tokens; it gives the row again, or nothing would find out later that it does not."""
+    record = compact(encoded, sample, inputs).to_bytes()
+    again = expand(CompactSample.from_bytes(record), sample, encoded.grids_thw, encoded.cut, inputs)
+    assert digest(again) == digest(encoded), f"{sample.sample_id}: its tokens are not what was kept of them"
+    return record
 
 
 def digest(sample: EncodedSample) -> int:

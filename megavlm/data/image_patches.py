@@ -9,6 +9,7 @@ Shape suffixes: B bytes, P patches, C values of a flattened patch, HWC image axe
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,6 +73,17 @@ class PixelBytes:
     values_B: torch.Tensor
     runs: tuple[tuple[PatchFormat, int], ...]
     patch_channels: int
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is not in shared memory leaves a data worker as bytes: torch would put it there, and copy it."""
+        values_B = self.values_B if self.values_B.is_shared() else self.values_B.numpy()
+        return {**vars(self), "values_B": values_B}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Back to a tensor."""
+        vars(self).update(state)
+        if isinstance(state["values_B"], np.ndarray):
+            vars(self)["values_B"] = torch.from_numpy(state["values_B"])
 
     @property
     def num_patches(self) -> int:

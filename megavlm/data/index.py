@@ -12,6 +12,7 @@ import numpy as np
 
 from megavlm.config.inputs import Grid
 from megavlm.data.examine import CUTS, MISTAKES, REASONS, Part
+from megavlm.data.token_files import TokenFiles
 from megavlm.errors import UseError, use_error
 
 
@@ -64,6 +65,7 @@ class RowIndex:
         digests_N: uint64 of what they became (`examine.digest`).
         grids: of their images and videos.
         dropped: rows left out, by reason; only reasons that there are.
+        tokens: what rows are encoded from without their texts; None: an index in memory, whose rows are encoded anew.
     """
 
     num_rows: int
@@ -73,6 +75,7 @@ class RowIndex:
     digests_N: np.ndarray
     grids: GridTable
     dropped: dict[str, "DroppedRows"] = field(default_factory=dict)
+    tokens: TokenFiles | None = None
 
     @property
     def digest(self) -> str:

@@ -1,9 +1,11 @@
 """The index on the disk, made once: by one process or by many together, in parts, each of which is kept.
 
 A folder belongs to one fingerprint: of the rows' files, of what encodes them, of this format. Parts are written under
-another name and renamed, so that an interrupted build goes on where it was, also with another number of processes.
+another name and renamed, so that an interrupted build goes on where it was, also with another number of processes. The
+tokens of a part lie in a file of their own, which is there before the part is, and of which only single rows are read.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -20,13 +22,14 @@ from megavlm.data.encode import SampleEncoder
 from megavlm.data.examine import REASONS, Part, examine
 from megavlm.data.index import RowIndex, join
 from megavlm.data.sample import Sample
+from megavlm.data.token_files import TokenFiles
 from megavlm.errors import UseError, use_error
 
-FORMAT = 2
+FORMAT = 3
 PART_ROWS = 1024
 DESCRIPTION = "index.json"
 MISTAKES_FILE = "mistakes.txt"
-_ARRAYS = ("reasons_R", "num_tokens_R", "cuts_R", "num_images_R", "digests_R", "grids_GK")
+_ARRAYS = ("reasons_R", "num_tokens_R", "cuts_R", "num_images_R", "digests_R", "grids_GK", "record_bytes_R")
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ def build_index(
                 path.unlink()
         builders.wait()
         for start in starts[builders.number :: builders.count]:
-            if not _part_path(folder, start).is_file() and not make_part(
+            if not _is_made(folder, start) and not make_part(
                 folder, samples, encoder, check_images, start, stop_at_mistake=stop_at_mistake
             ):
                 break
@@ -114,7 +117,10 @@ def build_index(
         stopped = sorted(folder.glob("stopped_*"))
         if stopped:
             raise UseError(stopped[0].read_text(encoding="utf-8"))
-        index = join([_load_part(_part_path(folder, start), start) for start in starts])
+        parts = [_load_part(_part_path(folder, start), start) for start in starts]
+        kept_bytes = [part.record_bytes_R[part.reasons_R == 0] for part in parts]
+        tokens = TokenFiles([_tokens_path(folder, start) for start in starts], kept_bytes)
+        index = dataclasses.replace(join(parts), tokens=tokens)
         if builders.number == 0:
             _describe(folder, index)
     except OSError as error:
@@ -127,7 +133,7 @@ def build_index(
 
 def missing_parts(folder: Path, num_rows: int) -> list[int]:
     """The first rows of the parts that are still to be made."""
-    return [start for start in range(0, num_rows, PART_ROWS) if not _part_path(folder, start).is_file()]
+    return [start for start in range(0, num_rows, PART_ROWS) if not _is_made(folder, start)]
 
 
 def make_part(
@@ -141,17 +147,27 @@ def make_part(
 ) -> bool:
     """Look at the rows of a part and keep what was found; returns whether it came to the end of them."""
     rows = range(start, min(start + PART_ROWS, len(samples)))
-    part = examine(samples, encoder, rows, check_images=check_images, stop_at_mistake=stop_at_mistake)
+    look = {"check_images": check_images, "stop_at_mistake": stop_at_mistake}
+    part = examine(samples, encoder, rows, **look, keep_tokens=True)
     folder.mkdir(parents=True, exist_ok=True)
     if len(part.reasons_R) < len(rows):
         _write_text(folder / f"stopped_{start:012d}", part.messages[-1])
         return False
+    _write(_tokens_path(folder, start), lambda file: file.write(part.records))
     _write(_part_path(folder, start), functools.partial(_save_part, part))
     return True
 
 
 def _part_path(folder: Path, start: int) -> Path:
     return folder / f"part_{start:012d}.npz"
+
+
+def _is_made(folder: Path, start: int) -> bool:
+    return _part_path(folder, start).is_file() and _tokens_path(folder, start).is_file()
+
+
+def _tokens_path(folder: Path, start: int) -> Path:
+    return folder / f"tokens_{start:012d}.bin"
 
 
 def _write(path: Path, fill: Callable[[BinaryIO], object]) -> None:

@@ -24,6 +24,10 @@ from megavlm.errors import RunError, UseError
 
 logger = logging.getLogger(__name__)
 
+LEAST_SHARED_BYTES = 128 * 1024
+"""Pixels of a microbatch that take less leave a worker through its pipe. A file of shared memory takes both processes
+together most of a millisecond, whatever its size; so many bytes through the pipe, a quarter of that."""
+
 __all__ = ["BatchLoader", "Dataset", "PrepareReport", "evaluation_rows"]
 
 
@@ -87,10 +91,11 @@ class _MicrobatchBuilder(torch.utils.data.Dataset):
 
 
 def _shared_empty(num_bytes: int) -> torch.Tensor:
-    """Uint8 [num_bytes]; in a worker in memory that the rank sees too, so that pixels are not copied once more."""
+    """Uint8 [num_bytes]; many, in a worker, in memory that the rank sees too, so that they are not copied once more."""
     values_B = torch.empty(num_bytes, dtype=torch.uint8)
+    is_shared = num_bytes >= LEAST_SHARED_BYTES and torch.utils.data.get_worker_info() is not None
     # Before anything is written: sharing it later, as torch does with what a worker returns, would copy the pixels.
-    return values_B if torch.utils.data.get_worker_info() is None else values_B.share_memory_()
+    return values_B.share_memory_() if is_shared else values_B
 
 
 class BatchLoader:

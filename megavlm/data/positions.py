@@ -7,7 +7,35 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megavlm.config.inputs import Grid
+from megavlm.config.inputs import Grid, InputSpec
+from megavlm.data.sample import Media, VideoClip
+
+
+def sample_positions(
+    tokens_S: np.ndarray, images: Sequence[Media | VideoClip], grids_thw: Sequence[Grid], inputs: InputSpec
+) -> np.ndarray:
+    """Positions of a conversation as its family counts them: int64 [3, S].
+
+    Args:
+        tokens_S: token ids, image placeholders expanded.
+        images: images and videos, in the order in which they stand there.
+        grids_thw: of each.
+        inputs: the family's facts.
+    """
+    if inputs.position_kind == "linear":
+        return linear_positions(len(tokens_S))
+    grids: list[Grid] = []
+    intervals: list[float] = []
+    for image, grid in zip(images, grids_thw, strict=True):
+        if not isinstance(image, VideoClip):
+            grids.append(grid)
+            intervals.append(1.0)
+            continue
+        # The visual tokens of a frame whose time is written in front of them stand on their own.
+        placed = [(1, *grid[1:])] * grid[0] if inputs.video_kind == "stamped" else [grid]
+        grids += placed
+        intervals += [image.interval] * len(placed)
+    return mrope_positions(tokens_S, inputs.image_token_id, grids, inputs.merge_size, intervals)
 
 
 def linear_positions(num_tokens: int) -> np.ndarray:

@@ -83,6 +83,8 @@ class VideoClip:
 
     path: Video
     frames: tuple[int, ...]
+    interval: float = 1.0
+    """Positions between two (temporal patches of) frames, where they follow the time."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,10 @@ class Sample:
     weight: float = 1.0
 
 
+Cut = Literal["", "turns", "answer"]
+"""What was left out of a row that is too long: turns, or the end of an answer too; empty: nothing."""
+
+
 @dataclass(frozen=True)
 class EncodedSample:
     """One sample as tokens, its image placeholders expanded; pixels still on disk.
@@ -159,7 +165,7 @@ class EncodedSample:
     position_ids_3S: np.ndarray
     images: tuple[Media | VideoClip, ...]
     grids_thw: tuple[Grid, ...]
-    cut: Literal["", "turns", "answer"] = ""
+    cut: Cut = ""
     part_lengths: tuple[int, ...] = ()
     feature_rows_V: np.ndarray | None = None
     images_together: int = 0

@@ -1,5 +1,7 @@
 """From an architecture and a layout to the parts of the model that this rank holds."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,9 +26,15 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def transformer_config(
-    architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, precision: str
+    architecture: Architecture,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    precision: str,
+    fp8: Mapping[str, Any] = MappingProxyType({}),
 ) -> TransformerConfig:
-    """Megatron-Core's configuration of the language model under a layout; `precision` out of `DTYPES`.
+    """Megatron-Core's configuration of the language model under a layout.
+
+    `precision` is out of `DTYPES`; `fp8` are its own knobs of FP8 (`models.fp8.fp8_settings`), none: it is not in FP8.
 
     Fusions stay off: those of Megatron-Core without Transformer Engine change the arithmetic (tanh for erf GELU) or
     need CUDA.
@@ -68,17 +76,18 @@ def transformer_config(
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=parallel.gradient_accumulation_fusion,
         apply_rope_fusion=False,
         use_cpu_initialization=False,
         # also marks which parameters are sharded, and how; the values are overwritten
         perform_initialization=True,
-        **_experts(language, parallel),
+        **_experts(language, model, parallel),
         **_recompute(parallel),
+        **fp8,
     )
 
 
-def _experts(language: LanguageArchitecture, parallel: ParallelConfig) -> dict[str, Any]:
+def _experts(language: LanguageArchitecture, model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
     if language.experts is None:
         return {}
     return {
@@ -88,6 +97,7 @@ def _experts(language: LanguageArchitecture, parallel: ParallelConfig) -> dict[s
         "moe_router_pre_softmax": False,
         "moe_ffn_hidden_size": language.experts.ffn_hidden_size,
         "moe_router_load_balancing_type": "none",  # models/experts.py has its own
+        "moe_grouped_gemm": model.backend == "te",
         "moe_token_dispatcher_type": parallel.moe_token_dispatcher_type,
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size,
@@ -141,9 +151,17 @@ def build_language_chunks(
 
 
 def build_encoder(
-    family: ModelFamily, architecture: Architecture, config: TransformerConfig, backend: str, groups: Groups
+    family: ModelFamily,
+    architecture: Architecture,
+    config: TransformerConfig,
+    backend: str,
+    groups: Groups,
+    fp8: Mapping[str, Any] = MappingProxyType({}),
 ) -> VisionEncoder | None:
-    """This rank's vision encoder, or its stage of it, weights uninitialised; None where there is none."""
+    """This rank's vision encoder, or its stage of it, weights uninitialised; None where there is none.
+
+    `config` is the language model's, `fp8` the tower's own knobs of FP8.
+    """
     if not groups.has_encoder:
         return None
     num_layers, num_stages = architecture.vision.num_computed_layers, groups.vision.pp.size()
@@ -155,7 +173,7 @@ def build_encoder(
             f"set it to {num_layers} or less",
         )
     provider = provider_of(backend)
-    encoder_config = tower_config(config, architecture.vision, groups.vision)
+    encoder_config = tower_config(config, architecture.vision, groups.vision, fp8)
     vision = family.build_tower(encoder_config, architecture, provider, groups.vision)
     projector = None
     if groups.vision.pp.rank() == num_stages - 1:

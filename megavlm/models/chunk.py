@@ -16,6 +16,7 @@ from torch import nn
 from megavlm.models.architecture import Architecture
 from megavlm.models.gated import ImagesInRow, images_in_row
 from megavlm.models.merge import carry_features, feature_rows, merge_features
+from megavlm.models.recompute import ready_for_recompute
 from megavlm.parallel.context import local_part
 from megavlm.parallel.groups import Groups
 
@@ -144,4 +145,4 @@ class LanguageChunk(MegatronModule):
             hidden_LKH = merge_features(embeddings_LH, features_VKH, rows_L, self.num_slots)
         if self.config.sequence_parallel:
             hidden_LKH = tensor_parallel.scatter_to_sequence_parallel_region(hidden_LKH, group=self.groups.tensor)
-        return hidden_LKH.contiguous()
+        return ready_for_recompute(hidden_LKH.contiguous(), self)

@@ -8,10 +8,17 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
 
 from megavlm.parallel.attention import all_gather_attention, packed_attention, ring_attention
 
 CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
+
+
+class PrefixModule(nn.Module):
+    """Gives keys and values [virtual tokens, key/value heads of this rank, head dim] in front of every sample's."""
+
+    enabled = True
 
 
 class PackedAttention(MegatronModule):
@@ -37,7 +44,8 @@ class PackedAttention(MegatronModule):
         self.causal = attn_mask_type in CAUSAL
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
-        self.context_group = pg_collection.cp
+        self.context_group, self.tensor_group = pg_collection.cp, pg_collection.tp
+        self.register_module("adapter", None)
         self.across_ranks = {"all_gather": all_gather_attention, "p2p": ring_attention}[cp_comm_type or "all_gather"]
 
     def forward(
@@ -66,10 +74,12 @@ class PackedAttention(MegatronModule):
         """
         assert packed_seq_params is not None and attention_mask is None and attention_bias is None, "packed rows only"
         borders = packed_seq_params.cu_seqlens_q.tolist()
+        prefix = self.adapter() if self.adapter is not None and self.adapter.enabled else None
         if self.context_group.size() == 1:
             dropout = self.dropout if self.training else 0.0
-            out = packed_attention(query, key, value, borders, self.causal, self.scale, dropout)
+            out = packed_attention(query, key, value, borders, self.causal, self.scale, dropout, prefix)
         else:
             assert self.causal and self.dropout == 0.0, "context parallelism is causal and without dropout"
-            out = self.across_ranks(query, key, value, borders, self.context_group, self.scale)
+            options = {} if prefix is None else {"prefix": prefix}  # validation refuses it with a ring
+            out = self.across_ranks(query, key, value, borders, self.context_group, self.scale, **options)
         return out.unsqueeze(1)

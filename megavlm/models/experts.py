@@ -18,8 +18,6 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
-from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
@@ -132,14 +130,13 @@ def experts_spec(provider: LocalSpecProvider, coefficient: float) -> ModuleSpec:
     """The layer's module in place of an MLP.
 
     Args:
-        provider: where linears come from.
+        provider: where the experts come from.
         coefficient: of the load-balancing loss.
     """
-    expert = MLPSubmodules(linear_fc1=provider.column_parallel_linear(), linear_fc2=provider.row_parallel_linear())
     return ModuleSpec(
         module=MoELayer,
         submodules=MoESubmodules(
-            experts=ModuleSpec(module=SequentialMLP, submodules=expert),
+            experts=provider.experts(),
             router=functools.partial(Router, coefficient=coefficient),
         ),
     )
@@ -154,8 +151,11 @@ def finish_experts(model: nn.Module, groups: ProcessGroupCollection) -> None:
     for module in model.modules():
         if not isinstance(module, MoELayer):
             continue
-        for parameter in module.experts.parameters():
+        for name, parameter in module.experts.named_parameters():
             vars(parameter)["allreduce"] = False
+            # Transformer Engine's grouped linears know nothing of the ranks that share a matrix, and mark dimension 0
+            if "linear_fc2.weight" in name:
+                vars(parameter)["partition_dim"] = 1
         if module.config.moe_token_dispatcher_type == "allgather":
             module.token_dispatcher = AllGatherDispatcher(
                 module.num_local_experts, module.local_expert_indices, config=module.config, pg_collection=groups

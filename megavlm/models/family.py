@@ -28,6 +28,7 @@ class ModelFamily:
             [V, K, H].
         weight_map: architecture to one entry per native parameter.
         public_name: spelling variants of a checkpoint's tensor names to the one that the map uses and an export writes.
+        memory_name: a name of the map to the one that transformers has for it in memory, by which adapters are named.
     """
 
     model_type: str
@@ -36,3 +37,4 @@ class ModelFamily:
     build_projector: Callable[[TransformerConfig, Architecture, LocalSpecProvider, ProcessGroupCollection], nn.Module]
     weight_map: Callable[[Architecture], list[Entry]]
     public_name: Callable[[str], str]
+    memory_name: Callable[[str], str]

@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
+from megavlm.config.numerics import fp8_recipes
 from megavlm.config.precision import Fp8Config
+from megavlm.config.schema import Recipe
 from megavlm.errors import use_error
 from megavlm.models.architecture import Architecture
 from megavlm.models.names import Part, component_of, global_name
@@ -21,6 +23,24 @@ _LAYER = re.compile(r"(language\.decoder|vision\.block)\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.local_experts\.")
 # As in Megatron: logits are computed in the precision of the activations.
 _NEVER = "language.output_layer"
+
+
+def fp8_settings(component: str, recipe: Recipe) -> dict[str, Any]:
+    """Megatron-Core's knobs of FP8 for a component that Transformer Engine computes; none where it is not in FP8."""
+    chosen, fp8 = fp8_recipes(recipe).get(component), recipe.fp8
+    if recipe.train.precision != "fp8" or chosen is None:
+        return {}
+    return {
+        "fp8": fp8.fp8_format,
+        "fp8_recipe": chosen,
+        "fp8_param": fp8.fp8_param_gather,
+        "fp8_margin": fp8.fp8_margin,
+        "fp8_amax_history_len": fp8.fp8_amax_history_len,
+        "fp8_amax_compute_algo": fp8.fp8_amax_compute_algo,
+        "first_last_layers_bf16": fp8.first_last_layers_bf16,
+        "num_layers_at_start_in_bf16": fp8.num_layers_at_start_in_bf16,
+        "num_layers_at_end_in_bf16": fp8.num_layers_at_end_in_bf16,
+    }
 
 
 def linears(part: Part) -> Iterator[tuple[str, ColumnParallelLinear | RowParallelLinear]]:

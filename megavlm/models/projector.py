@@ -43,7 +43,7 @@ class TwoLayerMLP(MegatronModule):
         make_norm = plain_rms_norm if rms_norm else plain_layer_norm
         self.norm = make_norm(norm_size, norm_epsilon, config.params_dtype) if norm_size else None
         self.norm_after_merge = norm_size == self.input_size and merge > 1
-        linear = {"config": config, "bias": True, "tp_group": groups.tp}
+        linear = {"config": config, "bias": True, "tp_group": groups.tp, "skip_bias_add": False, "is_expert": False}
         self.linear_fc1 = provider.column_parallel_linear()(
             self.input_size, hidden_size, init_method=config.init_method, gather_output=False, **linear
         )
@@ -52,7 +52,6 @@ class TwoLayerMLP(MegatronModule):
             output_size,
             init_method=config.output_layer_init_method,
             input_is_parallel=True,
-            skip_bias_add=False,
             **linear,
         )
 

@@ -1,47 +1,45 @@
 """Transformer layer specs, from one provider of modules per backend.
 
-`torch` runs everywhere. `te` (Transformer Engine) and `flash` get their providers here.
+`torch` runs everywhere; `flash` takes its attention from flash-attn; `te` takes everything from Transformer Engine.
+Whatever the backend, weights have the same names in weight maps and checkpoints.
 """
 
 from collections.abc import Callable
 from typing import Any
 
-import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
-from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import nn
 
 from megavlm.errors import use_error
 from megavlm.models.core_attention import PackedAttention
+from megavlm.models.linear import ColumnLinear, RowLinear
+from megavlm.models.names import FUSED_NORMS
 from megavlm.models.norm import Norm
-
-
-class RowLinear(RowParallelLinear):
-    """Row-parallel linear that hands out a copy of its bias (the layer adds it later), not the parameter.
-
-    Selective recompute of an MLP runs it inside an autograd function, and what that returns becomes an output of the
-    function: the parameter itself would get a history that leads from one microbatch into the one before, without end.
-    """
-
-    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Output, and the bias that is still to be added."""
-        output, bias = super().forward(input_)
-        return output, None if bias is None else bias.clone()
+from megavlm.platform.capabilities import require
 
 
 class TorchProvider(LocalSpecProvider):
-    """Megatron-Core's linears, with a norm and a core attention in plain torch."""
+    """Megatron-Core's linears, with a norm in plain torch and a core attention of choice."""
 
-    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
+    def __init__(self, attention: type = PackedAttention) -> None:
+        self.attention = attention
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, **_options: Any) -> type:
         """Return the norm module."""
         return Norm
+
+    def column_parallel_linear(self) -> type:
+        """Return the linear split over its outputs."""
+        return ColumnLinear
 
     def row_parallel_linear(self) -> type:
         """Return the linear split over its inputs."""
@@ -49,7 +47,12 @@ class TorchProvider(LocalSpecProvider):
 
     def core_attention(self) -> type:
         """Return the core attention module."""
-        return PackedAttention
+        return self.attention
+
+    def experts(self) -> ModuleSpec:
+        """One expert of a rank after the other."""
+        linears = MLPSubmodules(linear_fc1=self.column_parallel_linear(), linear_fc2=self.row_parallel_linear())
+        return ModuleSpec(module=SequentialMLP, submodules=linears)
 
 
 def without_bias(linear: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
@@ -64,17 +67,44 @@ def without_bias(linear: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     return build
 
 
-PROVIDERS: dict[str, type[LocalSpecProvider]] = {"torch": TorchProvider}
+def _torch_provider() -> LocalSpecProvider:
+    return TorchProvider()
+
+
+def _flash_provider() -> LocalSpecProvider:
+    require("flash-attn")
+    from megavlm.models.flash import FlashAttention
+
+    return TorchProvider(FlashAttention)
+
+
+def _te_provider() -> LocalSpecProvider:
+    if not HAVE_TE:
+        found = require("transformer-engine")
+        raise use_error(
+            "model.backend",
+            f"te with Transformer Engine {found.version}, which this megatron-core does not take",
+            "versions that fit together",
+            f"{found.install}, or set model.backend=torch",
+        )
+    from megavlm.models.te import TEProvider
+
+    return TEProvider()
+
+
+PROVIDERS: dict[str, Callable[[], LocalSpecProvider]] = {
+    "torch": _torch_provider,
+    "flash": _flash_provider,
+    "te": _te_provider,
+}
 
 
 def provider_of(backend: str) -> LocalSpecProvider:
     """Modules of a backend.
 
     Raises:
-        UseError: the backend has no provider in this version.
+        UseError: a package is missing that the backend needs.
     """
-    if backend not in PROVIDERS:
-        raise use_error("model.backend", backend, f"one of {', '.join(PROVIDERS)}", "set model.backend=torch")
     return PROVIDERS[backend]()
 
 
@@ -96,18 +126,19 @@ def layer_spec(
         params: further constructor arguments of the layer module.
         mlp: what stands in place of a dense MLP.
     """
-    norm = provider.layer_norm()
-    dense = MLPSubmodules(linear_fc1=provider.column_parallel_linear(), linear_fc2=provider.row_parallel_linear())
+    norm, column = provider.layer_norm(), provider.column_parallel_linear()
+    fused = provider.column_parallel_layer_norm_linear()
+    dense = MLPSubmodules(linear_fc1=fused or column, linear_fc2=provider.row_parallel_linear())
     return ModuleSpec(
         module=layer_class,
         params=params or {},
         submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
+            input_layernorm=IdentityOp if fused else norm,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": mask_type},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=provider.column_parallel_linear(),
+                    linear_qkv=fused or column,
                     core_attention=provider.core_attention(),
                     linear_proj=provider.row_parallel_linear(),
                     q_layernorm=norm if qk_norm else IdentityOp,
@@ -115,8 +146,10 @@ def layer_spec(
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=norm,
+            pre_mlp_layernorm=IdentityOp if fused and mlp is None else norm,
             mlp=mlp or ModuleSpec(module=MLP, submodules=dense),
             mlp_bda=get_bias_dropout_add,
+            # checkpoints have the norm's own name
+            sharded_state_dict_keys_map=dict(FUSED_NORMS) if fused else {},
         ),
     )

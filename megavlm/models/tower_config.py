@@ -1,6 +1,9 @@
 """Megatron-Core configuration of a vision tower, derived from the language model's."""
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -11,7 +14,10 @@ from megavlm.models.architecture import VisionArchitecture
 
 
 def tower_config(
-    language: TransformerConfig, vision: VisionArchitecture, groups: ProcessGroupCollection
+    language: TransformerConfig,
+    vision: VisionArchitecture,
+    groups: ProcessGroupCollection,
+    fp8: Mapping[str, Any] = MappingProxyType({}),
 ) -> TransformerConfig:
     """The tower has tensor parallelism and stages of its own, no context and no sequence parallelism.
 
@@ -19,6 +25,7 @@ def tower_config(
         language: the language model's configuration (precision, recompute and parameter initialisation carry over).
         vision: what the tower is made of.
         groups: of the encoder.
+        fp8: Megatron-Core's knobs of FP8; without any the tower is not in FP8, whatever the language model is.
     """
     num_stages = groups.pp.size()
     return dataclasses.replace(
@@ -51,6 +58,7 @@ def tower_config(
         expert_model_parallel_size=1,
         expert_tensor_parallel_size=groups.tp.size(),
         recompute_modules=["mlp" if module == "moe" else module for module in language.recompute_modules or ()],
+        **({"fp8": None, "fp8_param": False} | dict(fp8)),
     )
 
 

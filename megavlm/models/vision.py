@@ -4,11 +4,15 @@ Shape suffixes: P patches of all images of a batch, C values of a patch, D hidde
 columns). Patches come in merge-block order: the merge_size^2 patches of one visual token are neighbours.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.enums import Fp8Recipe
+from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -21,6 +25,7 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megavlm.models.recompute import ready_for_recompute
 from megavlm.models.specs import layer_spec, without_bias
 
 
@@ -147,17 +152,25 @@ def run_layers(
         The last hidden state [P, 1, D], and the kept ones in the order of `taps`.
     """
     recompute = block.config.recompute_granularity == "full" and block.training
+    # As in TransformerBlock.forward: with delayed scales one context for all layers, else one each.
+    is_delayed = bool(block.config.fp8) and block.config.fp8_recipe == Fp8Recipe.delayed
+    hidden_P1D = ready_for_recompute(hidden_P1D, block)
     kept: dict[int, torch.Tensor] = {}
-    for local_number, layer in enumerate(block.layers):
-        number = layer.layer_number - 1
+    with get_fp8_context(block.config) if is_delayed else contextlib.nullcontext():
+        for local_number, layer in enumerate(block.layers):
 
-        def run(hidden: torch.Tensor, layer: torch.nn.Module = layer, index: int = local_number) -> torch.Tensor:
-            output, _ = layer(
-                hidden_states=hidden, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=packing[index]
-            )
-            return output
+            def run(hidden: torch.Tensor, layer: torch.nn.Module = layer, index: int = local_number) -> torch.Tensor:
+                number: Any = layer.layer_number
+                with contextlib.nullcontext() if is_delayed else get_fp8_context(block.config, number - 1):
+                    output, _ = layer(
+                        hidden_states=hidden,
+                        attention_mask=None,
+                        rotary_pos_emb=angles,
+                        packed_seq_params=packing[index],
+                    )
+                return output
 
-        hidden_P1D = tensor_parallel.checkpoint(run, False, hidden_P1D) if recompute else run(hidden_P1D)
-        if number in taps:
-            kept[number] = hidden_P1D
+            hidden_P1D = tensor_parallel.checkpoint(run, False, hidden_P1D) if recompute else run(hidden_P1D)
+            if layer.layer_number - 1 in taps:
+                kept[layer.layer_number - 1] = hidden_P1D
     return hidden_P1D, [kept[number] for number in taps if number in kept]

@@ -13,6 +13,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+Prefix = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values [P, G, D] that stand in front of every sample's."""
+
 
 def packed_attention(
     query_THD: torch.Tensor,
@@ -22,10 +25,11 @@ def packed_attention(
     causal: bool,
     scale: float,
     dropout: float = 0.0,
+    prefix: Prefix | None = None,
 ) -> torch.Tensor:
     """Attention inside each sample of a packed row, all samples on this rank.
 
-    Samples of equal length run as one batch. Costs sum(length^2), never T^2.
+    Samples of equal length run as one batch. Costs sum(length^2), never T^2. All tokens of all samples see `prefix`.
 
     Returns:
         [T, H * D], dtype of the query.
@@ -46,8 +50,19 @@ def packed_attention(
             x[offset : offset + count * length].view(count, length, *x.shape[1:]).transpose(1, 2)
             for x in (query_THD, key_TGD, value_TGD)
         )
+        mask = None
+        if prefix is not None:
+            k, v = (_behind(one, x) for one, x in zip(prefix, (k, v), strict=True))
+            mask = _late_mask(length, k.shape[2], k.device) if causal else None
         out = F.scaled_dot_product_attention(
-            q, k, v, is_causal=causal, scale=scale, dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1]
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=causal and mask is None,
+            scale=scale,
+            dropout_p=dropout,
+            enable_gqa=q.shape[1] != k.shape[1],
         )
         outputs.append(out.transpose(1, 2).reshape(count * length, -1))
         offset += count * length
@@ -57,6 +72,12 @@ def packed_attention(
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(len(order), device=order.device)
     return packed.index_select(0, inverse)
+
+
+def _behind(prefix_PGD: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """A prefix in front of the keys (or values) [batch, G, length, D] of each sample."""
+    first = prefix_PGD.transpose(0, 1).expand(len(keys), -1, -1, -1)
+    return torch.cat((first.to(keys.dtype), keys), dim=2)
 
 
 @dataclass(frozen=True)
@@ -116,8 +137,9 @@ def all_gather_attention(
     borders: list[int],
     group: dist.ProcessGroup,
     scale: float,
+    prefix: Prefix | None = None,
 ) -> torch.Tensor:
-    """Causal attention with every rank's keys and values gathered first.
+    """Causal attention with every rank's keys and values gathered first; all tokens see `prefix`.
 
     `borders` are those of the whole row (all ranks), the tensors this rank's zig-zag part. Returns [T, H * D].
     """
@@ -135,19 +157,71 @@ def all_gather_attention(
         for i, query_chunk in enumerate((cp_rank, 2 * cp_size - 1 - cp_rank)):
             q = query_THD[local + i * chunk : local + (i + 1) * chunk]
             seen = spots[: query_chunk + 1]
-            k = torch.cat([keys[rank, at : at + chunk] for rank, at in seen])
-            v = torch.cat([values[rank, at : at + chunk] for rank, at in seen])
+            first_k, first_v = ([], []) if prefix is None else ([one.to(keys.dtype)] for one in prefix)
+            k = torch.cat([*first_k, *(keys[rank, at : at + chunk] for rank, at in seen)])
+            v = torch.cat([*first_v, *(values[rank, at : at + chunk] for rank, at in seen)])
             outputs.append(_late_causal(q, k, v, scale))
     return torch.cat(outputs)
 
 
+@dataclass(frozen=True)
+class Segments:
+    """A rank's queries and the keys that they see, as segments of two packed rows; causal masks end at the last key.
+
+    Attributes:
+        keys: int64, of all ranks' keys behind each other those that are seen, segment after segment.
+        borders_q: int32, of the queries' segments, in this rank's order.
+        borders_k: int32, of the keys' segments.
+        longest_q: tokens of the longest segment of queries.
+        longest_k: tokens of the longest segment of keys.
+    """
+
+    keys: torch.Tensor
+    borders_q: torch.Tensor
+    borders_k: torch.Tensor
+    longest_q: int
+    longest_k: int
+
+
+def gathered_segments(borders: list[int], cp_size: int, cp_rank: int) -> Segments:
+    """What a rank attends to once all ranks' keys are gathered: each of its chunks sees its sample up to its own end.
+
+    Args:
+        borders: of the samples of the whole row.
+        cp_size: context-parallel ranks.
+        cp_rank: this one.
+    """
+    tokens_per_rank = borders[-1] // cp_size
+    keys, lengths_q, lengths_k = [], [0], [0]
+    for start, end in zip(borders[:-1], borders[1:], strict=True):
+        chunk = (end - start) // (2 * cp_size)
+        if not chunk:
+            continue
+        local = start // cp_size
+        spots = [rank * tokens_per_rank + local for rank in range(cp_size)]
+        spots += [rank * tokens_per_rank + local + chunk for rank in reversed(range(cp_size))]
+        for query_chunk in (cp_rank, 2 * cp_size - 1 - cp_rank):
+            keys += [torch.arange(at, at + chunk) for at in spots[: query_chunk + 1]]
+            lengths_q.append(chunk)
+            lengths_k.append(chunk * (query_chunk + 1))
+    borders_q, borders_k = (torch.tensor(lengths, dtype=torch.int32).cumsum(0) for lengths in (lengths_q, lengths_k))
+    return Segments(
+        torch.cat(keys), borders_q.to(torch.int32), borders_k.to(torch.int32), max(lengths_q), max(lengths_k)
+    )
+
+
 def _late_causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
     """Queries are the last len(q) positions of the keys' sequence."""
-    late = len(k) - len(q)
-    mask = torch.arange(len(k), device=q.device) <= torch.arange(len(q), device=q.device)[:, None] + late
+    mask = _late_mask(len(q), len(k), q.device)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out[0].transpose(0, 1).flatten(1)
+
+
+def _late_mask(num_queries: int, num_keys: int, device: torch.device) -> torch.Tensor:
+    """Which keys the last positions of a sequence see."""
+    queries = torch.arange(num_queries, device=device)[:, None] + num_keys - num_queries
+    return torch.arange(num_keys, device=device) <= queries
 
 
 def ring_attention(

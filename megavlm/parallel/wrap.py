@@ -37,6 +37,7 @@ def wrap_language(
         grad_reduce_in_fp32=config.params_dtype != torch.float32,
         average_in_collective=False,
         bucket_size=bucket_size if overlap else None,
+        fp8_param_gather=config.fp8_param,
     )
     modules = list(chunks) or [MegatronModule(config)]
     return [_wrapped_in(config, settings, module, groups.language, number) for number, module in enumerate(modules)]
@@ -56,6 +57,7 @@ def wrap_encoder(
     parameters, which the forward pass starts.
     """
     overlap = parallel.overlap_grad_reduce
+    module = MegatronModule(config) if encoder is None else encoder
     settings = DistributedDataParallelConfig(
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_grad_reduce=overlap,
@@ -63,8 +65,8 @@ def wrap_encoder(
         grad_reduce_in_fp32=config.params_dtype != torch.float32,
         average_in_collective=False,
         bucket_size=bucket_size if overlap else None,
+        fp8_param_gather=module.config.fp8_param,
     )
-    module = MegatronModule(config) if encoder is None else encoder
     return _wrapped_in(module.config, settings, module, groups.vision, 0)
 
 

@@ -70,7 +70,7 @@ class Row:
         tensor: tensor-parallel ranks.
         sequence_parallel: whether they share the tokens outside attention and MLP.
         context: context-parallel ranks.
-        context_kind: `all_gather` or `p2p`.
+        context_kind: `all_gather` or `p2p`; anything else counts as `all_gather`.
         element_bytes: of an activation: 4 in fp32, 2 in bf16.
         trained: whether the language model learns; otherwise no linear layer keeps its input.
         expert_ranks: how experts are shared out.

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from packaging.specifiers import SpecifierSet
 
+from megavlm.config.schema import Recipe
 from megavlm.errors import use_error
 
 MEGATRON_VERSIONS = ">=0.16.1,<0.20"
@@ -77,6 +78,14 @@ _ABOUT: dict[str, tuple[str, str]] = {
 }
 BACKEND_NEEDS: dict[str, tuple[str, ...]] = {"torch": (), "flash": ("flash-attn",), "te": ("transformer-engine",)}
 """Which capabilities each `model.backend` requires."""
+
+
+def needs_of(recipe: Recipe) -> tuple[str, ...]:
+    """Which capabilities a recipe requires."""
+    needed = BACKEND_NEEDS[recipe.model.backend]
+    if recipe.parallel.gradient_accumulation_fusion and recipe.model.backend != "te":
+        needed += ("apex",)  # whose kernel Megatron-Core's own linear layers call
+    return needed
 
 
 def probe(name: str) -> Capability:

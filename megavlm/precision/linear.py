@@ -29,6 +29,10 @@ class Rounded(NamedTuple):
 class Quantiser(Protocol):
     """Rounds one operand of a linear layer."""
 
+    @property
+    def is_even(self) -> bool:
+        """Whether rounding is the same along whatever is summed over."""
+
     def rounded(self, values: torch.Tensor, summed_dim: int, notes: bool) -> Rounded:
         """Round a matrix that is summed over along `summed_dim` (0 or 1).
 
@@ -47,6 +51,11 @@ class TensorScale:
     dtype: torch.dtype
     group: dist.ProcessGroup
 
+    @property
+    def is_even(self) -> bool:
+        """As `Quantiser` says."""
+        return True
+
     def rounded(self, values: torch.Tensor, summed_dim: int, notes: bool) -> Rounded:
         """As `Quantiser` says."""
         scale = quantise.scale_of(_shared_amax(values, self.group), self.dtype)
@@ -60,6 +69,11 @@ class BlockScale:
     dtype: torch.dtype
     is_weight: bool
 
+    @property
+    def is_even(self) -> bool:
+        """As `Quantiser` says."""
+        return self.is_weight
+
     def rounded(self, values: torch.Tensor, summed_dim: int, notes: bool) -> Rounded:
         """As `Quantiser` says."""
         along = (1, BLOCK) if summed_dim == 1 else (BLOCK, 1)
@@ -71,6 +85,11 @@ class MXScale:
     """Recipe `mxfp8`: scales of 32 numbers along what is summed over."""
 
     dtype: torch.dtype
+
+    @property
+    def is_even(self) -> bool:
+        """As `Quantiser` says."""
+        return False
 
     def rounded(self, values: torch.Tensor, summed_dim: int, notes: bool) -> Rounded:
         """As `Quantiser` says."""
@@ -98,6 +117,11 @@ class DelayedScale:
     """Largest values of the steps before, the latest first."""
     scale: float = 0.0
     """0: there is no history yet."""
+
+    @property
+    def is_even(self) -> bool:
+        """As `Quantiser` says."""
+        return True
 
     def rounded(self, values: torch.Tensor, summed_dim: int, notes: bool) -> Rounded:
         """As `Quantiser` says."""
@@ -245,7 +269,9 @@ class _Product(torch.autograd.Function):
                 dist.all_reduce(grad_inputs, group=ctx.reduces_over)
         if ctx.needs_input_grad[1]:
             inputs_TI = quantisers.inputs.rounded(_gathered(inputs, ctx.gathers_over).flatten(0, -2), 0, False)
-            grad_OI = _product(quantisers.gradient.rounded(grad_TO, 0, False), inputs_TI, transposes=(True, False))
+            if not quantisers.gradient.is_even:
+                rounded_TO = quantisers.gradient.rounded(grad_TO, 0, False)
+            grad_OI = _product(rounded_TO, inputs_TI, transposes=(True, False))
             grad_weight = grad_OI.to(weight_OI.dtype)
         if ctx.has_bias and ctx.needs_input_grad[2]:
             grad_bias = grad_TO.sum(0)

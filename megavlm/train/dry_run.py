@@ -17,6 +17,7 @@ from megavlm.config.inputs import Grid
 from megavlm.config.layout import layers_per_stage
 from megavlm.config.numerics import compute_dtype, row_multiples
 from megavlm.config.schema import ModelConfig, Recipe
+from megavlm.config.tuning import tuning_plan
 from megavlm.config.validate import validate_recipe
 from megavlm.data.sample import MicrobatchOrder
 from megavlm.errors import RunError, use_error
@@ -34,7 +35,6 @@ from megavlm.planner.memory import Load, Memory, RankMemory
 from megavlm.planner.parameters import encoder_held, experts_held, language_held, num_elements
 from megavlm.platform.pretend import on_meta, pretended_rank
 from megavlm.platform.seeds import seed_everything
-from megavlm.train.freeze import frozen_components
 from megavlm.train.inputs import CostModel, StepInputs
 from megavlm.train.scheduling import layout_of, training_schedule
 from megavlm.train.shares import ImageKey, share_step
@@ -211,7 +211,8 @@ def estimate_memory(
     counts = layers_per_stage(recipe.parallel, architecture.language.num_layers)
     num_chunks = recipe.parallel.virtual_pipeline_model_parallel_size
     num_stages = len(counts) // num_chunks
-    trains_encoder = not {"vision", "projector"} <= frozen_components(recipe.optimizer)
+    plan = tuning_plan(recipe)
+    trains_encoder = plan.learns("vision") or plan.learns("projector")
     layers = tuple(tuple(counts[stage::num_stages]) for stage in range(num_stages))
     costs = CostModel(architecture, trains_encoder, layers)
     layout = layout_of(recipe.parallel, topology, trains_encoder)

@@ -1,21 +1,25 @@
-"""Which components learn."""
+"""Which weights learn."""
 
 from collections.abc import Iterable
 
-from megavlm.config.schema import OptimizerConfig
-from megavlm.models.names import Part, component_of
+from megavlm.config.tuning import COMPONENTS, TuningPlan
+from megavlm.models.names import Part, component_of, is_adapter, layer_of, named_parameters
+from megavlm.models.score import NATIVE_NAME
 
 
-def frozen_components(optimizer: OptimizerConfig) -> frozenset[str]:
-    """Components (`vision`, `projector`, `language`) that keep their weights."""
-    choices = {"vision": optimizer.freeze_vit, "projector": optimizer.freeze_aligner, "language": optimizer.freeze_llm}
-    return frozenset(name for name, frozen in choices.items() if frozen)
+def learning_components(plan: TuningPlan) -> list[str]:
+    """Components (`vision`, `projector`, `language`) of which anything learns, in this order."""
+    return [name for name in COMPONENTS if plan.learns(name)]
 
 
-def freeze(models: Iterable[Part], optimizer: OptimizerConfig) -> None:
-    """Freeze by component. Call before DDP wraps the model: it makes gradient buffers for what learns only."""
-    frozen = frozen_components(optimizer)
+def freeze(models: Iterable[Part], plan: TuningPlan) -> None:
+    """Freeze what the plan does not let learn; adapters learn, and a reward model's head with the language model.
+
+    Call before DDP wraps the model: it makes gradient buffers for what learns only.
+    """
     for model in models:
-        for name, parameter in model.named_parameters():
-            if component_of(name) in frozen:
+        for name, parameter in named_parameters(model):
+            learns = is_adapter(name) or plan.of(component_of(name), layer_of(name)).method == "full"
+            is_head = name == NATIVE_NAME and model.architecture.language.has_score_head
+            if not learns and not (is_head and plan.learns("language")):
                 parameter.requires_grad_(False)

@@ -204,7 +204,7 @@ def train(state: TrainState) -> bool:
 def _has_ended(state: TrainState) -> bool:
     """Whether an earlier attempt did everything, to the last answer. What the main rank sees decides."""
     log = run_path(state.recipe) / LOG_NAME
-    done = state.step >= state.total_steps
+    done = state.step >= state.total_steps or state.early_stopping.stops
     if done and is_main_rank():
         done = log.is_file() and any(row.get("event") == "end" for row in read_log(log))
     return not _any_rank(not done, state.device)
@@ -231,7 +231,7 @@ def _run(state: TrainState, observer: _Observer, request: _StopRequest, resumed_
     saved_step = state.step if resumed_from else -1
     saver = Saver(state, lambda folder, seconds: observer.saved(str(folder), seconds))
     stopping = False
-    while state.step < state.total_steps and not stopping:
+    while state.step < state.total_steps and not stopping and not state.early_stopping.stops:
         rates = learning_rates(state.scheduler, state.recipe.optimizer, state.learning_components)
         recordings: list[Recording] | None = [] if state.step + 1 == state.recipe.observe.timeline_step else None
         result = train_step(state, state.step, recordings)
@@ -258,6 +258,7 @@ def _run(state: TrainState, observer: _Observer, request: _StopRequest, resumed_
 def _evaluate(state: TrainState, observer: _Observer) -> None:
     values = evaluate(state)
     state.evaluation = (state.step, values["loss"])
+    state.early_stopping.take(values["loss"])
     observer.evaluated(values)
 
 
@@ -278,7 +279,8 @@ def _finish(
     if state.recipe.checkpoint.save_at_end and saved != state.step:
         saver.save()
         saver.finish()
-    observer.event("end", f"{state.step} steps")
+    why = ": the loss on held-out rows does not fall any more" if state.early_stopping.stops else ""
+    observer.event("end", f"{state.step} steps{why}")
 
 
 def _due(step: int, every: int) -> bool:

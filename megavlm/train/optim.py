@@ -23,11 +23,12 @@ from megavlm.config.numerics import compute_dtype
 from megavlm.config.schema import OptimizerConfig as OptimizerRecipe
 from megavlm.config.schema import Recipe
 from megavlm.models.build import DTYPES
-from megavlm.models.names import COMPONENTS, component_of
+from megavlm.models.names import COMPONENTS, component_of, is_adapter
 from megavlm.train.parts import Parts
 
-# Values of `lr_mult`; never a factor of anything.
+# Values of `lr_mult`; never a factor of anything. LoRA's matrices B, whose rate is another one, have half a tag more.
 TAGS: dict[str, float] = {name: float(number) for number, name in enumerate(COMPONENTS, 1)}
+_OF_B = 0.5
 
 
 def peak_learning_rates(recipe: OptimizerRecipe) -> dict[str, float]:
@@ -40,7 +41,7 @@ def peak_learning_rates(recipe: OptimizerRecipe) -> dict[str, float]:
 
 
 def build_optimizer(recipe: Recipe, parts: Parts, total_steps: int) -> tuple[ChainedOptimizer, OptimizerParamScheduler]:
-    """AdamW with per-component learning rates, no decay of 1-D parameters, and its schedule.
+    """AdamW with per-component learning rates, no decay of 1-D parameters and of adapters, and its schedule.
 
     Language model and encoder have an optimizer each, chained: their weights have copies on different sets of ranks,
     over which a distributed optimizer shards its state. Every rank has both, one perhaps without parameters.
@@ -73,19 +74,10 @@ def build_optimizer(recipe: Recipe, parts: Parts, total_steps: int) -> tuple[Cha
         overlap_param_gather=recipe.parallel.overlap_param_gather,
         log_num_zeros_in_grad=False,
     )
-    overrides: dict[ParamKey, Any] = {}
-    for name in COMPONENTS:
-        overrides[ParamKey(with_name_predicate=ParamWithNamePredicate(name, _belongs_to(name)))] = {
-            "max_lr": peaks[name],
-            "min_lr": min(knobs.min_lr, peaks[name]),
-            "lr_mult": TAGS[name],
-        }
-    flat = ParamWithNamePredicate("one_dimensional", lambda parameter, _name: parameter.dim() <= 1)
-    overrides[ParamKey(with_name_predicate=flat)] = {"wd_mult": 0.0}
     inner: list[MegatronOptimizer] = []  # in the order of `native.OPTIMIZERS`
     for chunks, collection in ((parts.chunks, parts.groups.language), ((parts.encoder_chunk,), parts.groups.vision)):
         made = get_megatron_optimizer(
-            config, list(chunks), overrides, use_gloo_process_groups=False, pg_collection=collection
+            config, list(chunks), _overrides(recipe), use_gloo_process_groups=False, pg_collection=collection
         )
         inner += made.chained_optimizers  # that of the experts, where this rank has any, behind the language model's
     optimizer = ChainedOptimizer(inner)
@@ -108,8 +100,26 @@ def build_optimizer(recipe: Recipe, parts: Parts, total_steps: int) -> tuple[Cha
     return optimizer, scheduler
 
 
-def _belongs_to(component: str) -> Callable[[torch.nn.Parameter, str], bool]:
-    return lambda _parameter, name: component_of(name) == component
+def _overrides(recipe: Recipe) -> dict[ParamKey, Any]:
+    """Learning rates of each component, those of LoRA's matrices B apart; what is not decayed."""
+    knobs, ratio = recipe.optimizer, recipe.peft.lorap_lr_ratio
+    overrides: dict[ParamKey, Any] = {}
+
+    def add(name: str, holds: Callable[[torch.nn.Parameter, str], bool], values: dict[str, float]) -> None:
+        overrides[ParamKey(with_name_predicate=ParamWithNamePredicate(name, holds))] = values
+
+    for name, peak in peak_learning_rates(knobs).items():
+        rates = {"max_lr": peak, "min_lr": min(knobs.min_lr, peak), "lr_mult": TAGS[name]}
+        # LoRA+ (arXiv 2402.12354): B learns faster than A, all along the schedule.
+        faster = {"max_lr": ratio * peak, "min_lr": ratio * rates["min_lr"], "lr_mult": TAGS[name] + _OF_B}
+        add(name, _belongs_to(name, is_b=False), rates)
+        add(f"{name}, LoRA's B", _belongs_to(name, is_b=True), faster)
+    add("not decayed", lambda parameter, name: parameter.dim() <= 1 or is_adapter(name), {"wd_mult": 0.0})
+    return overrides
+
+
+def _belongs_to(component: str, is_b: bool) -> Callable[[torch.nn.Parameter, str], bool]:
+    return lambda _parameter, name: component_of(name) == component and name.endswith(".lora_B") == is_b
 
 
 @dataclass(frozen=True)
@@ -140,17 +150,17 @@ def gradient_norms(optimizer: ChainedOptimizer, parts: Parts, components: Sequen
     squares = torch.zeros(len(TAGS), dtype=torch.float64, device=torch.cuda.current_device())
     for name, inner in named_optimizers(optimizer).items():
         groups = parts.groups.vision if name == "encoder" else parts.groups.language
-        copies = groups.expt_dp if name == "experts" else groups.dp_cp
+        copies, tensor = (groups.expt_dp, groups.expt_tp) if name == "experts" else (groups.dp_cp, groups.tp)
         # A distributed optimizer leaves each copy with its own part of the gradients, any other with all of them.
         if inner.optimizer is None or (not inner.config.use_distributed_optimizer and copies.rank() > 0):
             continue
         for group in inner.optimizer.param_groups:
             for parameter in group["params"]:
                 counts = param_is_not_shared(parameter) and tensor_parallel.param_is_not_tensor_parallel_duplicate(
-                    parameter, groups.tp
+                    parameter, tensor
                 )
                 if counts and parameter.grad is not None:
-                    squares[by_tag[group["lr_mult"]]] += parameter.grad.double().square().sum()
+                    squares[by_tag[math.floor(group["lr_mult"])]] += parameter.grad.double().square().sum()
     dist.all_reduce(squares)
     roots = dict(zip(TAGS, squares.sqrt().tolist(), strict=True))
     return GradientNorms(float(squares.sum().sqrt()), {name: roots[name] for name in components})

@@ -2,27 +2,32 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megavlm.checkpoint.adapter_import import load_adapter
 from megavlm.checkpoint.hf_io import HFDirectory, load_weights
 from megavlm.config.numerics import compute_dtype, fp8_recipes
 from megavlm.config.schema import Recipe
+from megavlm.config.tuning import tuning_plan
 from megavlm.data.sample import Batch
 from megavlm.models.architecture import Architecture
 from megavlm.models.build import build_encoder, build_language_chunks, transformer_config, unwrap
 from megavlm.models.chunk import LanguageChunk
 from megavlm.models.embedding_noise import embedding_noise
 from megavlm.models.encoder import VisionEncoder
-from megavlm.models.fp8 import EmulatedFp8
+from megavlm.models.fp8 import EmulatedFp8, fp8_settings
 from megavlm.models.names import Part, named_parameters
 from megavlm.models.score import initialise_scores
 from megavlm.parallel.groups import Groups
 from megavlm.parallel.wrap import wrap_encoder, wrap_language
-from megavlm.train.freeze import freeze, frozen_components
+from megavlm.peft.attach import attach
+from megavlm.peft.quantized import quantise_frozen
+from megavlm.train.freeze import freeze
 
 
 def no_noise(batch: Batch) -> None:
@@ -56,6 +61,7 @@ class Parts:
         noise: what is added to the word embeddings of a row in training, [T, H], if anything.
         fp8: what is emulated, if anything is.
         chunk_tokens: tokens whose logits exist at a time; 0: the last chunk gives all of a row.
+        offloads: whether activations wait in CPU memory.
     """
 
     groups: Groups
@@ -68,6 +74,7 @@ class Parts:
     noise: Callable[[Batch], torch.Tensor | None] = no_noise
     fp8: EmulatedFp8 | None = None
     chunk_tokens: int = 0
+    offloads: bool = False
 
     @property
     def rank(self) -> int:
@@ -105,6 +112,15 @@ class Parts:
         if self.encoder is not None:
             self.encoder_chunk.finish_grad_sync()
 
+    def weights_changed(self) -> None:
+        """Have layers that keep an FP8 copy of their weights from one microbatch to the next make it anew.
+
+        Megatron-Core's schedules say so in each step's first microbatch; without it Transformer Engine would go on with
+        the weights that it saw first.
+        """
+        for model in self.all:
+            model.set_is_first_microbatch()
+
     def scale_gradients(self, factor: float) -> None:
         """Multiply all gradients."""
         for chunk in self.wrapped:
@@ -114,16 +130,25 @@ class Parts:
 def build_parts(recipe: Recipe, directory: HFDirectory, groups: Groups, bucket_size: int) -> Parts:
     """This rank's parts with the directory's weights, frozen and wrapped as the recipe says."""
     architecture, parallel = directory.architecture, recipe.parallel
-    config = transformer_config(architecture, recipe.model, parallel, compute_dtype(recipe))
+    config = transformer_config(
+        architecture, recipe.model, parallel, compute_dtype(recipe), fp8_settings("language", recipe)
+    )
     bare = build_language_chunks(architecture, config, recipe.model, groups)
     models = [unwrap(chunk) for chunk in bare]
-    encoder = build_encoder(directory.family, architecture, config, recipe.model.backend, groups)
+    encoder = build_encoder(
+        directory.family, architecture, config, recipe.model.backend, groups, fp8_settings("vision", recipe)
+    )
     held: list[Part] = [*models, encoder] if encoder is not None else [*models]
     load_weights(directory, held)
     if directory.has_new_score_head:
         for part in held:
             initialise_scores(named_parameters(part), recipe.train.seed)
-    freeze(held, recipe.optimizer)
+    plan = tuning_plan(recipe)
+    quantise_frozen(held, directory.entries, plan, recipe.peft, directory.read_parts, config.params_dtype)
+    attach(held, directory.entries, plan, recipe.peft, recipe.train.seed, config.params_dtype)
+    freeze(held, plan)
+    if recipe.peft.adapters:
+        load_adapter(Path(recipe.peft.adapters), directory, held)
     chunks = wrap_language(bare, config, parallel, groups, bucket_size)
     encoder_chunk = wrap_encoder(encoder, config, parallel, groups, bucket_size)
     parts = Parts(
@@ -133,9 +158,10 @@ def build_parts(recipe: Recipe, directory: HFDirectory, groups: Groups, bucket_s
         models=tuple(model for model in models if isinstance(model, LanguageChunk)),
         encoder_chunk=encoder_chunk,
         encoder=encoder,
-        trains_encoder=not {"vision", "projector"} <= frozen_components(recipe.optimizer),
+        trains_encoder=plan.learns("vision") or plan.learns("projector"),
         noise=embedding_noise_of(recipe, architecture.language.hidden_size),
         fp8=_emulated(recipe, architecture, held, groups) if recipe.train.precision == "fp8_emulated" else None,
+        offloads=parallel.cpu_offloading,
         chunk_tokens=recipe.model.cross_entropy_chunk_tokens if recipe.model.cross_entropy_loss_fusion else 0,
     )
     for chunk in parts.wrapped:

@@ -17,6 +17,7 @@ from megavlm.losses.chunked import ProjectedLogits
 from megavlm.models.head import output_weight
 from megavlm.pipeline.actions import Compute, Message
 from megavlm.pipeline.runtime import Needs
+from megavlm.platform.offload import CpuOffload
 from megavlm.train.parts import Parts
 from megavlm.train.routes import feature_order
 from megavlm.train.shares import StepShares
@@ -93,6 +94,7 @@ class _LanguageWork:
         self._outputs: dict[tuple[int, int], torch.Tensor] = {}
         self._backwards_left = [len(rows.batches)] * len(parts.models)
         self.results: list[Any] = []
+        self._offload = CpuOffload(parts.models) if parts.offloads else None
 
     def forward(self, microbatch: int, chunk: int, taken: torch.Tensor | None) -> torch.Tensor:
         """`taken`: hidden states [S, K, H] of the stage before, or, on the first chunk, features [V, K, H]."""
@@ -101,7 +103,7 @@ class _LanguageWork:
         if taken is not None and (parts.trains_encoder or not model.pre_process):
             taken.requires_grad_(torch.is_grad_enabled())
         model.set_input_tensor(None if model.pre_process else taken)
-        with wrapped.no_sync():
+        with wrapped.no_sync(), self._offload() if self._offload else contextlib.nullcontext():
             noise_TH = parts.noise(batch) if model.pre_process else None
             output: Any = run_chunk(wrapped, batch, taken if model.pre_process else None, parts.device, noise_TH)
         if model.post_process:
@@ -135,6 +137,8 @@ class _EncoderWork:
         self._parts, self._rows = parts, rows
         self._part = parts.groups.topology.replica_of(parts.rank)
         self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        encoder = parts.encoder
+        self._offload = CpuOffload([encoder]) if parts.offloads and encoder is not None else None
         self._backwards_left = len(rows.batches)
 
     def forward(self, microbatch: int, taken: list[torch.Tensor], keep: bool) -> torch.Tensor | None:
@@ -155,7 +159,8 @@ class _EncoderWork:
         else:
             (inputs,) = taken
             inputs.requires_grad_(keep)
-        with self._parts.encoder_chunk.no_sync(), torch.set_grad_enabled(keep):
+        away = self._offload() if self._offload else contextlib.nullcontext()
+        with self._parts.encoder_chunk.no_sync(), torch.set_grad_enabled(keep), away:
             output: torch.Tensor = self._parts.encoder_chunk(inputs, grid_thw_N3)
         if keep:
             self._kept[microbatch] = inputs, output
@@ -168,7 +173,8 @@ class _EncoderWork:
         if microbatch in self._kept:
             inputs, output = self._kept.pop(microbatch)
             with self._parts.encoder_chunk.no_sync():
-                torch.autograd.backward(output, self._added(taken))
+                if output.requires_grad:  # not of a first stage that is frozen
+                    torch.autograd.backward(output, self._added(taken))
             grad = None if self._parts.encoder.is_first_stage else inputs.grad
         self._backwards_left -= 1
         if not self._backwards_left and self._parts.encoder_chunk.ddp_config.overlap_grad_reduce:

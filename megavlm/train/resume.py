@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 
 from megavlm.checkpoint import native, writing
-from megavlm.config.load import dump_recipe
+from megavlm.config.load import dump_recipe, recipe_from_dict
+from megavlm.config.tuning import COMPONENTS, describe_tuning, tuning_plan
 from megavlm.errors import use_error
-from megavlm.train.freeze import frozen_components
+from megavlm.train.freeze import learning_components
 from megavlm.train.loss_scale import restore_scalers, scaler_state
 from megavlm.train.state import TrainState, is_main_rank, run_path
 
@@ -43,8 +44,13 @@ def _common(state: TrainState) -> dict[str, Any]:
         "architecture": repr(state.directory.architecture),
         "has_score_head": state.directory.architecture.language.has_score_head,
         "stage": state.recipe.train.stage,
+        "early_stopping": state.early_stopping.state(),
         "use_distributed_optimizer": state.recipe.parallel.use_distributed_optimizer,
-        "frozen": sorted(frozen_components(state.recipe.optimizer)),
+        "frozen": _frozen(state),
+        # with adapters, what does not learn is not in the checkpoint, but in this directory
+        "tuning": describe_tuning(state.recipe),
+        "base": str(state.directory.path.absolute()),
+        "base_digest": state.base_digest,
         "layout": _layout(state),
         "scheduler": state.scheduler.state_dict(),
         "num_skipped": state.num_skipped,
@@ -53,6 +59,18 @@ def _common(state: TrainState) -> dict[str, Any]:
         "chat_template": tokenizer.chosen_template,
         "eos_token_ids": list(tokenizer.eos_token_ids),
     }
+
+
+def _frozen(state: TrainState) -> list[str]:
+    return sorted(set(COMPONENTS) - set(learning_components(tuning_plan(state.recipe))))
+
+
+def _learned_only(state: TrainState) -> bool:
+    return tuning_plan(state.recipe).has_adapters
+
+
+def _model_state(state: TrainState) -> dict[str, Any]:
+    return native.model_state(state.models, state.groups, _learned_only(state))
 
 
 def _mixture(state: TrainState) -> str:
@@ -66,7 +84,7 @@ def save(state: TrainState) -> Path:
 
 def begin_save(state: TrainState, copy: bool) -> writing.PendingSave:
     """Begin to write a checkpoint; `copy`: of the run as it stands now, while it goes on."""
-    sharded: dict[str, Any] = native.model_state(state.models, state.groups)
+    sharded = _model_state(state)
     sharded["optimizer"] = native.optimizer_state(state.optimizer, sharded, state.parts.learns, is_loading=False)
     sharded["random_state"] = native.random_state(state.groups)
     sharded["common"] = _common(state)
@@ -110,6 +128,13 @@ def resume(state: TrainState) -> Path | None:
     common = native.read_common(folder)["common"]
     _check_model(state, common, folder)
     if common.get("weights_only"):
+        if _learned_only(state):
+            raise use_error(
+                "checkpoint.load_dir",
+                f"{folder}, weights without adapters, with peft",
+                "adapters beside the weights of model.hf_dir, so that they can be put together again",
+                "set model.hf_dir to what was imported, and remove load_dir",
+            )
         loaded = native.load_sharded(folder, native.model_state(state.models, state.groups), knobs.save_timeout_s)
         native.restore_models(state.models, loaded)
         state.optimizer.reload_model_params()
@@ -121,16 +146,17 @@ def resume(state: TrainState) -> Path | None:
     # checkpoints from before there was fp16 have skipped nothing
     state.step, state.num_skipped = common["step"], common.get("num_skipped", 0)
     num_updates = state.step - state.num_skipped
-    sharded: dict[str, Any] = native.model_state(state.models, state.groups)
+    state.early_stopping.restore(common.get("early_stopping", {}))
+    sharded = _model_state(state)
     if num_updates:  # before the first, an optimizer has nothing to save, and weights are what they were
         sharded["optimizer"] = native.optimizer_state(state.optimizer, sharded, state.parts.learns, is_loading=True)
     same_layout = common["layout"] == _layout(state)
     if same_layout:
         sharded["random_state"] = native.random_state(state.groups)
     loaded = native.load_sharded(folder, sharded, knobs.save_timeout_s)
-    weights = native.model_state(state.models, state.groups)
+    weights = _model_state(state)
     native.restore_optimizer(state.optimizer, weights, loaded.get("optimizer", {}), num_updates)
-    native.restore_models(state.models, loaded)
+    native.restore_models(state.models, loaded, _learned_only(state))
     if not num_updates:
         state.optimizer.reload_model_params()
     restore_scalers(state.optimizer, common.get("loss_scaler", {}))
@@ -181,7 +207,7 @@ def _check_run(state: TrainState, common: dict[str, Any], folder: Path) -> None:
             f"{common['stage']}, as {folder} was written",
             "export the checkpoint with `megavlm convert` and start a new run from it",
         )
-    frozen = sorted(frozen_components(state.recipe.optimizer))
+    frozen = _frozen(state)
     if common["frozen"] != frozen:
         raise use_error(
             "optimizer.freeze_*",
@@ -189,6 +215,7 @@ def _check_run(state: TrainState, common: dict[str, Any], folder: Path) -> None:
             f"{common['frozen'] or 'nothing'}, as {folder} was written",
             "export the checkpoint with `megavlm convert` and start a new run from it",
         )
+    _check_tuning(state, common, folder)
     expected = state.plan.num_consumed(common["step"])
     if common["consumed_samples"] != expected:
         raise use_error(
@@ -210,4 +237,35 @@ def _check_run(state: TrainState, common: dict[str, Any], folder: Path) -> None:
             "another mixture or curriculum (or other rows in it)",
             f"what {folder} was written with",
             "keep it: the position in the data comes from it; to change it, start a new run from exported weights",
+        )
+
+
+# Knobs of adapters that may change between a checkpoint and what goes on from it.
+_MAY_CHANGE = ("lora_dropout", "lorap_lr_ratio", "adapters")
+
+
+def _check_tuning(state: TrainState, common: dict[str, Any], folder: Path) -> None:
+    """The same weights learn; without adapters in checkpoints from before there were any."""
+
+    def fixed(tuning: dict[str, Any]) -> dict[str, Any]:
+        if not tuning:
+            return {}
+        peft = dataclasses.asdict(recipe_from_dict(tuning).peft)
+        return {name: value for name, value in peft.items() if name not in _MAY_CHANGE}
+
+    if common.get("tuning") and common["base_digest"] != state.base_digest:
+        raise use_error(
+            "model.hf_dir",
+            f"{state.directory.path}, with other weights than {folder} was trained beside",
+            f"those of {common['base']}",
+            "keep model.hf_dir: frozen weights come from there",
+        )
+    ours, theirs = fixed(describe_tuning(state.recipe)), fixed(common.get("tuning", {}))
+    if ours != theirs:
+        different = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+        raise use_error(
+            f"peft.{different[0]}",
+            ours.get(different[0], "no adapters"),
+            f"{theirs.get(different[0], 'no adapters')}, as {folder} was written",
+            "keep what is tuned when resuming; to change it, merge with `megavlm convert export` and start a new run",
         )

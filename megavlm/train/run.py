@@ -23,14 +23,15 @@ def run_training(recipe: Recipe) -> int:
     groups.join_world(recipe.train.distributed_timeout_s)
     with leaving_world():
         state = build_state(recipe)
-        num_parameters = sum(parameter.numel() for model in state.models for parameter in model.parameters())
+        sizes = [(one.numel(), one.requires_grad) for model in state.models for one in model.parameters()]
         logger.info(
-            "%s: %s on %d process(es), %s, %.2f M parameters on this rank, %d rows",
+            "%s: %s on %d process(es), %s, %.2f M parameters on this rank, of which %.2f M learn, %d rows",
             recipe.name,
             state.directory.family.model_type,
             dist.get_world_size(),
             layout_name(state),
-            num_parameters / 1e6,
+            sum(size for size, _ in sizes) / 1e6,
+            sum(size for size, learns in sizes if learns) / 1e6,
             len(state.train_set),
         )
         train(state)

@@ -1,5 +1,6 @@
 """Everything a run holds, and how it is put together from a recipe."""
 
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,10 +12,12 @@ import torch.distributed as dist
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megavlm.checkpoint.adapters import weights_digest
 from megavlm.checkpoint.hf_io import HFDirectory
 from megavlm.config.layout import layers_per_stage
 from megavlm.config.numerics import row_multiples
 from megavlm.config.schema import Recipe
+from megavlm.config.tuning import tuning_plan
 from megavlm.data.balance import SampleCosts
 from megavlm.data.dataset import Dataset
 from megavlm.data.encode import NUM_PARTS
@@ -23,14 +26,15 @@ from megavlm.data.loader import BatchLoader
 from megavlm.data.plan import GlobalBatchPlan
 from megavlm.data.token_weights import token_schedule
 from megavlm.errors import use_error
-from megavlm.models.names import COMPONENTS, Part
+from megavlm.models.names import Part
 from megavlm.parallel.groups import Groups, initialize
 from megavlm.parallel.wrap import OVERLAP_BUCKET_PARAMETERS
 from megavlm.pipeline.actions import Payload
 from megavlm.pipeline.exchange import make_payload_groups
 from megavlm.platform.seeds import seed_everything
 from megavlm.train.datasets import build_dataset, build_encoder, build_train_set
-from megavlm.train.freeze import frozen_components
+from megavlm.train.early_stopping import EarlyStopping
+from megavlm.train.freeze import learning_components
 from megavlm.train.inputs import CostModel, StepInputs, step_inputs
 from megavlm.train.optim import build_optimizer
 from megavlm.train.order import build_plan, num_steps
@@ -70,6 +74,8 @@ class TrainState:
     def __post_init__(self) -> None:
         self._inputs: dict[int, StepInputs] = {}
         self.token_schedule = token_schedule(self.recipe.data)
+        train = self.recipe.train
+        self.early_stopping = EarlyStopping(train.early_stopping_patience, train.early_stopping_threshold)
         self.loader = BatchLoader(
             self.train_set,
             lambda step: self.inputs(step).orders,
@@ -79,6 +85,11 @@ class TrainState:
             pin_memory=self.device.type == "cuda",
         )
 
+    @functools.cached_property
+    def base_digest(self) -> str:
+        """Of the directory's weights, where adapters stand beside them."""
+        return weights_digest(self.directory) if tuning_plan(self.recipe).has_adapters else ""
+
     @property
     def device(self) -> torch.device:
         """Where tensors of this rank live."""
@@ -87,8 +98,7 @@ class TrainState:
     @property
     def learning_components(self) -> list[str]:
         """Components that are trained."""
-        frozen = frozen_components(self.recipe.optimizer)
-        return [name for name in COMPONENTS if name not in frozen]
+        return learning_components(tuning_plan(self.recipe))
 
     @property
     def models(self) -> Sequence[Part]:

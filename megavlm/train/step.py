@@ -184,6 +184,7 @@ def train_step(state: TrainState, step: int, recordings: list[Recording] | None 
     else:
         norms = _checked_norms(state, step, list(itertools.chain(*(batch.sample_ids for batch in rows.batches))))
         clip_and_update(state.optimizer, norms, state.recipe.optimizer.clip_grad)
+        state.parts.weights_changed()
     if state.parts.fp8 is not None:
         state.parts.fp8.end_step()
     state.scheduler.step(increment=1)

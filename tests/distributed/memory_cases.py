@@ -12,6 +12,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megavlm.config.schema import Recipe
 from megavlm.models.architecture import Architecture
 from megavlm.parallel.topology import topology_of
+from megavlm.peft.targets import linears_of
 from megavlm.pipeline.actions import Compute, Schedule
 from megavlm.pipeline.runtime import Needs
 from megavlm.planner.experts import Routed
@@ -173,8 +174,11 @@ class _Routing:
 
 
 class _WatchedStage:
+    """A stage whose loss is told apart from the rest of the language model."""
+
     def __init__(self, stage: Any, saved: SavedBytes) -> None:
         self._stage, self._saved = stage, saved
+        self.look_ahead, self.metric_sizes, self.figures = stage.look_ahead, stage.metric_sizes, stage.figures
 
     def loss(self, *arguments: Any) -> Any:
         before, self._saved.part = self._saved.part, "logits"
@@ -221,6 +225,24 @@ def count_step(recipe: Recipe) -> Counted:
         schedule=training_schedule(state.layout, inputs, state.costs),
         routed=tuple(routing.of(number, gathers, sum(row) / shared_by) for number, row in enumerate(lengths)),
     )
+
+
+def count_tuning(recipe: Recipe) -> dict[str, int]:
+    """Bytes of a training step by part, matrices in 4 bits included; `all` is everything together."""
+    state = build_state(recipe)
+    storages = _weight_storages(state)
+    stores = [linear.store for part in state.parts.all for _, linear in linears_of(part) if linear.store is not None]
+    saved = SavedBytes(set(storages))
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack), _Watch(saved):
+        step_module.train_step(state, 0)
+    state.loader.close()
+    figures = {
+        "weights": sum(storages.values()) + sum(store.num_bytes for store in stores),
+        "gradients": _gradient_bytes(state),
+        "optimizer": _optimizer_bytes(state, set(storages)),
+        "activations": saved.peaks["together"],
+    }
+    return figures | {"all": sum(figures.values())}
 
 
 def compare(recipe: Recipe) -> dict[str, tuple[float, float]]:

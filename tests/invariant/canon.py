@@ -74,6 +74,11 @@ def write_inputs(root: Path) -> None:
         _sharpen(write(root / family), SENSITIVITY[family])
     for kind in ("perceiver", "qformer", "gated_cross_attention"):
         _sharpen(ComposedReference(kind).write(root / kind), SENSITIVITY[kind])
+    write_rows(root)
+
+
+def write_rows(root: Path) -> None:
+    """Write the images and rows, in several files."""
     random = np.random.RandomState(7)
     rows = [_row(root, number, random) for number in range(NUM_ROWS)]
     random = np.random.RandomState(11)

@@ -30,6 +30,7 @@ _SHORT = {
     "ep": "expert_model_parallel_size",
     "etp": "expert_tensor_parallel_size",
     "dispatcher": "moe_token_dispatcher_type",
+    "offload": "cpu_offloading",
 }
 
 
@@ -86,6 +87,10 @@ def _rewards(family: str, score_at: str) -> Reference:
     return Reference(family, {"lr": 3e-4}, stage="rm", objective={"reward": reward})
 
 
+def _tuned(lr: float = 1e-3, **peft: Any) -> Reference:
+    return Reference("qwen3_vl", {"lr": lr}, objective={"peft": peft})
+
+
 REFERENCES: dict[str, Reference] = {
     "qwen3_vl": Reference("qwen3_vl"),
     "experts": Reference("qwen3_vl_moe"),
@@ -108,6 +113,19 @@ REFERENCES: dict[str, Reference] = {
     "orpo": Reference("qwen3_vl", stage="orpo"),
     "kto": Reference(
         "qwen3_vl", {"lr": 3e-4}, stage="kto", objective={"preference": {"undesirable_weight": 1.5, "beta": 0.3}}
+    ),
+    "LoRA": _tuned(tuner_type="lora", lorap_lr_ratio=4.0),
+    "DoRA": _tuned(tuner_type="lora", use_dora=True),
+    "QLoRA": _tuned(tuner_type="lora", bnb_4bit_quant_type="nf4"),
+    "IA3": _tuned(1e-1, tuner_type="ia3"),
+    "adapters": _tuned(3e-3, components="vision: adapter, projector: adapter, language: parallel_adapter size=16"),
+    "prefix": _tuned(3e-3, components="vision: frozen, projector: lora, language: prefix"),
+    "prefix of the tower, frozen language": _tuned(
+        5e-2, components="vision: prefix, projector: frozen, language: frozen"
+    ),
+    "LoRA on experts": Reference(
+        "qwen3_vl_moe",
+        objective={"peft": {"components": "vision: lora alpha=64, projector: lora, language: lora"}},
     ),
     "frozen vision": Reference("qwen3_vl", {"freeze_vit": True}),
     "frozen encoder": Reference("qwen3_vl", {"freeze_vit": True, "freeze_aligner": True}),
@@ -156,6 +174,8 @@ MEMBERS: tuple[Member, ...] = (
     Member("gated cross-attention, all rows packed into one", 1, micro_batch_size=8, against="gated_cross_attention"),
     Member("gated cross-attention, recompute full", 1, _FULL, True, "gated_cross_attention"),
     Member("logits in pieces", 1, quick=True, model=PIECES),
+    Member("activations in CPU memory", 1, layout(offload=True), True, micro_batch_size=4),
+    Member("activations in CPU memory, recompute selective", 1, layout(offload=True) | _THREE),
     Member("logits in pieces, LLaVA", 1, against="llava", model=PIECES),
     # recompute
     Member("recompute full, uniform", 1, _FULL),
@@ -191,6 +211,7 @@ MEMBERS: tuple[Member, ...] = (
     Member("TP2, logits in pieces", 2, layout(tp=2), model=PIECES),
     Member("LLaVA TP2+SP, logits in pieces", 2, layout(tp=2, sp=True), False, "llava", model=PIECES),
     # pipeline
+    Member("PP2 x VPP2, activations in CPU memory", 2, layout(pp=2, vpp=2, offload=True)),
     Member("PP2, logits in pieces", 2, layout(pp=2), model=PIECES),
     Member("PP2", 2, layout(pp=2)),
     Member("PP2, layers 1 + 3", 2, layout(pp=2, stages="Et|tttL"), quick=True),
@@ -216,6 +237,32 @@ MEMBERS: tuple[Member, ...] = (
     Member("DP2, distributed optimizer, overlap", 2, _OVERLAP_BOTH, quick=True, bucket_size=SMALL_BUCKET),
     Member("DP2, distributed optimizer, gradient overlap only", 2, _OVERLAP, bucket_size=SMALL_BUCKET),
     Member("DP2, frozen vision, overlap", 2, _OVERLAP_BOTH, False, "frozen vision", bucket_size=SMALL_BUCKET),
+    # adapters
+    Member("LoRA TP2+SP, recompute full", 2, layout(tp=2, sp=True) | _FULL, True, "LoRA"),
+    Member("LoRA TP2, vision TP1", 2, layout(tp=2, vision_tp=1), False, "LoRA"),
+    Member("LoRA PP2", 2, layout(pp=2), False, "LoRA"),
+    Member("LoRA PP2 x VPP2", 2, layout(pp=2, vpp=2), True, "LoRA"),
+    Member("LoRA CP2 p2p, packed by cost", 2, layout(cp=2, cp_comm="p2p"), True, "LoRA", data=PACKED),
+    Member("LoRA DP2, distributed optimizer, overlap", 2, _OVERLAP_BOTH, True, "LoRA", bucket_size=SMALL_BUCKET),
+    Member("LoRA encoder in bubbles, PP2", 2, layout(placement="bubble", pp=2), True, "LoRA"),
+    Member("DoRA TP2+SP", 2, layout(tp=2, sp=True), True, "DoRA", micro_batch_size=2),
+    Member("DoRA PP2", 2, layout(pp=2), False, "DoRA"),
+    Member("QLoRA TP2+SP", 2, layout(tp=2, sp=True), True, "QLoRA", micro_batch_size=2),
+    Member(
+        "QLoRA, encoder in bubbles, PP2, recompute full", 2, layout(placement="bubble", pp=2) | _FULL, False, "QLoRA"
+    ),
+    Member("IA3 TP2+SP", 2, layout(tp=2, sp=True), True, "IA3", micro_batch_size=2),
+    Member("IA3 CP2 p2p", 2, layout(cp=2, cp_comm="p2p"), False, "IA3"),
+    Member("adapters TP2+SP", 2, layout(tp=2, sp=True), True, "adapters", micro_batch_size=2),
+    Member("adapters TP2, selective recompute", 2, layout(tp=2) | _THREE, False, "adapters"),
+    Member("adapters PP2 x VPP2", 2, layout(pp=2, vpp=2), False, "adapters"),
+    Member("prefix TP2+SP", 2, layout(tp=2, sp=True), True, "prefix", micro_batch_size=2),
+    Member("prefix CP2 all_gather", 2, layout(cp=2, cp_comm="all_gather"), True, "prefix"),
+    Member("prefix of the tower, TP2", 2, layout(tp=2), True, "prefix of the tower, frozen language"),
+    Member("prefix TP4 with 2 key-value heads", 4, layout(tp=4), False, "prefix"),
+    Member("LoRA on experts, EP2 of TP2+SP", 2, EP2_TP2, True, "LoRA on experts"),
+    Member("LoRA on experts, TP2+SP", 2, layout(tp=2, sp=True), True, "LoRA on experts"),
+    Member("LoRA on experts, EP2", 2, EP2, False, "LoRA on experts"),
     # the encoder's places
     Member("encoder stage + PP1", 2, layout(placement="stage", pp=2), quick=True),
     Member("encoder stage + PP1, frozen vision", 2, layout(placement="stage", pp=2), False, "frozen vision"),

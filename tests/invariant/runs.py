@@ -48,6 +48,28 @@ def train_with_local_context_gradients(recipe: Recipe, num_steps: int) -> list[S
         return _steps(_build(recipe), num_steps)
 
 
+def train_with_broken_adapters(recipe: Recipe, num_steps: int, mistake: str) -> list[StepRow]:
+    """Train with one thing about adapters made wrong."""
+    from megavlm.peft import lora, splits
+
+    def unmarked(self: Any, modules: torch.nn.Module, lies: Any) -> None:
+        mark(self, modules, lies)
+        for parameter in modules.parameters():
+            vars(parameter)["sequence_parallel"] = False
+
+    def own_seed(seed: int, name: str) -> int:
+        return seed_of(seed + dist.get_rank(), name)
+
+    mark, seed_of = splits.Splits.mark, lora.seed_of
+    changed = {
+        "gradient of A not summed, TP": patch.object(lora, "copy_to_tensor_model_parallel_region", lambda x, group: x),
+        "gradients not summed, SP": patch.object(splits.Splits, "mark", unmarked),
+        "A drawn by each rank for itself": patch.object(lora, "seed_of", own_seed),
+    }[mistake]
+    with changed:
+        return _steps(_build(recipe), num_steps)
+
+
 def train_and_save(recipe: Recipe, num_steps: int, num_steps_beside: int = 0) -> list[StepRow]:
     """Train from the start, and write a checkpoint into the recipe's run folder; rows of the steps before it.
 

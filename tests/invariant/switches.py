@@ -43,6 +43,14 @@ _HEADS_ONE_PLAIN = Member("one process", 1, PLAIN, against="internvl_6b")
 _GATED_ONE = Member("one process", 1, against="gated_cross_attention")
 _GATED_FOUR = Member("TP2+SP x PP2", 4, layout(tp=2, sp=True, pp=2), against="gated_cross_attention")
 
+_LORA_ONE, _LORA_VPP2 = (
+    Member("one process", 1, against="LoRA"),
+    Member("PP2 x VPP2", 2, layout(pp=2, vpp=2), against="LoRA"),
+)
+_LORA_FOUR = Member("TP2+SP x PP2", 4, layout(tp=2, sp=True, pp=2), against="LoRA")
+_LORA_ONE_PLAIN = Member("one process", 1, PLAIN, against="LoRA")
+_LORA_TP4_PLAIN = Member("TP4 with 2 key-value heads", 4, layout(tp=4) | PLAIN, against="LoRA")
+
 _MIXTURE_DP2 = Member("DP2", 2, against="mixture", micro_batch_size=2)
 _MIXTURE_PACKED = Member("packed by cost, PP2", 2, layout(pp=2), against="mixture", data=PACKED)
 
@@ -51,6 +59,9 @@ SWITCHES: tuple[Switch, ...] = (
     Switch("gated cross-attention: TP2+SP x PP2 to one process", _GATED_FOUR, _GATED_ONE, quick=True),
     Switch("InternVL 6B: TP2 to one process", _HEADS_TP2, _HEADS_ONE, quick=True),
     Switch("InternVL 6B: one process to TP2, optimizer not distributed", _HEADS_ONE_PLAIN, _HEADS_TP2PLAIN),
+    Switch("LoRA: TP2+SP x PP2 to PP2 x VPP2", _LORA_FOUR, _LORA_VPP2, quick=True),
+    Switch("LoRA: one process to TP2+SP x PP2", _LORA_ONE, _LORA_FOUR),
+    Switch("LoRA: TP4 to one process, optimizer not distributed", _LORA_TP4_PLAIN, _LORA_ONE_PLAIN, quick=True),
     Switch("experts: one process to EP2 of TP2+SP x PP2", _EXPERTS_ONE, _EXPERTS_FOUR, quick=True),
     Switch("experts: EP2 to one process", _EXPERTS_EP2, _EXPERTS_ONE, quick=True),
     Switch("experts: EP2 of TP2+SP x PP2 to EP2", _EXPERTS_FOUR, _EXPERTS_EP2),

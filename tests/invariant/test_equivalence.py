@@ -125,6 +125,28 @@ def test_a_mistake_in_sums_over_context_ranks_would_show(
     assert measured["gradient norm, step 0"] > 100 * LIMITS["gradient norm, step 0"]
 
 
+@pytest.mark.parametrize(
+    ("mistake", "member"),
+    [
+        ("gradient of A not summed, TP", "LoRA TP2, vision TP1"),
+        ("gradients not summed, SP", "LoRA TP2+SP, recompute full"),
+        ("A drawn by each rank for itself", "LoRA TP2, vision TP1"),
+    ],
+)
+def test_a_mistake_in_adapters_would_show(
+    workers: PoolKeeper, inputs: Path, canonical: Canonical, mistake: str, member: str
+) -> None:
+    broken_member = next(one for one in MEMBERS if one.name == member)
+    (first, *_) = workers(2).run(
+        "tests.invariant.runs:train_with_broken_adapters",
+        recipe=_recipe(inputs, broken_member),
+        num_steps=4,
+        mistake=mistake,
+    )
+    measured = distances(first, canonical(broken_member.against)[:4])
+    assert measured["gradient norm"] > 10 * LIMITS["gradient norm"]
+
+
 def test_small_buckets_are_several(workers: PoolKeeper, inputs: Path) -> None:
     overlap = next(member for member in MEMBERS if member.bucket_size and member.world_size == 2)
     counts = workers(2).run(

@@ -31,6 +31,14 @@ def input_spec(hf_dir: Path) -> Any:
     return HFDirectory(hf_dir).architecture.inputs
 
 
+def memory_names(hf_dir: Path) -> list[str]:
+    """What transformers calls every tensor of a directory's weight map, once it is in memory."""
+    from megavlm.checkpoint.hf_io import HFDirectory
+
+    directory = HFDirectory(hf_dir)
+    return [directory.family.memory_name(name) for entry in directory.entries for name in entry.names]
+
+
 def encode_rows(hf_dir: Path, rows_file: Path) -> list[Item]:
     """A file's rows as our data room prepares them."""
     from megavlm.checkpoint.hf_io import HFDirectory
@@ -49,13 +57,15 @@ def encode_rows(hf_dir: Path, rows_file: Path) -> list[Item]:
     return items
 
 
-def recipe_of(hf_dir: Path, parallel: Mapping[str, Any], precision: str = "fp32", **sections: Any) -> Any:
+def recipe_of(
+    hf_dir: Path, parallel: Mapping[str, Any], precision: str = "fp32", backend: str = "torch", **sections: Any
+) -> Any:
     """A recipe for tests."""
     from megavlm.config.schema import ModelConfig, ParallelConfig, Recipe, TrainConfig
 
     sections.setdefault("train", TrainConfig(precision=precision))
     layout = ParallelConfig(**{"use_distributed_optimizer": False, **parallel})
-    return Recipe(model=ModelConfig(hf_dir=str(hf_dir)), parallel=layout, **sections)
+    return Recipe(model=ModelConfig(hf_dir=str(hf_dir), backend=backend), parallel=layout, **sections)
 
 
 def compare(
@@ -64,6 +74,7 @@ def compare(
     parallel: Mapping[str, Any],
     precision: str = "fp32",
     broken: str = "",
+    backend: str = "torch",
 ) -> dict[str, Measured]:
     """Largest differences of this rank's part, by row and by name.
 
@@ -73,6 +84,7 @@ def compare(
         parallel: layout.
         precision: fp32, or bf16 (logits alone).
         broken: what to break on purpose, a key of `MUTATIONS`.
+        backend: of the layer specs.
     """
     from megavlm.checkpoint.hf_io import HFDirectory
     from megavlm.config.numerics import row_multiples
@@ -83,7 +95,7 @@ def compare(
 
     judge = HFDirectory(hf_dir)
     with mutation(broken):
-        recipe = recipe_of(hf_dir, parallel, precision)
+        recipe = recipe_of(hf_dir, parallel, precision, backend)
         groups = initialize(recipe.parallel)
         seed_everything(recipe.train.seed)
         parts = build_parts(recipe, HFDirectory(hf_dir), groups, 0)
@@ -151,7 +163,7 @@ def compare_gradients(models: Sequence[Any], expected: Mapping[str, torch.Tensor
 
     A parameter without gradient there (a frozen or unused one) must have none here, or one that is exactly 0.
     """
-    from megavlm.checkpoint.hf_io import _shard, _tied_name
+    from megavlm.checkpoint.hf_io import shard_of, tied_name
     from megavlm.models.names import named_parameters, stacked_name
 
     by_native = {entry.native: entry for entry in judge.entries}
@@ -161,7 +173,7 @@ def compare_gradients(models: Sequence[Any], expected: Mapping[str, torch.Tensor
     for model in models:
         held = dict(named_parameters(model))
         for name, parameter in held.items():
-            native, expert = stacked_name(_tied_name(name, model))
+            native, expert = stacked_name(tied_name(name, model))
             entry = by_native[native]
             parts = [theirs[part] for part in entry.names]
             unused_here += [name] if not parameter.requires_grad else []
@@ -173,7 +185,7 @@ def compare_gradients(models: Sequence[Any], expected: Mapping[str, torch.Tensor
             if not parameter.requires_grad:
                 continue
             whole = entry.to_native(parts)
-            part = _shard(whole if expert is None else whole[expert], parameter, entry, model)
+            part = shard_of(whole if expert is None else whole[expert], parameter, entry, model).to(parameter.device)
             if not part.any():  # an image behind the last word
                 assert not parameter.main_grad.any(), f"{name} has a gradient"
                 zero += [name] if expert is None else []  # an expert that no token went to has others beside it

@@ -18,6 +18,8 @@ class RandomAccessFile:
 
     def __init__(self, path: str) -> None:
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # Kept here: when the interpreter ends, the module may be gone before this is.
+        self._close = os.close
 
     def read(self, offset: int, num_bytes: int) -> bytes:
         """So many bytes, or fewer where the file ends."""
@@ -25,7 +27,7 @@ class RandomAccessFile:
 
     def __del__(self) -> None:
         if "_descriptor" in vars(self):
-            os.close(self._descriptor)
+            self._close(self._descriptor)
 
 
 class Handles(Generic[Handle]):

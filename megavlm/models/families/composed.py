@@ -258,4 +258,5 @@ FAMILY = ModelFamily(
     build_projector=build_projector,
     weight_map=weight_map,
     public_name=llava.public_name,
+    memory_name=llava.memory_name,
 )

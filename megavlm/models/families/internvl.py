@@ -177,6 +177,13 @@ def public_name(name: str) -> str:
     return "language_model.lm_head.weight" if name == "lm_head.weight" else name
 
 
+def memory_name(name: str) -> str:
+    """The name in transformers 5's memory, `model.language_model.layers...`."""
+    if name.startswith("language_model.lm_head."):
+        return name.removeprefix("language_model.")
+    return "model." + name.replace("language_model.model.", "language_model.", 1)
+
+
 FAMILY = ModelFamily(
     model_type="internvl",
     read_config=read_config,
@@ -184,4 +191,5 @@ FAMILY = ModelFamily(
     build_projector=build_projector,
     weight_map=weight_map,
     public_name=public_name,
+    memory_name=memory_name,
 )

@@ -68,6 +68,14 @@ def public_name(name: str) -> str:
     return name
 
 
+def memory_name(name: str) -> str:
+    """The name in transformers 5's memory, `model.language_model.layers...`, `model.vision_tower.encoder...`."""
+    if name.startswith("language_model.lm_head."):
+        return name.removeprefix("language_model.")
+    name = name.replace("language_model.model.", "language_model.", 1).replace(TOWER, "vision_tower.", 1)
+    return f"model.{name}"
+
+
 FAMILY = ModelFamily(
     model_type="llava",
     read_config=read_config,
@@ -75,4 +83,5 @@ FAMILY = ModelFamily(
     build_projector=build_projector,
     weight_map=weight_map,
     public_name=public_name,
+    memory_name=memory_name,
 )

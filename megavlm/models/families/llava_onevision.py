@@ -56,4 +56,5 @@ FAMILY = ModelFamily(
     build_projector=llava_next.build_projector,
     weight_map=llava_next.weight_map,
     public_name=llava.public_name,
+    memory_name=llava.memory_name,
 )

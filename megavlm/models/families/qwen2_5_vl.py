@@ -229,6 +229,13 @@ def public_name(name: str) -> str:
     return name
 
 
+def memory_name(name: str) -> str:
+    """Back."""
+    if name.startswith("model."):
+        return "model.language_model." + name.removeprefix("model.")
+    return f"model.{name}" if name.startswith("visual.") else name
+
+
 FAMILY = ModelFamily(
     model_type="qwen2_5_vl",
     read_config=read_config,
@@ -236,4 +243,5 @@ FAMILY = ModelFamily(
     build_projector=build_projector,
     weight_map=weight_map,
     public_name=public_name,
+    memory_name=memory_name,
 )

@@ -214,4 +214,5 @@ FAMILY = ModelFamily(
     build_projector=build_projector,
     weight_map=weight_map,
     public_name=lambda name: name,
+    memory_name=lambda name: name,
 )

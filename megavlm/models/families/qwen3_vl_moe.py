@@ -74,4 +74,5 @@ FAMILY = ModelFamily(
     build_projector=qwen3_vl.build_projector,
     weight_map=weight_map,
     public_name=lambda name: name,
+    memory_name=lambda name: name,
 )

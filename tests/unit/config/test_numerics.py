@@ -100,6 +100,27 @@ def test_each_rank_has_whole_blocks(fp8_recipe: str, tensor: int, context: int) 
             ["fp8.fp8_param_gather", "train.precision fp8"],
         ),
         (
+            {"train": {"precision": "fp8"}, "model": {"backend": "te"}},
+            ["fp8.aligner_fp8_recipe", "delayed (fp8_recipe)", "none"],
+        ),
+        (
+            {
+                "train": {"precision": "fp8"},
+                "model": {"backend": "te"},
+                "fp8": {"aligner_fp8_recipe": "none", "fp8_exempt": ["*.linear_fc2"]},
+            },
+            ["fp8.fp8_exempt", "fp8_emulated"],
+        ),
+        (
+            {
+                "train": {"precision": "fp8"},
+                "model": {"backend": "te"},
+                "fp8": {"aligner_fp8_recipe": "none"},
+                "parallel": {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]},
+            },
+            ["parallel.recompute_modules", "layernorm with the recipe delayed"],
+        ),
+        (
             {"train": {"precision": "fp8_emulated"}, "fp8": {"first_last_layers_bf16": True}},
             ["fp8.first_last_layers_bf16", "delayed", "tensorwise"],
         ),

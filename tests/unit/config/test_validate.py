@@ -67,6 +67,10 @@ def check(text: str, parts: list[str]) -> None:
         ["data.template=vicuna", "data.too_long=cut_answer", "data.token_weights.instruction=0.5"],
         ["data.token_weight_schedule=[{instruction: 1, special: 1}, {from_progress: 0.5, box: 2}]"],
         ["model.hidden_dropout=0.1", "model.backend=flash"],
+        ["model.backend=te", "train.precision=fp32"],
+        ["model.backend=te", "parallel.context_parallel_size=2", "parallel.cp_comm_type=a2a"],
+        ["model.backend=flash", "parallel.context_parallel_size=2"],
+        ["model.backend=flash", "parallel.cp_comm_type=p2p"],
     ],
 )
 def test_good_recipes_pass(folder: Path, overrides: list[str]) -> None:
@@ -85,8 +89,20 @@ def test_good_recipes_pass(folder: Path, overrides: list[str]) -> None:
         (["model.hf_dir=Qwen/none"], ["model.hf_dir", "`Qwen/none`, which does not exist", "download"]),
         (["model.backend=flash", "train.precision=fp32"], ["model.backend", "bf16"]),
         (
+            ["parallel.gradient_accumulation_fusion=true", "train.precision=fp8_emulated"],
+            ["parallel.gradient_accumulation_fusion", "fp8_emulated"],
+        ),
+        (
             ["model.cross_entropy_loss_fusion=true", "train.stage=rm"],
             ["model.cross_entropy_loss_fusion", "train.stage rm"],
+        ),
+        (
+            ["model.backend=flash", "parallel.context_parallel_size=2", "parallel.cp_comm_type=p2p"],
+            ["parallel.cp_comm_type", "p2p with model.backend=flash", "all_gather", "model.backend=te"],
+        ),
+        (
+            ["parallel.context_parallel_size=2", "parallel.cp_comm_type=a2a"],
+            ["parallel.cp_comm_type", "a2a with model.backend=torch", "all_gather or p2p"],
         ),
         (["model.hidden_dropout=1"], ["model.hidden_dropout", "below 1"]),
         (["model.attention_dropout=0.1", "parallel.context_parallel_size=2"], ["model.attention_dropout", "context"]),

@@ -17,7 +17,8 @@ from torch._utils import ExceptionWrapper
 from megavlm.data.encode import SampleEncoder
 from megavlm.data.image_patches import normalised
 from megavlm.data.images import read_image_spec
-from megavlm.data.loader import BatchLoader, Dataset, _checked, evaluation_rows
+from megavlm.data.index_files import build_index
+from megavlm.data.loader import LEAST_SHARED_BYTES, BatchLoader, Dataset, _checked, evaluation_rows
 from megavlm.data.pixels import load_image_patches
 from megavlm.data.plan import GlobalBatchPlan
 from megavlm.data.rows import Rows
@@ -266,7 +267,9 @@ def test_evaluation_can_be_bounded(rows_path, encoder):
 
 def test_workers_make_no_difference(rows_path, encoder):
     dataset, _ = prepared(rows_path, encoder)
-    alone, helped = make_loader(dataset), make_loader(dataset, num_workers=2)
+    with_tokens, _ = prepared(rows_path, encoder)
+    with_tokens.adopt(build_index(rows_path.parent / "index", with_tokens.samples, encoder))
+    alone, helped = make_loader(dataset), make_loader(with_tokens, num_workers=2)
     for first, second in itertools.zip_longest(alone.batches(0), helped.batches(0)):
         assert_same(first, second)
     # Left halfway, a step starts anew; so does an earlier one after a resume.
@@ -275,9 +278,26 @@ def test_workers_make_no_difference(rows_path, encoder):
         for first, second in itertools.zip_longest(alone.batches(step), helped.batches(step)):
             assert_same(first, second)
     for _ in range(2):
-        for first, second in itertools.zip_longest(eval_batches(alone, dataset), eval_batches(helped, dataset)):
+        for first, second in itertools.zip_longest(eval_batches(alone, dataset), eval_batches(helped, with_tokens)):
             assert_same(first, second)
     helped.close()
+
+
+def test_many_pixels_leave_a_worker_in_shared_memory_and_few_through_its_pipe(encoder, tmp_path):
+    rows = []
+    for number, side in enumerate((64, 400)):
+        draw_image(tmp_path / f"{number}.png", side, side, seed=number)
+        answer = {"role": "assistant", "content": "a square"}
+        rows.append({"messages": [{"role": "user", "content": "<image>?"}, answer], "images": [f"{number}.png"]})
+    dataset, _ = prepared(write_jsonl(tmp_path / "rows.jsonl", rows), encoder)
+    alone, helped = (
+        list(eval_batches(make_loader(dataset, num_workers=number), dataset, micro_batch_size=1)) for number in (0, 1)
+    )
+    for first, second in zip(alone, helped, strict=True):
+        assert_same(first, second)
+    sizes = [len(one.pixels.values_B) for one in helped]
+    assert sizes[0] < LEAST_SHARED_BYTES <= sizes[1]
+    assert [one.pixels.values_B.is_shared() for one in helped] == [False, True]
 
 
 def test_error_of_a_worker_is_one_line_with_its_row(rows_path, encoder, tmp_path):
@@ -327,8 +347,11 @@ class _DeadlyEncoder(SampleEncoder):
 
 @pytest.mark.parametrize("forever", [False, True])
 def test_a_worker_that_dies_is_replaced_once(rows_path, encoder, tmp_path, caplog, forever):
+    for number in (1, 7, 10):  # pixels for shared memory, not only for the pipe
+        draw_image(tmp_path / f"{number}_0.png", 400, 400)
     dataset, _ = prepared(rows_path, encoder)
     expected = list(make_loader(dataset).batches(0))
+    assert any(len(one.pixels.values_B) >= LEAST_SHARED_BYTES for one in expected)
     deadly, _ = prepared(rows_path, _DeadlyEncoder(encoder, 4, tmp_path / "died", forever))
     loader = make_loader(deadly, num_workers=1)
     if forever:
@@ -367,7 +390,8 @@ def test_what_a_workers_own_code_raises_is_no_death():
         next(_checked(stream()))
 
 
-def test_memory_stays_flat_over_many_samples(encoder, tmp_path):
+@pytest.mark.parametrize("keeps_tokens", [False, True])
+def test_memory_stays_flat_over_many_samples(encoder, tmp_path, keeps_tokens):
     """Two walks over the same rows, the second of which must not need more than the first has left behind.
 
     With MEGAVLM_FULL_MATRIX=1 a walk is 100,000 samples and may leave 16 MB behind, else 2,000 and 8 MB: 4 kB each.
@@ -380,7 +404,11 @@ def test_memory_stays_flat_over_many_samples(encoder, tmp_path):
             question = {"role": "user", "content": f"<image>what is {number}?"}
             file.write(json.dumps({"messages": [question, answer], "images": ["picture.png"]}) + "\n")
     dataset = Dataset(Rows.open([str(tmp_path / "rows.jsonl")]), encoder, cached_tokens=25_000)
-    assert dataset.prepare().num_tokens > 25_000  # the cache is full after the first walk
+    if keeps_tokens:
+        report = dataset.adopt(build_index(tmp_path / "index", dataset.samples, encoder))
+    else:
+        report = dataset.prepare()
+    assert report.num_tokens > 25_000  # the cache is full after the first walk
     plan = GlobalBatchPlan(num_rows, 5, 100, 10, 1)
     loader = BatchLoader(
         dataset,

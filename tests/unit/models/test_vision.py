@@ -80,3 +80,42 @@ def check_segments():
     assert packing.cu_seqlens_kv.tolist() == packing.cu_seqlens_q.tolist()
     assert packing.cu_seqlens_q.dtype == torch.int32 and packing.qkv_format == "thd"
     assert packing.max_seqlen_q == packing.max_seqlen_kv == 120
+
+
+def test_layers_run_in_the_fp8_context_that_a_transformer_block_would_give_them(workers):
+    workers(1).run(check_fp8_contexts)
+
+
+def check_fp8_contexts():
+    import contextlib
+    from types import SimpleNamespace
+    from unittest.mock import patch
+
+    import torch
+    from megatron.core.enums import Fp8Recipe
+
+    from megavlm.models import vision
+
+    inside, seen = [], []
+
+    @contextlib.contextmanager
+    def context(_config, number=-1):
+        inside.append(number)
+        yield
+        inside.pop()
+
+    class Layer:
+        def __init__(self, number):
+            self.layer_number = number
+
+        def __call__(self, **arguments):
+            seen.append((self.layer_number, list(inside)))
+            return arguments["hidden_states"], None
+
+    for recipe, expected in ((Fp8Recipe.delayed, [(3, [-1]), (4, [-1])]), (Fp8Recipe.tensorwise, [(3, [2]), (4, [3])])):
+        config = SimpleNamespace(fp8="hybrid", fp8_recipe=recipe, recompute_granularity=None)
+        block = SimpleNamespace(config=config, training=True, layers=[Layer(3), Layer(4)])
+        seen.clear()
+        with patch.object(vision, "get_fp8_context", context):
+            _, kept = vision.run_layers(block, torch.zeros(2, 1, 4), [None, None], None, [3])
+        assert seen == expected and len(kept) == 1

@@ -3,7 +3,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from megavlm.parallel.attention import all_gather_attention, packed_attention, ring_attention
+from megavlm.parallel.attention import all_gather_attention, gathered_segments, packed_attention, ring_attention
 from megavlm.parallel.context import local_part
 
 HEADS, HEAD_DIM, SCALE = 4, 8, 8**-0.5
@@ -119,3 +119,31 @@ def on_ranks(kind, lengths, tensors, upstream):
     borders = borders_of(lengths)
     mine = [local_part(x, torch.tensor(borders), group.size(), group.rank()) for x in (*tensors, upstream)]
     return with_gradients(lambda *qkv: KINDS[kind](*qkv, borders, group, SCALE), mine[:3], mine[3])
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_gathered_segments_see_their_samples_beginning(size):
+    """With these segments, causal attention that ends at the last key is the whole row's, rank by rank."""
+    lengths = [8, 16, 0, 8]
+    borders, total = borders_of(lengths), sum(lengths)
+    tensors, _ = example(lengths, 2)
+    expected = packed_attention(*tensors, borders, True, SCALE)
+    parts = [[local_part(t, torch.tensor(borders), size, rank) for t in tensors] for rank in range(size)]
+    gathered = [torch.cat([part[which] for part in parts]) for which in (1, 2)]
+    for rank in range(size):
+        segments = gathered_segments(borders, size, rank)
+        key, value = (tensor[segments.keys] for tensor in gathered)
+        outputs = []
+        for number in range(len(segments.borders_q) - 1):
+            of_q, of_k = (
+                slice(*edges[number : number + 2].tolist()) for edges in (segments.borders_q, segments.borders_k)
+            )
+            q, k, v = (t.transpose(0, 1)[None] for t in (parts[rank][0][of_q], key[of_k], value[of_k]))
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=SCALE, enable_gqa=True)
+            outputs.append(out[0].transpose(0, 1).flatten(1))
+        ours = torch.cat(outputs)
+        assert len(ours) == total // size
+        torch.testing.assert_close(ours, local_part(expected, torch.tensor(borders), size, rank), rtol=1e-5, atol=1e-6)
+        for edges, longest in ((segments.borders_q, segments.longest_q), (segments.borders_k, segments.longest_k)):
+            assert edges.dtype == torch.int32 and int(edges.diff().max()) == longest

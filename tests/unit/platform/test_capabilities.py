@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from megavlm.config.load import recipe_from_dict
 from megavlm.errors import UseError
 from megavlm.platform import capabilities
-from megavlm.platform.capabilities import probe, probe_all, require
+from megavlm.platform.capabilities import needs_of, probe, probe_all, require
 
 Package = Callable[..., None]
 
@@ -212,6 +213,15 @@ def test_dali_has_one_distribution_per_cuda(package: Package, monkeypatch: pytes
     )
     package("nvidia-dali-cuda120", "1.50.0")
     assert probe("nvidia-dali").version == "1.50.0"
+
+
+def test_a_recipe_needs_what_its_backend_and_its_fusions_do() -> None:
+    def needs(backend: str, fused: bool) -> tuple[str, ...]:
+        tree = {"model": {"backend": backend}, "parallel": {"gradient_accumulation_fusion": fused}}
+        return needs_of(recipe_from_dict(tree))
+
+    assert needs("torch", False) == () and needs("torch", True) == ("apex",)
+    assert needs("te", True) == needs("te", False) == ("transformer-engine",)
 
 
 def test_backends_need_known_capabilities() -> None:

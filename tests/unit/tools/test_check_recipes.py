@@ -24,6 +24,8 @@ EXPECTED = {
     "qwen3_vl_8b_32k",
     "qwen3_vl_8b_262k",
     "qwen3_vl_8b_fp8",
+    "qwen2_5_vl_7b_dpo",
+    "qwen3_vl_32b_dpo",
 }
 
 

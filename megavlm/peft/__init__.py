@@ -1,0 +1,1 @@
+"""Adapters: what is learned beside a model's own weights."""

@@ -27,7 +27,7 @@ from megavlm.config.schema import (
     Recipe,
     TrainConfig,
 )
-from tests.invariant.members import Reference
+from tests.invariant.references import Reference
 
 NUM_STEPS = 20
 NUM_ROWS = 24

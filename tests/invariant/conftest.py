@@ -5,7 +5,7 @@ import pytest
 
 from tests.invariant import canon
 from tests.invariant.measure import StepRow
-from tests.invariant.members import REFERENCES
+from tests.invariant.references import REFERENCES
 from tests.pool import PoolKeeper
 
 Canonical = Callable[[str], list[StepRow]]

@@ -10,7 +10,8 @@ import pytest
 from megavlm.config.schema import Recipe
 from tests.invariant import canon
 from tests.invariant.measure import LIMITS, StepRow, broken, distances, record
-from tests.invariant.members import MEMBERS, REFERENCES, SMALL_BUCKET, Member
+from tests.invariant.members import MEMBERS, SMALL_BUCKET, Member
+from tests.invariant.references import REFERENCES
 from tests.invariant.switches import NEXT_CORE, SWITCHES, Switch
 from tests.pool import PoolKeeper
 

@@ -1,0 +1,79 @@
+"""The single-process runs that members of the equivalence class must equal, as a table."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A single-process run: a family, what is frozen, and knobs of the model; `mixed`: rows by `canon.mixed_rows`.
+
+    A `stage` other than sft learns from pairs of answers; `objective` are its knobs, by section.
+    """
+
+    family: str
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    mixed: bool = False
+    stage: str = "sft"
+    objective: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+_SFT_KNOBS = {
+    "loss_reduction": "square",
+    "label_smoothing_factor": 0.1,
+    "z_loss_coeff": 1e-3,
+    "neftune_noise_alpha": 5.0,
+}
+
+
+def _rewards(family: str, score_at: str) -> Reference:
+    """Scores are kept so close to 0 that the loss stays far from it: relative distances of it mean something then."""
+    reward = {"center_rewards_coefficient": 0.3, "score_at": score_at}
+    return Reference(family, {"lr": 3e-4}, stage="rm", objective={"reward": reward})
+
+
+def _tuned(lr: float = 1e-3, **peft: Any) -> Reference:
+    return Reference("qwen3_vl", {"lr": lr}, objective={"peft": peft})
+
+
+REFERENCES: dict[str, Reference] = {
+    "qwen3_vl": Reference("qwen3_vl"),
+    "experts": Reference("qwen3_vl_moe"),
+    "experts balanced": Reference("qwen3_vl_moe", model={"moe_aux_loss_coeff": 0.1}),
+    "llava": Reference("llava"),
+    "llava_next": Reference("llava_next"),
+    "llava_onevision": Reference("llava_onevision"),
+    "qwen2_5_vl": Reference("qwen2_5_vl"),
+    "internvl": Reference("internvl"),
+    "internvl_6b": Reference("internvl_6b"),
+    "perceiver": Reference("perceiver"),
+    "gated_cross_attention": Reference("gated_cross_attention"),
+    "qformer": Reference("qformer"),
+    "mixture": Reference("qwen3_vl", mixed=True),
+    "sft with every knob": Reference("qwen3_vl", objective={"sft": _SFT_KNOBS}),
+    "rm": _rewards("qwen3_vl", "last_token"),
+    "rm, untied": _rewards("llava", "end_of_answer"),
+    "dpo": Reference("qwen3_vl", stage="dpo", objective={"preference": {"rpo_alpha": 0.1}}),
+    "simpo": Reference("qwen3_vl", stage="simpo"),
+    "orpo": Reference("qwen3_vl", stage="orpo"),
+    "kto": Reference(
+        "qwen3_vl", {"lr": 3e-4}, stage="kto", objective={"preference": {"undesirable_weight": 1.5, "beta": 0.3}}
+    ),
+    "LoRA": _tuned(tuner_type="lora", lorap_lr_ratio=4.0),
+    "DoRA": _tuned(tuner_type="lora", use_dora=True),
+    "QLoRA": _tuned(tuner_type="lora", bnb_4bit_quant_type="nf4"),
+    "IA3": _tuned(1e-1, tuner_type="ia3"),
+    "adapters": _tuned(3e-3, components="vision: adapter, projector: adapter, language: parallel_adapter size=16"),
+    "prefix": _tuned(3e-3, components="vision: frozen, projector: lora, language: prefix"),
+    "prefix of the tower, frozen language": _tuned(
+        5e-2, components="vision: prefix, projector: frozen, language: frozen"
+    ),
+    "LoRA on experts": Reference(
+        "qwen3_vl_moe",
+        objective={"peft": {"components": "vision: lora alpha=64, projector: lora, language: lora"}},
+    ),
+    "frozen vision": Reference("qwen3_vl", {"freeze_vit": True}),
+    "frozen encoder": Reference("qwen3_vl", {"freeze_vit": True, "freeze_aligner": True}),
+    "frozen language": Reference("qwen3_vl", {"freeze_llm": True}),
+}

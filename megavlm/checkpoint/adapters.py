@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from megavlm.checkpoint.hf_io import HFDirectory, tied_name
 from megavlm.checkpoint.native import read_common
 from megavlm.checkpoint.safetensors_writer import TensorSpec
-from megavlm.checkpoint.stream import NativeReader
+from megavlm.checkpoint.stream import NativeReader, RowsInFile
 from megavlm.config.load import recipe_from_dict
 from megavlm.config.schema import Recipe
 from megavlm.config.tuning import Tuning, tuning_plan
@@ -128,6 +128,10 @@ class AdapterCheckpoint:
             "linear_value",
         )
         return entry.native != name and name.endswith(linears) and is_quantised(name, self.plan, self.recipe.peft)
+
+    def rows(self, name: str) -> list[RowsInFile] | None:
+        """Where the bytes of what is learned as a whole lie, as `NativeReader` says."""
+        return self.learned.rows(name) if name in self.learned.specs else None
 
     def read(self, name: str) -> torch.Tensor:
         """One whole native tensor: learned, or the directory's with what its adapter adds (computed in fp32)."""

@@ -21,7 +21,7 @@ from megavlm.checkpoint.hf_io import (
     write_chat_template,
     write_reward_config,
 )
-from megavlm.checkpoint.stream import export_stream, exported_shapes
+from megavlm.checkpoint.stream_export import export_stream, exported_shapes
 from megavlm.checkpoint.stream_import import import_stream
 from megavlm.checkpoint.weight_formats import BlockFp8, OneType, fp8_names, quantization_config
 from megavlm.errors import RunError, use_error

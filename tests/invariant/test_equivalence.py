@@ -55,7 +55,9 @@ def test_canonical_run_learns_and_would_show_an_encoder_fault(canonical: Canonic
     if REFERENCES[reference].stage == "sft":
         assert len({row.count for row in rows}) > 5
     for component in rows[0].norms:
-        assert min(row.norms[component] / row.norms["total"] for row in rows) >= 0.05, component
+        shares = [row.norms[component] / row.norms["total"] for row in rows if row.norms[component] > 0]
+        assert len(shares) == len(rows) or "unfreeze" in REFERENCES[reference].optimizer
+        assert min(shares) >= 0.05, component
 
 
 @pytest.mark.parametrize("member", _chosen(MEMBERS))

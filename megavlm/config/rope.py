@@ -14,7 +14,7 @@ class RopeScalingConfig:
     rope_type: Literal["", "linear", "llama3", "yarn", "dynamic"] = ""
     """Empty: as the model's config says. `yarn` (arXiv 2309.00071), `linear` (arXiv 2306.15595), `llama3` (Llama 3.1).
     `dynamic` stretches behind max_position_embeddings only, by the longest row of a batch: that is for inference, and
-    training, which never gets there, is the same without it. With multimodal positions vLLM reads yarn alone."""
+    training, which never gets there, is the same without it."""
     factor: float = 1.0
     """The new context is original_max_position_embeddings x this (with `dynamic` it stays)."""
     original_max_position_embeddings: int = 0

@@ -88,7 +88,7 @@ def inverse_frequencies(
 
 
 def _number_of_turns(turns: float, head_dim: int, base: float, num_positions: int) -> float:
-    """The (broken) number of the frequency that turns so often within some positions; equation 17 solved for it."""
+    """The (broken) number of the frequency that turns so often within some positions."""
     return head_dim * math.log(num_positions / (turns * 2 * math.pi)) / (2 * math.log(base))
 
 

@@ -19,7 +19,7 @@ def rope_changes(config: Mapping[str, Any], language: LanguageArchitecture, mode
     """Keys of the text part of config.json that a recipe gives other values.
 
     They are spelled as the config spells them: `rope_parameters` (transformers 5), or `rope_scaling` and `rope_theta`
-    (the hub), which every version of transformers and vLLM reads.
+    (the hub), which older versions of transformers and inference engines read, too.
 
     Args:
         config: content of config.json.

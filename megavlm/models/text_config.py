@@ -64,7 +64,7 @@ def rope_scaling(settings: Mapping[str, Any], max_positions: int) -> RopeScaling
 
 
 def _concentration(factor: float, weight: float = 1.0) -> float:
-    """Of yarn: the square root of 1/t, arXiv 2309.00071, equation 22."""
+    """Of yarn: the square root of 1/t, arXiv 2309.00071, section 3.4."""
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 

@@ -150,6 +150,28 @@ def test_a_mistake_in_adapters_would_show(
     assert measured["gradient norm"] > 10 * LIMITS["gradient norm"]
 
 
+@pytest.mark.parametrize(
+    ("mistake", "member"),
+    [
+        ("layers counted on each rank", "schedules: PP2 x VPP2"),
+        ("norms of a rank's own part", "schedules: TP2+SP"),
+        ("frozen gradients counted", "schedules: PP2 x VPP2"),
+    ],
+)
+def test_a_mistake_in_schedules_would_show(
+    workers: PoolKeeper, inputs: Path, canonical: Canonical, mistake: str, member: str
+) -> None:
+    broken_member = next(one for one in MEMBERS if one.name == member)
+    (first, *_) = workers(2).run(
+        "tests.invariant.runs:train_with_broken_schedules",
+        recipe=_recipe(inputs, broken_member),
+        num_steps=4,
+        mistake=mistake,
+    )
+    measured = distances(first, canonical(broken_member.against)[:4])
+    assert measured["gradient norm"] > 10 * LIMITS["gradient norm"]
+
+
 def test_small_buckets_are_several(workers: PoolKeeper, inputs: Path) -> None:
     overlap = next(member for member in MEMBERS if member.bucket_size and member.world_size == 2)
     counts = workers(2).run(

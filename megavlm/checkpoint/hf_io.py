@@ -88,6 +88,8 @@ class HFDirectory:
 
     def with_text_changes(self, text_changes: Mapping[str, Any]) -> "HFDirectory":
         """The same directory with other values of its config's text part."""
+        if text_changes == self.text_changes:
+            return self
         is_reward_model = self.architecture.language.has_score_head
         return HFDirectory(self.path, self._allow_pickle, is_reward_model, text_changes)
 

@@ -190,7 +190,18 @@ def _updates_of(state: TrainState) -> Callable[[Mapping[str, Any]], int]:
 
 
 def _check_model(state: TrainState, common: dict[str, Any], folder: Path) -> None:
-    ours = repr(state.directory.architecture)
+    directory, stretched = state.directory, common.get("text_changes", {})
+    if common.get("weights_only"):  # a new run may give them another context
+        directory = directory.with_text_changes(stretched)
+    elif stretched != directory.text_changes:
+        own = "what the model came with"
+        raise use_error(
+            "model.rope_scaling (or rope_theta, max_position_embeddings)",
+            directory.text_changes or own,
+            f"{stretched or own}, as {folder} was written",
+            "keep it when resuming; to change it, start a new run from what `megavlm convert export` writes",
+        )
+    ours = repr(directory.architecture)
     if common.get("has_score_head", False) != state.directory.architecture.language.has_score_head:
         raise use_error(
             str(folder),

@@ -77,7 +77,7 @@ def test_checkpoints_of_a_stretched_model_know_it(inputs: Inputs, workers: PoolK
     plain = [word for word in words if not word.startswith("model.rope_scaling")]
     code, _, err = workers(1).run(call, words=plain)[0]
     assert code == 2
-    the_error(err, "a checkpoint of another model (other sizes)", only=False)
+    the_error(err, "model.rope_scaling", "got what the model came with", "'factor': 4.0", only=False)
 
 
 def test_the_recipes_of_real_size_are_a_chain() -> None:

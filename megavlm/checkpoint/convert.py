@@ -19,6 +19,7 @@ from megavlm.checkpoint.hf_io import (
     copy_companions,
     make_empty,
     write_chat_template,
+    write_config,
     write_reward_config,
 )
 from megavlm.checkpoint.stream_export import export_stream, exported_shapes
@@ -54,6 +55,13 @@ def checked_common(folder: Path, directory: HFDirectory) -> dict[str, Any]:
         UseError: it is of another model.
     """
     common: dict[str, Any] = native.read_common(folder)["common"]
+    if common.get("text_changes", {}) != directory.text_changes:
+        raise use_error(
+            str(folder),
+            "a checkpoint of a run with model.rope_scaling, rope_theta or max_position_embeddings of its own",
+            f"one of {directory.path} as it is",
+            "export it with `megavlm convert export`, and use that directory",
+        )
     if common.get("has_score_head", False) != directory.architecture.language.has_score_head:
         kinds = {True: "a reward model", False: "a language model"}
         raise use_error(
@@ -113,8 +121,10 @@ def export_checkpoint(folder: Path, directory: HFDirectory, out_dir: Path, dtype
         UseError: out_dir holds files, or the checkpoint is of another model.
         RunError: writing failed, e.g. because the disk is full; nothing is left behind.
     """
-    if native.read_common(folder)["common"].get("has_score_head", False):
+    said = native.read_common(folder)["common"]
+    if said.get("has_score_head", False):
         directory = directory.as_reward_model()
+    directory = directory.with_text_changes(said.get("text_changes", {}))
     common = checked_common(folder, directory)
     reader = open_checkpoint(folder, directory)
     wanted = torch.bfloat16 if dtype == "fp8" else DTYPE_NAMES[dtype] if dtype else directory.dtype
@@ -125,6 +135,7 @@ def export_checkpoint(folder: Path, directory: HFDirectory, out_dir: Path, dtype
     with finished(out_dir, num_bytes) as unfinished:
         export_stream(reader, directory, unfinished, weight_format)
         copy_companions(directory.path, unfinished)
+        write_config(directory, unfinished)
         if common.get("chat_template"):  # else the directory's own, also in imports and older checkpoints
             write_chat_template(unfinished, common["chat_template"], common["eos_token_ids"])
         if directory.architecture.language.has_score_head:

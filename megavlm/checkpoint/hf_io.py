@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,12 +19,14 @@ from safetensors.torch import save_file
 from megavlm.checkpoint.pickle_reader import PickleFile
 from megavlm.checkpoint.safetensors_reader import SafetensorsFile
 from megavlm.checkpoint.safetensors_writer import TensorSpec
+from megavlm.config.schema import ModelConfig
 from megavlm.errors import UseError, use_error
 from megavlm.models.architecture import Architecture
 from megavlm.models.encoder import VisionEncoder
 from megavlm.models.family import ModelFamily
 from megavlm.models.names import Part, named_parameters, stacked_name
 from megavlm.models.registry import family_of
+from megavlm.models.rope_config import rope_changes, with_text
 from megavlm.models.score import HF_NAME, score_entries
 from megavlm.models.weight_map import Entry, check_names
 
@@ -39,6 +42,8 @@ COMPANIONS = (
     "preprocessor_config.json video_preprocessor_config.json"
 ).split()
 
+PLAIN_MODEL = ModelConfig()  # changes nothing
+
 DTYPE_NAMES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -51,17 +56,24 @@ class HFDirectory:
 
     With `allow_pickle`, weights that torch.save wrote are read where there are no others. With `reward_model` it is
     that of one: without a head for scores it gets a new one, and its output layer over words is not read. A directory
-    that has such a head is a reward model's in any case.
+    that has such a head is a reward model's in any case. `text_changes` are other values of the config's text part
+    (`rope_changes`).
 
     Raises:
         UseError: a file is missing or unreadable, or the model type is unknown.
     """
 
-    def __init__(self, path: str | Path, allow_pickle: bool = False, reward_model: bool = False) -> None:
-        self.path, self._allow_pickle = Path(path), allow_pickle
-        self.config = read_json(self.path / "config.json")
+    def __init__(
+        self,
+        path: str | Path,
+        allow_pickle: bool = False,
+        reward_model: bool = False,
+        text_changes: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        self.path, self._allow_pickle, self.text_changes = Path(path), allow_pickle, dict(text_changes)
+        self.config = with_text(read_json(self.path / "config.json"), self.text_changes)
         self.family: ModelFamily = family_of(self.config.get("model_type", ""))
-        self.architecture: Architecture = read_architecture(self.path)
+        self.architecture: Architecture = _architecture_of(self.config, self.path / "config.json")
         self.entries: list[Entry] = self.family.weight_map(self.architecture)
         self._handles: dict[Path, SafetensorsFile | PickleFile] = {}
         self._files = self._locate()
@@ -72,7 +84,14 @@ class HFDirectory:
 
     def as_reward_model(self) -> "HFDirectory":
         """The same directory as the start of a reward model."""
-        return HFDirectory(self.path, self._allow_pickle, reward_model=True)
+        return HFDirectory(self.path, self._allow_pickle, reward_model=True, text_changes=self.text_changes)
+
+    def with_text_changes(self, text_changes: Mapping[str, Any]) -> "HFDirectory":
+        """The same directory with other values of its config's text part."""
+        if text_changes == self.text_changes:
+            return self
+        is_reward_model = self.architecture.language.has_score_head
+        return HFDirectory(self.path, self._allow_pickle, is_reward_model, text_changes)
 
     def check_has_words(self, wanted: str) -> None:
         """Raise `UseError` when this is a reward model's, which cannot do what is `wanted`."""
@@ -151,14 +170,25 @@ class HFDirectory:
         return entry.to_native([self.read(name, expert) for name in entry.names])[0]
 
 
-def read_architecture(folder: Path) -> Architecture:
-    """What a model is, from its config.json alone: weights need not be there.
+def read_architecture(folder: Path, model: ModelConfig = PLAIN_MODEL) -> Architecture:
+    """What a model is, from its config.json alone, and what a recipe changes of it: weights need not be there.
 
     Raises:
         UseError: an unknown model type, a key that is missing, or a value that makes no model.
     """
     path = folder / "config.json"
+    config = with_text(read_json(path), read_rope_changes(folder, model))
+    return _architecture_of(config, path)
+
+
+def read_rope_changes(folder: Path, model: ModelConfig) -> dict[str, Any]:
+    """What a recipe changes of the text part of a directory's config.json (`rope_changes`)."""
+    path = folder / "config.json"
     config = read_json(path)
+    return rope_changes(config, _architecture_of(config, path).language, model)
+
+
+def _architecture_of(config: dict[str, Any], path: Path) -> Architecture:
     family = family_of(config.get("model_type", ""))
     expected = f"a {family.model_type} config"
     try:
@@ -370,6 +400,12 @@ def write_reward_config(out_dir: Path) -> None:
     if "text_config" in content:
         content["text_config"] = content["text_config"] | {"num_labels": 1}
     _write_json(path, content)
+
+
+def write_config(directory: HFDirectory, out_dir: Path) -> None:
+    """Write a directory's config with its other values, where it has any."""
+    if directory.text_changes:
+        _write_json(out_dir / "config.json", directory.config)
 
 
 def add_to_config(out_dir: Path, content: Mapping[str, Any]) -> None:

@@ -81,4 +81,4 @@ def _check_model(recipe: "Recipe") -> None:
     from megavlm.config.validate import validate_model
     from megavlm.models.facts import facts_of
 
-    validate_model(recipe, facts_of(read_architecture(Path(recipe.model.hf_dir))))
+    validate_model(recipe, facts_of(read_architecture(Path(recipe.model.hf_dir), recipe.model)))

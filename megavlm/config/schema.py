@@ -9,6 +9,7 @@ from typing import Literal
 
 from megavlm.config.peft import PeftConfig
 from megavlm.config.precision import Fp8Config
+from megavlm.config.rope import RopeScalingConfig
 from megavlm.config.stage_knobs import PreferenceConfig, RewardConfig, SftConfig
 
 
@@ -20,6 +21,12 @@ class ModelConfig:
     """Hugging Face directory that gives architecture, weights, tokenizer, template and image processor."""
     backend: Literal["torch", "flash", "te"] = "torch"
     """Layer specs: plain torch SDPA (runs anywhere), flash-attn, or Transformer Engine."""
+    rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
+    """A longer context than the model's; an exported config.json says so."""
+    rope_theta: float = 0.0
+    """Base of rotary frequencies; 0: the model's."""
+    max_position_embeddings: int = 0
+    """Context length in tokens; 0: the model's, or what rope_scaling makes of it."""
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
     cross_entropy_loss_fusion: bool = False
@@ -278,8 +285,25 @@ class OptimizerConfig:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
+    vit_layer_decay: float = 1.0
+    """Layer d from the top of the vision tower has the rate `vit_lr` x this ** d: d is 1 for the last layer, 2 for the
+    one before, and largest for embeddings; 0 only for what lies above the layers (BEiT's rule). 1: all learn alike."""
+    llm_layer_decay: float = 1.0
+    """The same for the language model; a tied output layer learns as the embedding that it is."""
+    unfreeze: str = ""
+    """What begins to learn when, e.g. `0: projector; 0.1: vision[-2:]; 0.3: vision; 2000: language`: with a decimal
+    point a share of the run, otherwise optimizer steps; layers as in peft.components, also from the end. Until then
+    weights stay as they are, and their gradients count nowhere; they are computed all the same. Empty: all from 0."""
+    unfreeze_warmup_iters: int = 0
+    """Over so many steps the rate of what is unfrozen later rises to that of the schedule."""
     clip_grad: float = 1.0
-    """Global gradient norm is clipped to this; 0: not clipped."""
+    """Gradient norm is clipped to this; 0: not clipped."""
+    clip_grad_by: Literal["total", "component", "layer"] = "total"
+    """Whose norm: of all gradients together; of each component (vision tower, projector, language model); or of each
+    layer, and of the rest of each component."""
+    vit_clip_grad: float = -1.0
+    """By component or layer: the vision tower's limit, and the projector's; negative: `clip_grad`."""
+    aligner_clip_grad: float = -1.0
     loss_scale: float = 0.0
     """With fp16: the loss is multiplied by this, and gradients divided by it again; 0: by a scale that is halved when
     gradients overflow (the step is then skipped), and doubled after loss_scale_window steps without."""

@@ -13,11 +13,13 @@ from pathlib import Path
 from megavlm.config.backends import check_backend
 from megavlm.config.fit import validate_layout, validate_model
 from megavlm.config.layout import divisors, language_pipeline_size, parse_pipeline_layout
+from megavlm.config.learning import check_learning
 from megavlm.config.load import recipe_to_dict
 from megavlm.config.mixture import check_mixture
 from megavlm.config.numerics import check_numerics
 from megavlm.config.objectives import check_objective
 from megavlm.config.placement import check_placement
+from megavlm.config.rope import check_rope
 from megavlm.config.schema import DataConfig, ParallelConfig, Recipe
 from megavlm.config.tokens import check_tokens
 from megavlm.config.tuning import check_tuning
@@ -29,10 +31,12 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _MOST_IMAGE_PIXELS = 2 * 89_478_485  # PIL raises DecompressionBombError above it
 RECOMPUTE_MODULES = ("core_attn", "mlp", "moe", "layernorm")
 
-# Least value of every number; those of vit_lr and aligner_lr are free, as a negative one means `lr`.
+# Least value of every number; rates and limits of a component are free, as a negative one means the common one.
 LEAST: dict[str, float] = {
     "model.attention_dropout": 0,
     "model.hidden_dropout": 0,
+    "model.rope_theta": 0,
+    "model.max_position_embeddings": 0,
     "model.moe_aux_loss_coeff": 0,
     "model.cross_entropy_chunk_tokens": 1,
     "parallel.tensor_model_parallel_size": 1,
@@ -75,6 +79,11 @@ LEAST: dict[str, float] = {
     "optimizer.adam_beta2": 0,
     "optimizer.adam_eps": 0,
     "optimizer.clip_grad": 0,
+    "optimizer.unfreeze_warmup_iters": 0,
+    "optimizer.vit_clip_grad": -math.inf,
+    "optimizer.aligner_clip_grad": -math.inf,
+    "optimizer.vit_layer_decay": 0,
+    "optimizer.llm_layer_decay": 0,
     "optimizer.lr_warmup_fraction": 0,
     "optimizer.lr_warmup_iters": 0,
     "optimizer.lr_wsd_decay_iters": 0,
@@ -150,6 +159,7 @@ def validate_recipe(recipe: Recipe, check_paths: bool = True) -> None:
     _check_numbers(recipe)
     _check_name(recipe)
     _check_model(recipe)
+    check_rope(recipe.model.rope_scaling)
     check_numerics(recipe)
     check_placement(recipe.parallel)
     _check_pipeline(recipe.parallel)
@@ -159,6 +169,7 @@ def validate_recipe(recipe: Recipe, check_paths: bool = True) -> None:
     _check_duration(recipe)
     _check_schedule(recipe)
     check_tuning(recipe)
+    check_learning(recipe)
     check_mixture(recipe)
     _check_data(recipe)
     _check_media_limits(recipe.data)

@@ -11,19 +11,29 @@ class RopeScaling:
     """Rotary frequencies that are stretched for contexts longer than those of pretraining.
 
     Attributes:
-        kind: `linear` divides all by `factor`; `llama3` (Llama 3.1) divides slow ones, leaves fast ones, and blends
-            those between.
+        kind: `linear` divides all by `factor`; `llama3` (Llama 3.1) and `yarn` divide slow ones, leave fast ones, and
+            blend those between: llama3 by their turns, yarn by their number.
         factor: of stretching.
-        low_frequency_factor: wavelengths above original_max_positions / this are slow.
-        high_frequency_factor: wavelengths below original_max_positions / this are fast.
+        low_frequency_factor: wavelengths above original_max_positions / this are slow (yarn's beta_slow).
+        high_frequency_factor: wavelengths below original_max_positions / this are fast (yarn's beta_fast).
         original_max_positions: context length of pretraining, in tokens.
+        attention_factor: what cosines and sines are multiplied by (yarn).
+        truncate: whether the ends of yarn's ramp are whole numbers.
     """
 
-    kind: Literal["linear", "llama3"]
+    kind: Literal["linear", "llama3", "yarn"]
     factor: float
     low_frequency_factor: float = 1.0
     high_frequency_factor: float = 1.0
     original_max_positions: int = 0
+    attention_factor: float = 1.0
+    truncate: bool = True
+
+    def __repr__(self) -> str:
+        """Fields that the kind reads: checkpoints are compared by this text, also those from before there was yarn."""
+        names = ["kind", "factor", "low_frequency_factor", "high_frequency_factor", "original_max_positions"]
+        names += ["attention_factor", "truncate"] if self.kind == "yarn" else []
+        return f"RopeScaling({', '.join(f'{name}={vars(self)[name]!r}' for name in names)})"
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megavlm.checkpoint import native, writing
+from megavlm.config.learning import unfrozen_by
 from megavlm.config.load import dump_recipe, recipe_from_dict
 from megavlm.config.tuning import COMPONENTS, describe_tuning, tuning_plan
 from megavlm.errors import use_error
@@ -42,6 +44,7 @@ def _common(state: TrainState) -> dict[str, Any]:
         "rows": state.train_set.index.digest,
         "family": state.directory.family.model_type,
         "architecture": repr(state.directory.architecture),
+        "text_changes": state.directory.text_changes,
         "has_score_head": state.directory.architecture.language.has_score_head,
         "stage": state.recipe.train.stage,
         "early_stopping": state.early_stopping.state(),
@@ -54,6 +57,8 @@ def _common(state: TrainState) -> dict[str, Any]:
         "layout": _layout(state),
         "scheduler": state.scheduler.state_dict(),
         "num_skipped": state.num_skipped,
+        "num_updates": dict(state.num_updates),
+        "unfrozen": unfrozen_by(state.recipe, state.total_steps, state.step),
         "loss_scaler": scaler_state(state.optimizer),
         "fp8": {} if state.parts.fp8 is None else state.parts.fp8.state(),
         "chat_template": tokenizer.chosen_template,
@@ -85,6 +90,8 @@ def save(state: TrainState) -> Path:
 def begin_save(state: TrainState, copy: bool) -> writing.PendingSave:
     """Begin to write a checkpoint; `copy`: of the run as it stands now, while it goes on."""
     sharded = _model_state(state)
+    if state.num_updates:
+        native.allocate_moments(state.optimizer)
     sharded["optimizer"] = native.optimizer_state(state.optimizer, sharded, state.parts.learns, is_loading=False)
     sharded["random_state"] = native.random_state(state.groups)
     sharded["common"] = _common(state)
@@ -145,19 +152,21 @@ def resume(state: TrainState) -> Path | None:
         logger.warning("the training rows, or what they become, are not those that %s was trained on", folder)
     # checkpoints from before there was fp16 have skipped nothing
     state.step, state.num_skipped = common["step"], common.get("num_skipped", 0)
-    num_updates = state.step - state.num_skipped
+    # those from before anything could be unfrozen later have one number for all
+    done = state.step - state.num_skipped
+    state.num_updates = common.get("num_updates", {0: done} if done else {})
     state.early_stopping.restore(common.get("early_stopping", {}))
     sharded = _model_state(state)
-    if num_updates:  # before the first, an optimizer has nothing to save, and weights are what they were
+    if state.num_updates:  # before the first, an optimizer has nothing to save, and weights are what they were
         sharded["optimizer"] = native.optimizer_state(state.optimizer, sharded, state.parts.learns, is_loading=True)
     same_layout = common["layout"] == _layout(state)
     if same_layout:
         sharded["random_state"] = native.random_state(state.groups)
     loaded = native.load_sharded(folder, sharded, knobs.save_timeout_s)
     weights = _model_state(state)
-    native.restore_optimizer(state.optimizer, weights, loaded.get("optimizer", {}), num_updates)
+    native.restore_optimizer(state.optimizer, weights, loaded.get("optimizer", {}), _updates_of(state))
     native.restore_models(state.models, loaded, _learned_only(state))
-    if not num_updates:
+    if not state.num_updates:
         state.optimizer.reload_model_params()
     restore_scalers(state.optimizer, common.get("loss_scaler", {}))
     if state.parts.fp8 is not None:
@@ -171,8 +180,28 @@ def resume(state: TrainState) -> Path | None:
     return folder
 
 
+def _listed(unfrozen: list[list[str | int]]) -> str:
+    return ", ".join(f"{what} from step {step} on" for step, what in unfrozen) or "nothing"
+
+
+def _updates_of(state: TrainState) -> Callable[[Mapping[str, Any]], int]:
+    """Adam's steps of a parameter group."""
+    return lambda group: state.num_updates.get(state.learning.tagged(group["lr_mult"]).first_step, 0)
+
+
 def _check_model(state: TrainState, common: dict[str, Any], folder: Path) -> None:
-    ours = repr(state.directory.architecture)
+    directory, stretched = state.directory, common.get("text_changes", {})
+    if common.get("weights_only"):  # a new run may give them another context
+        directory = directory.with_text_changes(stretched)
+    elif stretched != directory.text_changes:
+        own = "what the model came with"
+        raise use_error(
+            "model.rope_scaling (or rope_theta, max_position_embeddings)",
+            directory.text_changes or own,
+            f"{stretched or own}, as {folder} was written",
+            "keep it when resuming; to change it, start a new run from what `megavlm convert export` writes",
+        )
+    ours = repr(directory.architecture)
     if common.get("has_score_head", False) != state.directory.architecture.language.has_score_head:
         raise use_error(
             str(folder),
@@ -216,6 +245,14 @@ def _check_run(state: TrainState, common: dict[str, Any], folder: Path) -> None:
             "export the checkpoint with `megavlm convert` and start a new run from it",
         )
     _check_tuning(state, common, folder)
+    ours, theirs = unfrozen_by(state.recipe, state.total_steps, common["step"]), common.get("unfrozen", [])
+    if ours != theirs:
+        raise use_error(
+            "optimizer.unfreeze",
+            f"{_listed(ours)} before step {common['step']}",
+            f"{_listed(theirs)}, as {folder} was written",
+            "keep what has been unfrozen; only later points may change",
+        )
     expected = state.plan.num_consumed(common["step"])
     if common["consumed_samples"] != expected:
         raise use_error(

@@ -22,6 +22,7 @@ from megavlm.pipeline.exchange import Exchange
 from megavlm.pipeline.runtime import Event, execute, perf_clock
 from megavlm.train import balance
 from megavlm.train.inputs import StepInputs, step_inputs
+from megavlm.train.learning import hide_gradients
 from megavlm.train.loss_scale import prepare_gradients, scaler_of
 from megavlm.train.optim import GradientNorms, clip_and_update, gradient_norms
 from megavlm.train.pipeline_work import OnOutput, PartsWork, Rows
@@ -177,13 +178,15 @@ def train_step(state: TrainState, step: int, recordings: list[Recording] | None 
     loss_sum, count, num_tokens, num_images, num_padded_tokens = totals.tolist()
     scaler = scaler_of(state.optimizer)
     loss_scale = None if scaler is None else float(scaler.scale)
+    hide_gradients(state.learning, step)
     skipped = prepare_gradients(state.optimizer)
     if skipped:
         norms = GradientNorms(0.0, dict.fromkeys(state.learning_components, 0.0))
         state.num_skipped += 1
     else:
         norms = _checked_norms(state, step, list(itertools.chain(*(batch.sample_ids for batch in rows.batches))))
-        clip_and_update(state.optimizer, norms, state.recipe.optimizer.clip_grad)
+        clip_and_update(state.optimizer, state.scheduler, state.learning, norms, step)
+        state.count_update(step)
         state.parts.weights_changed()
     if state.parts.fp8 is not None:
         state.parts.fp8.end_step()
@@ -272,7 +275,7 @@ def _finite(value: float) -> bool:
 
 
 def _checked_norms(state: TrainState, step: int, sample_ids: list[str]) -> GradientNorms:
-    norms = gradient_norms(state.optimizer, state.parts, state.learning_components)
+    norms = gradient_norms(state.optimizer, state.parts, state.learning, state.learning_components)
     if _finite(norms.total):
         return norms
     where = [

@@ -91,4 +91,6 @@ def broken(measured: dict[str, float], limits: dict[str, float] = LIMITS) -> dic
 
 
 def _relative(value: float, expected: float) -> float:
+    if expected == 0.0:  # of a component that does not learn yet
+        return 0.0 if value == 0.0 else math.inf
     return (value - expected) / expected

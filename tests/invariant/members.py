@@ -163,6 +163,15 @@ MEMBERS: tuple[Member, ...] = (
     Member("DP2, distributed optimizer, overlap", 2, _OVERLAP_BOTH, quick=True, bucket_size=SMALL_BUCKET),
     Member("DP2, distributed optimizer, gradient overlap only", 2, _OVERLAP, bucket_size=SMALL_BUCKET),
     Member("DP2, frozen vision, overlap", 2, _OVERLAP_BOTH, False, "frozen vision", bucket_size=SMALL_BUCKET),
+    # rates, times and limits of layers
+    Member("schedules: TP2+SP", 2, layout(tp=2, sp=True), True, "schedules", micro_batch_size=2),
+    Member("schedules: PP2 x VPP2", 2, layout(pp=2, vpp=2), True, "schedules"),
+    Member("schedules: DP2, overlap", 2, _OVERLAP_BOTH, True, "schedules", bucket_size=SMALL_BUCKET),
+    Member("schedules: DP2, optimizer not distributed", 2, PLAIN, False, "schedules"),
+    Member("schedules: CP2 p2p", 2, layout(cp=2, cp_comm="p2p"), False, "schedules"),
+    Member("schedules: encoder in bubbles, PP2", 2, layout(placement="bubble", pp=2), False, "schedules"),
+    Member("schedules: EP2", 2, EP2, True, "schedules, experts"),
+    Member("schedules: EP2 of TP2+SP", 2, EP2_TP2, False, "schedules, experts"),
     # adapters
     Member("LoRA TP2+SP, recompute full", 2, layout(tp=2, sp=True) | _FULL, True, "LoRA"),
     Member("LoRA TP2, vision TP1", 2, layout(tp=2, vision_tp=1), False, "LoRA"),
@@ -373,6 +382,7 @@ MEMBERS: tuple[Member, ...] = (
     Member("CP2 x PP2", 4, layout(cp=2, pp=2), True, micro_batch_size=2),
     Member("CP2 p2p x PP2 x VPP2", 4, layout(cp=2, cp_comm="p2p", pp=2, vpp=2)),
     Member("TP2+SP x DP2, distributed optimizer", 4, layout(tp=2, sp=True), True, micro_batch_size=4),
+    Member("schedules: TP2+SP x PP2", 4, layout(tp=2, sp=True, pp=2), False, "schedules", micro_batch_size=2),
     Member("LLaVA TP2 x PP2", 4, layout(tp=2, pp=2), True, "llava", micro_batch_size=2),
     experts("EP4", 4, layout(ep=4)),
     experts("EP2 x DP2, optimizer not distributed", 4, EP2 | PLAIN),

@@ -33,6 +33,23 @@ def _rewards(family: str, score_at: str) -> Reference:
     return Reference(family, {"lr": 3e-4}, stage="rm", objective={"reward": reward})
 
 
+# At half-time, where runs are resumed, some layers have learned from the start, some since a while, some for one step,
+# and some not at all.
+_SCHEDULES = {
+    "vit_layer_decay": 0.8,
+    "llm_layer_decay": 0.9,
+    "unfreeze": "0: projector, vision[-2:]; 0.25: language[2:]; 0.45: vision; 12: language",
+    "unfreeze_warmup_iters": 3,
+    "clip_grad_by": "layer",
+    "clip_grad": 0.5,
+    "vit_clip_grad": 0.1,
+}
+_EXPERT_SCHEDULES = _SCHEDULES | {
+    "clip_grad_by": "component",
+    "unfreeze": "0: projector, vision; 0.25: language[2:]; 12: language",
+}
+
+
 def _tuned(lr: float = 1e-3, **peft: Any) -> Reference:
     return Reference("qwen3_vl", {"lr": lr}, objective={"peft": peft})
 
@@ -73,6 +90,8 @@ REFERENCES: dict[str, Reference] = {
         "qwen3_vl_moe",
         objective={"peft": {"components": "vision: lora alpha=64, projector: lora, language: lora"}},
     ),
+    "schedules": Reference("qwen3_vl", _SCHEDULES),
+    "schedules, experts": Reference("qwen3_vl_moe", _EXPERT_SCHEDULES),
     "frozen vision": Reference("qwen3_vl", {"freeze_vit": True}),
     "frozen encoder": Reference("qwen3_vl", {"freeze_vit": True, "freeze_aligner": True}),
     "frozen language": Reference("qwen3_vl", {"freeze_llm": True}),

@@ -54,7 +54,17 @@ _LORA_TP4_PLAIN = Member("TP4 with 2 key-value heads", 4, layout(tp=4) | PLAIN, 
 _MIXTURE_DP2 = Member("DP2", 2, against="mixture", micro_batch_size=2)
 _MIXTURE_PACKED = Member("packed by cost, PP2", 2, layout(pp=2), against="mixture", data=PACKED)
 
+_TIMED_VPP2 = Member("PP2 x VPP2", 2, layout(pp=2, vpp=2), against="schedules")
+_TIMED_DP2 = Member("DP2", 2, against="schedules")
+_TIMED_TP2_PLAIN = Member("TP2", 2, layout(tp=2) | PLAIN, against="schedules")
+_TIMED_PP2_PLAIN = Member("PP2", 2, layout(pp=2) | PLAIN, against="schedules")
+_TIMED_EP2 = Member("EP2", 2, EP2, against="schedules, experts")
+_TIMED_TP2_EXPERTS = Member("TP2+SP", 2, layout(tp=2, sp=True), against="schedules, experts")
+
 SWITCHES: tuple[Switch, ...] = (
+    Switch("schedules: PP2 x VPP2 to DP2", _TIMED_VPP2, _TIMED_DP2, quick=True),
+    Switch("schedules: TP2 to PP2, optimizer not distributed", _TIMED_TP2_PLAIN, _TIMED_PP2_PLAIN, quick=True),
+    Switch("schedules: EP2 to TP2+SP", _TIMED_EP2, _TIMED_TP2_EXPERTS),
     Switch("mixture with a curriculum: DP2 to packed by cost, PP2", _MIXTURE_DP2, _MIXTURE_PACKED, quick=True),
     Switch("gated cross-attention: TP2+SP x PP2 to one process", _GATED_FOUR, _GATED_ONE, quick=True),
     Switch("InternVL 6B: TP2 to one process", _HEADS_TP2, _HEADS_ONE, quick=True),

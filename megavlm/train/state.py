@@ -70,6 +70,8 @@ class TrainState:
     """Those of them that changed nothing, because gradients in fp16 had overflown."""
     evaluation: tuple[int, float] | None = None
     """The last evaluation: steps done by then, loss on the held-out rows."""
+    starting_point: str = ""
+    """A digest of the model that the run's reference is, where its rows carry what that says (`starting_point.py`)."""
 
     def __post_init__(self) -> None:
         self._inputs: dict[int, StepInputs] = {}

@@ -2,11 +2,14 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megavlm.data.rows import Rows
 from megavlm.data.sample import Sample
@@ -66,7 +69,6 @@ def transformers_score(hf_dir: str, sample: Sample, tokens: list[int]) -> float:
 
     It has no such class for models with images, so the two are put together here.
     """
-    from safetensors.torch import load_file
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
     assert AutoConfig.from_pretrained(hf_dir).num_labels == 1
@@ -148,6 +150,52 @@ def test_dpo_begins_at_ln_2_and_goes_on_with_its_reference(
     succeed(workers, 2, _train(inputs, tmp_path / "halves", pairs, "dpo", "train.train_iters=4", *words))
     assert references[0].stat().st_mtime_ns == written
     assert losses(tmp_path / "halves") == whole
+
+
+def _other_weights(inputs: Inputs, out_dir: Path, workers: PoolKeeper) -> str:
+    """A native checkpoint of the same model with other weights, as `convert import` writes it."""
+    hf_dir = out_dir / "other"
+    shutil.copytree(inputs.model("qwen3_vl"), hf_dir)
+    weights = load_file(hf_dir / "model.safetensors")
+    for tensor in weights.values():
+        tensor.mul_(0.7)
+    save_file(weights, hf_dir / "model.safetensors", metadata={"format": "pt"})
+    imported = str(out_dir / "imported")
+    succeed(workers, 1, ["convert", "import", "--hf-dir", str(hf_dir), "--out", imported])
+    return imported
+
+
+def test_the_reference_of_imported_weights_is_what_they_say(
+    inputs: Inputs, pairs: Path, workers: PoolKeeper, tmp_path: Path
+) -> None:
+    imported = _other_weights(inputs, tmp_path, workers)
+    words = _train(inputs, tmp_path, pairs, "dpo", "preference.beta=0.5", "checkpoint.save_steps=1")
+    succeed(workers, 1, [*words, "train.train_iters=1", f"checkpoint.load_dir={imported}"])
+    assert losses(tmp_path)[1] == pytest.approx(math.log(2), rel=0, abs=1e-6)
+    folder = tmp_path / "run" / "reference"
+    (written,) = folder.iterdir()
+
+    # The run goes on with what was written, whether load_dir is still there or not; and with nothing else.
+    before, reference_NQ = written.stat().st_mtime_ns, np.load(written)
+    succeed(workers, 1, [*words, "train.train_iters=2"])
+    assert list(folder.iterdir()) == [written] and written.stat().st_mtime_ns == before
+    written.unlink()
+    code, _, err = workers(1).run(call, words=[*words, "train.train_iters=3"])[0]
+    assert code == 2
+    the_error(err, "reference", "no such file", "checkpoint.load_dir", only=False)
+    succeed(workers, 1, [*words, "train.train_iters=3", f"checkpoint.load_dir={imported}"])
+    assert np.array_equal(np.load(written), reference_NQ) and len(losses(tmp_path)) == 3
+
+
+def test_other_adapters_have_a_reference_of_their_own(
+    inputs: Inputs, pairs: Path, workers: PoolKeeper, tmp_path: Path
+) -> None:
+    """A prefix is there from the first step on: the model that training starts from is not the directory's."""
+    words = _train(inputs, tmp_path, pairs, "dpo", "train.train_iters=1", "checkpoint.save_at_end=false")
+    for number, tuner in enumerate(("lora", "prefix"), 1):
+        succeed(workers, 1, [*words, "peft.components=vision: frozen, projector: frozen, language: " + tuner])
+        assert losses(tmp_path)[1] == pytest.approx(math.log(2), rel=0, abs=1e-6)
+        assert len(list((tmp_path / "run" / "reference").iterdir())) == number
 
 
 def test_an_image_of_both_answers_is_encoded_once(

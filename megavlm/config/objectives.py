@@ -2,6 +2,7 @@
 
 from megavlm.config.schema import Recipe
 from megavlm.config.stage_knobs import PreferenceConfig, RewardConfig, SftConfig
+from megavlm.config.tuning import tuning_plan
 from megavlm.errors import use_error
 
 PAIR_LOSS_TYPES: dict[str, tuple[str, ...]] = {
@@ -56,13 +57,7 @@ def check_objective(recipe: Recipe) -> None:
         )
     if stage in PAIR_LOSS_TYPES:
         _check_preference(stage, recipe.preference, loss_types(recipe))
-    if stage in REFERENCE_STAGES and _augments(recipe):
-        raise use_error(
-            "data.augment_*",
-            f"images that change with train.stage {stage}",
-            "none: the reference saw them as they are",
-            "remove the augmentations",
-        )
+        _check_reference(recipe)
 
 
 def _check_preference(stage: str, knobs: PreferenceConfig, loss_type: tuple[str, ...]) -> None:
@@ -86,6 +81,31 @@ def _check_preference(stage: str, knobs: PreferenceConfig, loss_type: tuple[str,
         raise use_error("preference.label_smoothing", 0, "above 0: exo_pair divides by it", "set it, e.g. to 0.001")
     if knobs.discopop_tau == 0:
         raise use_error("preference.discopop_tau", 0, "more than 0", "set it, e.g. to 0.05")
+
+
+def _check_reference(recipe: Recipe) -> None:
+    stage, reference, key = recipe.train.stage, recipe.preference.reference, "preference.reference"
+    if stage not in REFERENCE_STAGES:
+        if reference != "cached":
+            raise use_error(key, f"{reference} with train.stage {stage}", "nothing: it has no reference", "remove it")
+        return
+    if reference == "cached" and _augments(recipe):
+        raise use_error(
+            "data.augment_*",
+            f"images that change with train.stage {stage}",
+            "none: the reference saw them as they are",
+            "remove the augmentations, or train adapters with preference.reference=adapter_off",
+        )
+    if reference == "adapter_off":
+        plan = tuning_plan(recipe)
+        whole = [rule.component for rule in plan.rules if rule.tuning.method == "full"]
+        if whole or not plan.has_adapters:
+            raise use_error(
+                key,
+                f"adapter_off, and {whole[0]} learns with all its weights" if whole else "adapter_off without adapters",
+                "adapters alone, without which the model is what it was",
+                "set e.g. peft.tuner_type=lora, or preference.reference=cached",
+            )
 
 
 def _check_early_stopping(recipe: Recipe) -> None:

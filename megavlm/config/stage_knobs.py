@@ -30,6 +30,10 @@ class PreferenceConfig:
     hinge, ipo. kto: kto or apo_zero_unpaired. Empty: sigmoid, or kto."""
     loss_weights: tuple[float, ...] = ()
     """dpo: a factor for each loss_type; empty: 1."""
+    reference: Literal["cached", "adapter_off"] = "cached"
+    """dpo, kto: what the model is compared with. cached: with itself before training, once for every row, which is kept
+    in the run folder. adapter_off: with itself without its adapters, by a forward pass more in each step; for rows that
+    change from epoch to epoch (data.augment_*), and rows that nobody waits for."""
     beta: float = 0.1
     """How closely the model keeps to the reference; scale of rewards; ORPO's weight of the odds ratio."""
     label_smoothing: float = 0.0

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from megavlm.checkpoint import native
 from megavlm.config.numerics import row_multiples
+from megavlm.config.schema import Recipe
 from megavlm.data.dataset import Dataset
 from megavlm.data.loader import BatchLoader, evaluation_rows
 from megavlm.data.pairs import PAIR_PARTS
@@ -38,6 +39,11 @@ logger = logging.getLogger(__name__)
 FOLDER = "reference"
 
 
+def keeps_references(recipe: Recipe) -> bool:
+    """Whether the rows of a run carry what a reference says of them."""
+    return STAGES[recipe.train.stage].needs_reference and recipe.preference.reference == "cached"
+
+
 def prepare_references(state: TrainState) -> None:
     """Give training and held-out rows what the model says of them before training, if the stage needs it.
 
@@ -48,7 +54,7 @@ def prepare_references(state: TrainState) -> None:
         RunError: a log-probability is not finite.
         UseError: it would have to be computed again, and the weights that the run started from are not there.
     """
-    if not STAGES[state.recipe.train.stage].needs_reference:
+    if not keeps_references(state.recipe):
         return
     here = starting_point(state)
     known, folder = _known_starting_point(state)

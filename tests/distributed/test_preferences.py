@@ -198,6 +198,29 @@ def test_other_adapters_have_a_reference_of_their_own(
         assert len(list((tmp_path / "run" / "reference").iterdir())) == number
 
 
+@pytest.mark.parametrize("stage", ["dpo", "kto"])
+def test_adapters_are_compared_with_the_model_without_them(
+    inputs: Inputs, pairs: Path, workers: PoolKeeper, tmp_path: Path, stage: str
+) -> None:
+    """Rows whose images change from step to step have no reference that could be kept."""
+    rows = pairs
+    if stage == "kto":
+        rows = tmp_path / "marked.jsonl"
+        lines = [json.loads(line) for line in pairs.read_text().splitlines()]
+        for number, row in enumerate(lines):
+            row["label"] = number % 2 == 0
+            del row["rejected_response"]
+        rows.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    words = [*PP2, "preference.beta=0.5", "train.train_iters=4", "optimizer.lr=1e-2", "peft.tuner_type=lora"]
+    words += ["preference.reference=adapter_off", "data.augment_color_jitter=0.5"]
+    succeed(workers, 2, _train(inputs, tmp_path, rows, stage, *words))
+    found = losses(tmp_path)
+    assert found[1] == pytest.approx(math.log(2) if stage == "dpo" else 0.5, rel=0, abs=1e-6)
+    assert found[4] < found[1] - 0.005 and not (tmp_path / "run" / "reference").exists()
+    held_out = [row for row in log_rows(tmp_path) if row["kind"] == "eval"]
+    assert held_out[-1]["rewards/margins"] > held_out[0]["rewards/margins"]
+
+
 def test_an_image_of_both_answers_is_encoded_once(
     inputs: Inputs, pairs: Path, workers: PoolKeeper, tmp_path: Path
 ) -> None:
@@ -256,7 +279,9 @@ def test_a_row_that_is_no_pair_ends_the_run(
         ("cpo", "preference.loss_type=[sigmoid,hinge]", ("preference.loss_type", "one of sigmoid, hinge, ipo")),
         ("dpo", "preference.loss_weights=[1,2]", ("preference.loss_weights", "one for each")),
         ("dpo", "preference.beta=0", ("preference.beta", "more than 0")),
-        ("dpo", "data.augment_color_jitter=0.1", ("data.augment_", "the reference saw")),
+        ("dpo", "data.augment_color_jitter=0.1", ("data.augment_", "the reference saw", "adapter_off")),
+        ("dpo", "preference.reference=adapter_off", ("preference.reference", "learns with all its weights")),
+        ("orpo", "preference.reference=adapter_off", ("preference.reference", "no reference")),
         ("rm", "optimizer.freeze_llm=true", ("optimizer.freeze_llm", "new head")),
         ("sft", "preference.beta=0.2", ("preference", "train.stage sft")),
         ("dpo", "reward.score_at=end_of_answer", ("reward", "train.stage=rm")),

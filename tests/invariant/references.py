@@ -37,6 +37,12 @@ def _tuned(lr: float = 1e-3, **peft: Any) -> Reference:
     return Reference("qwen3_vl", {"lr": lr}, objective={"peft": peft})
 
 
+def _compared(reference: str) -> Reference:
+    """DPO of adapters, which begin at 0: without them the model is what it was."""
+    objective = {"preference": {"reference": reference}, "peft": {"tuner_type": "lora"}}
+    return Reference("qwen3_vl", stage="dpo", objective=objective)
+
+
 REFERENCES: dict[str, Reference] = {
     "qwen3_vl": Reference("qwen3_vl"),
     "experts": Reference("qwen3_vl_moe"),
@@ -60,6 +66,8 @@ REFERENCES: dict[str, Reference] = {
     "kto": Reference(
         "qwen3_vl", {"lr": 3e-4}, stage="kto", objective={"preference": {"undesirable_weight": 1.5, "beta": 0.3}}
     ),
+    "dpo, LoRA": _compared("cached"),
+    "dpo, adapters off": _compared("adapter_off"),
     "LoRA": _tuned(tuner_type="lora", lorap_lr_ratio=4.0),
     "DoRA": _tuned(tuner_type="lora", use_dora=True),
     "QLoRA": _tuned(tuner_type="lora", bnb_4bit_quant_type="nf4"),

@@ -128,7 +128,7 @@ def export_checkpoint(folder: Path, directory: HFDirectory, out_dir: Path, dtype
         if common.get("chat_template"):  # else the directory's own, also in imports and older checkpoints
             write_chat_template(unfinished, common["chat_template"], common["eos_token_ids"])
         if directory.architecture.language.has_score_head:
-            write_reward_config(unfinished)
+            write_reward_config(unfinished, common.get("stage", ""))
         if in_fp8:
             add_to_config(unfinished, {"quantization_config": quantization_config(in_fp8, shapes)})
     return int(common["step"])

@@ -17,8 +17,8 @@ PAIR_LOSS_TYPES: dict[str, tuple[str, ...]] = {
 }
 """Values of preference.loss_type by stage. AOT, which compares sorted pairs, is none: its value depends on which pairs
 share a microbatch."""
-COMPARING_STAGES = ("rm", *PAIR_LOSS_TYPES)
-"""Stages that compare answers: those of a row, or with what a reference says of them."""
+COMPARING_STAGES = ("rm", "prm", *PAIR_LOSS_TYPES)
+"""Stages that judge answers, and so read them whole: two of a row, one with its label, one with those of its steps."""
 REFERENCE_STAGES = ("dpo", "kto")
 
 
@@ -39,25 +39,47 @@ def check_objective(recipe: Recipe) -> None:
         raise use_error("sft", f"settings with train.stage {stage}", "none", "remove them, or set train.stage=sft")
     if stage not in PAIR_LOSS_TYPES and recipe.preference != PreferenceConfig():
         raise use_error("preference", f"settings with train.stage {stage}", "none", "remove them, or set train.stage")
-    if stage != "rm" and recipe.reward != RewardConfig():
-        raise use_error("reward", f"settings with train.stage {stage}", "none", "remove them, or set train.stage=rm")
+    _check_reward(stage, recipe.reward)
     if stage in COMPARING_STAGES and recipe.data.too_long.startswith("cut"):
         raise use_error(
             "data.too_long",
             f"{recipe.data.too_long} with train.stage {stage}",
-            "drop or stop: of two answers that are compared neither is cut",
+            "drop or stop: answers that are compared, or judged, are not cut",
             "set data.too_long=drop",
         )
-    if stage == "rm" and recipe.optimizer.freeze_llm:
+    if stage in ("rm", "prm") and recipe.optimizer.freeze_llm:
         raise use_error(
             "optimizer.freeze_llm",
-            "true with train.stage rm",
+            f"true with train.stage {stage}",
             "a language model that learns: the new head for scores is a part of it",
             "set it to false",
         )
     if stage in PAIR_LOSS_TYPES:
         _check_preference(stage, recipe.preference, loss_types(recipe))
         _check_reference(recipe)
+
+
+_REWARD_STAGES = {
+    "center_rewards_coefficient": "rm",
+    "score_at": "rm",
+    "step_separator": "prm",
+    "train_on_last_step_only": "prm",
+}
+"""Knobs of the section `reward`, and the stage that reads each."""
+
+
+def _check_reward(stage: str, knobs: RewardConfig) -> None:
+    defaults = RewardConfig()
+    for name, reader in _REWARD_STAGES.items():
+        if stage != reader and vars(knobs)[name] != vars(defaults)[name]:
+            raise use_error(
+                f"reward.{name}",
+                f"a setting with train.stage {stage}",
+                "none",
+                f"remove it, or set train.stage={reader}",
+            )
+    if not knobs.step_separator:
+        raise use_error("reward.step_separator", "nothing", "a text behind each step", "set it, or remove it")
 
 
 def _check_preference(stage: str, knobs: PreferenceConfig, loss_type: tuple[str, ...]) -> None:

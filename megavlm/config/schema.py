@@ -301,9 +301,9 @@ class OptimizerConfig:
 class TrainConfig:
     """The loop."""
 
-    stage: Literal["sft", "rm", "dpo", "cpo", "simpo", "orpo", "kto"] = "sft"
-    """Training method. sft: answers are learned; rm: a reward model; dpo, cpo, simpo, orpo: from pairs of answers;
-    kto: from answers that are marked good or bad."""
+    stage: Literal["sft", "rm", "prm", "dpo", "cpo", "simpo", "orpo", "kto"] = "sft"
+    """Training method. sft: answers are learned; rm: a reward model; prm: a reward model of steps; dpo, cpo, simpo,
+    orpo: from pairs of answers; kto: from answers that are marked good or bad."""
     micro_batch_size: int = 1
     """Samples packed into one row (without data.packing)."""
     global_batch_size: int = 8

@@ -33,7 +33,8 @@ def pairs(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _train(inputs: Inputs, out_dir: Path, rows: Path, stage: str, *words: str) -> list[str]:
+def train_words(inputs: Inputs, out_dir: Path, rows: Path, stage: str, *words: str) -> list[str]:
+    """Words of a run of a stage that learns from these rows, and holds the same ones out."""
     common = [f"data.train=[{rows}]", f"data.eval=[{rows}]", "data.max_pixels=0", f"train.stage={stage}"]
     return inputs.train(out_dir, *common, *words)
 
@@ -64,10 +65,11 @@ def our_scores(hf_dir: str, rows: str) -> list[tuple[list[int], float]]:
 
 
 @torch.no_grad()
-def transformers_score(hf_dir: str, sample: Sample, tokens: list[int]) -> float:
-    """As transformers' sequence classification does it: its model without head, and `score.weight` on the last token.
+def transformers_scores(hf_dir: str, sample: Sample, tokens: list[int]) -> torch.Tensor:
+    """As transformers' classification of tokens does it: its model without head, and `score.weight` on every token.
 
-    It has no such class for models with images, so the two are put together here.
+    It has no such class for models with images, so the two are put together here. Classification of sequences reads
+    the last.
     """
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
@@ -81,7 +83,7 @@ def transformers_score(hf_dir: str, sample: Sample, tokens: list[int]) -> float:
     if "mm_token_type_ids" in arguments:
         arguments["mm_token_type_ids"] = (arguments["input_ids"] == model.config.image_token_id).int()
     hidden_SH = model.eval()(**arguments).last_hidden_state[0]
-    return float(load_file(f"{hf_dir}/model.safetensors")["score.weight"][0] @ hidden_SH[-1])
+    return hidden_SH @ load_file(f"{hf_dir}/model.safetensors")["score.weight"][0]
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "llava"])
@@ -90,7 +92,7 @@ def test_a_reward_model_is_trained_and_exported(
 ) -> None:
     hf_dir = str(inputs.model(family))
     knobs = [f"model.hf_dir={hf_dir}", "optimizer.lr=1e-2", "reward.center_rewards_coefficient=0.01", *PP2]
-    succeed(workers, 2, _train(inputs, tmp_path, pairs, "rm", "train.train_iters=4", *knobs))
+    succeed(workers, 2, train_words(inputs, tmp_path, pairs, "rm", "train.train_iters=4", *knobs))
     rows = [row for row in log_rows(tmp_path) if row["kind"] == "train"]
     assert set(rows[0]["extra"]) >= REWARDS | {"calibration_error"} and rows[0]["num_tokens"] == 4
     held_out = [row for row in log_rows(tmp_path) if row["kind"] == "eval"]
@@ -105,11 +107,11 @@ def test_a_reward_model_is_trained_and_exported(
     (found,) = workers(1).run(our_scores, hf_dir=exported, rows=str(pairs))
     assert len({score for _tokens, score in found}) == 3
     for sample, (tokens, score) in zip(Rows.open([str(pairs)]), found, strict=False):
-        assert transformers_score(exported, sample, tokens) == pytest.approx(score, rel=0, abs=1e-5)
+        assert float(transformers_scores(exported, sample, tokens)[-1]) == pytest.approx(score, rel=0, abs=1e-5)
 
     # What was exported is a reward model again: to go on with, to convert, and for no other stage.
     again = tmp_path / "again"
-    succeed(workers, 1, _train(inputs, again, pairs, "rm", f"model.hf_dir={exported}", "train.train_iters=1"))
+    succeed(workers, 1, train_words(inputs, again, pairs, "rm", f"model.hf_dir={exported}", "train.train_iters=1"))
     first = [row for row in log_rows(again) if row["kind"] == "eval"][0]
     assert first["rewards/margins"] == pytest.approx(held_out[-1]["rewards/margins"], rel=1e-4)
     imported = str(tmp_path / "imported")
@@ -132,7 +134,7 @@ def test_dpo_begins_at_ln_2_and_goes_on_with_its_reference(
     inputs: Inputs, pairs: Path, workers: PoolKeeper, tmp_path: Path
 ) -> None:
     words = ["preference.beta=0.5", "train.eval_steps=2", *PP2]
-    succeed(workers, 2, _train(inputs, tmp_path / "whole", pairs, "dpo", "train.train_iters=4", *words))
+    succeed(workers, 2, train_words(inputs, tmp_path / "whole", pairs, "dpo", "train.train_iters=4", *words))
     whole = losses(tmp_path / "whole")
     assert whole[1] == pytest.approx(math.log(2), rel=0, abs=1e-6)
     assert whole[4] < whole[1] - 0.01
@@ -143,11 +145,11 @@ def test_dpo_begins_at_ln_2_and_goes_on_with_its_reference(
 
     # The second attempt starts from other weights than the reference's; what the first one wrote is used.
     words += ["checkpoint.save_steps=2", "optimizer.lr_decay_style=constant"]
-    succeed(workers, 2, _train(inputs, tmp_path / "halves", pairs, "dpo", "train.train_iters=2", *words))
+    succeed(workers, 2, train_words(inputs, tmp_path / "halves", pairs, "dpo", "train.train_iters=2", *words))
     references = sorted((tmp_path / "halves" / "run" / "reference").iterdir())
     assert len(references) == 1, "training and held-out rows are the same here"
     written = references[0].stat().st_mtime_ns
-    succeed(workers, 2, _train(inputs, tmp_path / "halves", pairs, "dpo", "train.train_iters=4", *words))
+    succeed(workers, 2, train_words(inputs, tmp_path / "halves", pairs, "dpo", "train.train_iters=4", *words))
     assert references[0].stat().st_mtime_ns == written
     assert losses(tmp_path / "halves") == whole
 
@@ -169,7 +171,7 @@ def test_the_reference_of_imported_weights_is_what_they_say(
     inputs: Inputs, pairs: Path, workers: PoolKeeper, tmp_path: Path
 ) -> None:
     imported = _other_weights(inputs, tmp_path, workers)
-    words = _train(inputs, tmp_path, pairs, "dpo", "preference.beta=0.5", "checkpoint.save_steps=1")
+    words = train_words(inputs, tmp_path, pairs, "dpo", "preference.beta=0.5", "checkpoint.save_steps=1")
     succeed(workers, 1, [*words, "train.train_iters=1", f"checkpoint.load_dir={imported}"])
     assert losses(tmp_path)[1] == pytest.approx(math.log(2), rel=0, abs=1e-6)
     folder = tmp_path / "run" / "reference"
@@ -191,7 +193,7 @@ def test_other_adapters_have_a_reference_of_their_own(
     inputs: Inputs, pairs: Path, workers: PoolKeeper, tmp_path: Path
 ) -> None:
     """A prefix is there from the first step on: the model that training starts from is not the directory's."""
-    words = _train(inputs, tmp_path, pairs, "dpo", "train.train_iters=1", "checkpoint.save_at_end=false")
+    words = train_words(inputs, tmp_path, pairs, "dpo", "train.train_iters=1", "checkpoint.save_at_end=false")
     for number, tuner in enumerate(("lora", "prefix"), 1):
         succeed(workers, 1, [*words, "peft.components=vision: frozen, projector: frozen, language: " + tuner])
         assert losses(tmp_path)[1] == pytest.approx(math.log(2), rel=0, abs=1e-6)
@@ -213,7 +215,7 @@ def test_adapters_are_compared_with_the_model_without_them(
         rows.write_text("".join(json.dumps(row) + "\n" for row in lines))
     words = [*PP2, "preference.beta=0.5", "train.train_iters=4", "optimizer.lr=1e-2", "peft.tuner_type=lora"]
     words += ["preference.reference=adapter_off", "data.augment_color_jitter=0.5"]
-    succeed(workers, 2, _train(inputs, tmp_path, rows, stage, *words))
+    succeed(workers, 2, train_words(inputs, tmp_path, rows, stage, *words))
     found = losses(tmp_path)
     assert found[1] == pytest.approx(math.log(2) if stage == "dpo" else 0.5, rel=0, abs=1e-6)
     assert found[4] < found[1] - 0.005 and not (tmp_path / "run" / "reference").exists()
@@ -225,7 +227,7 @@ def test_an_image_of_both_answers_is_encoded_once(
     inputs: Inputs, pairs: Path, workers: PoolKeeper, tmp_path: Path
 ) -> None:
     """Counted by the patches that go through the tower; every second of the rows has one image."""
-    words = _train(inputs, tmp_path, pairs, "simpo")
+    words = train_words(inputs, tmp_path, pairs, "simpo")
     (pair,) = workers(1).run(num_tower_patches, words=words)
     (single,) = workers(1).run(num_tower_patches, words=[*words, "train.stage=sft"])
     assert pair == single > 0
@@ -265,7 +267,7 @@ def test_a_row_that_is_no_pair_ends_the_run(
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
     _break(rows[2], how)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = _train(inputs, tmp_path, tmp_path / "rows.jsonl", "dpo")
+    words = train_words(inputs, tmp_path, tmp_path / "rows.jsonl", "dpo")
     code, _, err = workers(1).run(call, words=words)[0]
     assert code == 2
     the_error(err, "rows.jsonl:3", *parts, only=False)
@@ -284,12 +286,12 @@ def test_a_row_that_is_no_pair_ends_the_run(
         ("orpo", "preference.reference=adapter_off", ("preference.reference", "no reference")),
         ("rm", "optimizer.freeze_llm=true", ("optimizer.freeze_llm", "new head")),
         ("sft", "preference.beta=0.2", ("preference", "train.stage sft")),
-        ("dpo", "reward.score_at=end_of_answer", ("reward", "train.stage=rm")),
+        ("dpo", "reward.score_at=end_of_answer", ("reward.score_at", "train.stage=rm")),
     ],
 )
 def test_contradictions_are_one_line(
     inputs: Inputs, pairs: Path, workers: PoolKeeper, tmp_path: Path, stage: str, override: str, parts: tuple[str, ...]
 ) -> None:
-    code, _, err = workers(1).run(call, words=_train(inputs, tmp_path, pairs, stage, override))[0]
+    code, _, err = workers(1).run(call, words=train_words(inputs, tmp_path, pairs, stage, override))[0]
     assert code == 2
     the_error(err, *parts)

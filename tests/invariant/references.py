@@ -60,6 +60,7 @@ REFERENCES: dict[str, Reference] = {
     "sft with every knob": Reference("qwen3_vl", objective={"sft": _SFT_KNOBS}),
     "rm": _rewards("qwen3_vl", "last_token"),
     "rm, untied": _rewards("llava", "end_of_answer"),
+    "prm": Reference("qwen3_vl", {"lr": 3e-4}, stage="prm"),
     "dpo": Reference("qwen3_vl", stage="dpo", objective={"preference": {"rpo_alpha": 0.1}}),
     "simpo": Reference("qwen3_vl", stage="simpo"),
     "orpo": Reference("qwen3_vl", stage="orpo"),

@@ -39,7 +39,7 @@ def train_words(inputs: Inputs, out_dir: Path, rows: Path, stage: str, *words: s
     return inputs.train(out_dir, *common, *words)
 
 
-def our_scores(hf_dir: str, rows: str) -> list[tuple[list[int], float]]:
+def our_scores(hf_dir: str, rows: str, max_pixels: int = 0) -> list[tuple[list[int], float]]:
     """In a worker: tokens of the first rows' chosen conversations, and what a directory's model gives each."""
     from megavlm.checkpoint.hf_io import HFDirectory, load_weights
     from megavlm.data.encode import open_encoder
@@ -49,7 +49,7 @@ def our_scores(hf_dir: str, rows: str) -> list[tuple[list[int], float]]:
     from megavlm.train.stages.reward import answer_scores
 
     directory = HFDirectory(hf_dir)
-    encoder = open_encoder(hf_dir, directory.architecture.inputs, 512)
+    encoder = open_encoder(hf_dir, directory.architecture.inputs, 512, max_pixels=max_pixels)
     model = build_single(directory, "fp32")
     load_weights(directory, model.parts)
     found = []

@@ -22,6 +22,7 @@ from megavlm.checkpoint.hf_io import (
     write_config,
     write_reward_config,
 )
+from megavlm.checkpoint.prefix_adapter import write_prefix
 from megavlm.checkpoint.stream_export import export_stream, exported_shapes
 from megavlm.checkpoint.stream_import import import_stream
 from megavlm.checkpoint.weight_formats import BlockFp8, OneType, fp8_names, quantization_config
@@ -139,7 +140,7 @@ def export_checkpoint(folder: Path, directory: HFDirectory, out_dir: Path, dtype
         if common.get("chat_template"):  # else the directory's own, also in imports and older checkpoints
             write_chat_template(unfinished, common["chat_template"], common["eos_token_ids"])
         if directory.architecture.language.has_score_head:
-            write_reward_config(unfinished)
+            write_reward_config(unfinished, common.get("stage", ""))
         if in_fp8:
             add_to_config(unfinished, {"quantization_config": quantization_config(in_fp8, shapes)})
     return int(common["step"])
@@ -178,14 +179,18 @@ def export_adapter(folder: Path, directory: HFDirectory, out_dir: Path, dtype: s
     if native.read_common(folder)["common"].get("has_score_head", False):
         directory = directory.as_reward_model()
     common = checked_common(folder, directory)
-    checkpoint = open_checkpoint(folder, directory)
+    checkpoint = open_checkpoint(folder, directory, merges=False)
     if not isinstance(checkpoint, AdapterCheckpoint):
         raise use_error(
             "--adapter-only", f"{folder}, which has no adapters", "a checkpoint of a run with peft", "leave it out"
         )
+    is_prefix = checkpoint.methods == {"prefix"}
+    if not is_prefix:
+        checkpoint.check_merges()
     num_bytes = sum(checkpoint.learned.specs[one.native].num_bytes for one in checkpoint.tensors)
     with finished(out_dir, num_bytes) as unfinished:
-        write_adapter(checkpoint, unfinished, DTYPE_NAMES[dtype] if dtype else None)
+        write = write_prefix if is_prefix else write_adapter
+        write(checkpoint, unfinished, DTYPE_NAMES[dtype] if dtype else None)
     return int(common["step"])
 
 

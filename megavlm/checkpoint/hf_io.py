@@ -387,15 +387,15 @@ def write_chat_template(out_dir: Path, template: str, eos_token_ids: Sequence[in
     _write_json(path, {**content, "eos_token_id": list(eos_token_ids)})
 
 
-def write_reward_config(out_dir: Path) -> None:
-    """Make config.json that of a reward model: sequence classification with one label.
+def write_reward_config(out_dir: Path, stage: str) -> None:
+    """Make config.json that of a reward model: classification with one label, of sequences or (stage prm) of tokens.
 
     transformers has such a class for decoders, not for models with images; vLLM makes one of any model whose
     architecture is called so, and reads `num_labels` of the text part.
     """
     path = out_dir / "config.json"
-    content = read_json(path)
-    names = [re.sub(r"For\w+$", "ForSequenceClassification", name) for name in content.get("architectures") or []]
+    content, kind = read_json(path), "ForTokenClassification" if stage == "prm" else "ForSequenceClassification"
+    names = [re.sub(r"For\w+$", kind, name) for name in content.get("architectures") or []]
     content |= {"architectures": names, "num_labels": 1}
     if "text_config" in content:
         content["text_config"] = content["text_config"] | {"num_labels": 1}

@@ -19,6 +19,7 @@ from megavlm.errors import UseError
 COMMANDS: dict[str, str] = {
     "train": "megavlm.cli.train",
     "launch": "megavlm.cli.launch_command",
+    "iterate": "megavlm.cli.iterate",
     "compose": "megavlm.cli.compose",
     "convert": "megavlm.cli.convert",
     "generate": "megavlm.cli.generate",

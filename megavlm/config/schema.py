@@ -7,6 +7,7 @@ Knobs carry the names that Megatron and ms-swift users already type. Units are i
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megavlm.config.iterate import IterateConfig
 from megavlm.config.peft import PeftConfig
 from megavlm.config.precision import Fp8Config
 from megavlm.config.rope import RopeScalingConfig
@@ -325,9 +326,9 @@ class OptimizerConfig:
 class TrainConfig:
     """The loop."""
 
-    stage: Literal["sft", "rm", "dpo", "cpo", "simpo", "orpo", "kto"] = "sft"
-    """Training method. sft: answers are learned; rm: a reward model; dpo, cpo, simpo, orpo: from pairs of answers;
-    kto: from answers that are marked good or bad."""
+    stage: Literal["sft", "rm", "prm", "dpo", "cpo", "simpo", "orpo", "kto"] = "sft"
+    """Training method. sft: answers are learned; rm: a reward model; prm: a reward model of steps; dpo, cpo, simpo,
+    orpo: from pairs of answers; kto: from answers that are marked good or bad."""
     micro_batch_size: int = 1
     """Samples packed into one row (without data.packing)."""
     global_batch_size: int = 8
@@ -406,6 +407,7 @@ class Recipe:
     sft: SftConfig = field(default_factory=SftConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    iterate: IterateConfig = field(default_factory=IterateConfig)
     fp8: Fp8Config = field(default_factory=Fp8Config)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     peft: PeftConfig = field(default_factory=PeftConfig)

@@ -30,6 +30,10 @@ class PreferenceConfig:
     hinge, ipo. kto: kto or apo_zero_unpaired. Empty: sigmoid, or kto."""
     loss_weights: tuple[float, ...] = ()
     """dpo: a factor for each loss_type; empty: 1."""
+    reference: Literal["cached", "adapter_off"] = "cached"
+    """dpo, kto: what the model is compared with. cached: with itself before training, once for every row, which is kept
+    in the run folder. adapter_off: with itself without its adapters, by a forward pass more in each step; for rows that
+    change from epoch to epoch (data.augment_*), and rows that nobody waits for."""
     beta: float = 0.1
     """How closely the model keeps to the reference; scale of rewards; ORPO's weight of the odds ratio."""
     label_smoothing: float = 0.0
@@ -49,9 +53,15 @@ class PreferenceConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """Stage rm: a score for every answer, from rows with a chosen and a rejected answer."""
+    """Stage rm: a score for every answer, from rows with a chosen and a rejected answer. Stage prm: a score for every
+    step of an answer, from rows with `completions` (steps) and `labels`.
+    """
 
     center_rewards_coefficient: float = 0.0
-    """Weight of (chosen + rejected)^2, which keeps scores around 0; 0.01 is usual."""
+    """rm: weight of (chosen + rejected)^2, which keeps scores around 0; 0.01 is usual."""
     score_at: Literal["last_token", "end_of_answer"] = "last_token"
-    """The token whose score is the answer's; `last_token` is what Hugging Face's classification reads."""
+    """rm: the token whose score is the answer's; `last_token` is what Hugging Face's classification reads."""
+    step_separator: str = "\n"
+    """prm: what stands behind each step; its last token speaks for the step."""
+    train_on_last_step_only: bool = False
+    """prm: learn the label of an answer's last step only."""

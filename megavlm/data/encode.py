@@ -26,15 +26,16 @@ from megavlm.data.pairs import PAIR_PARTS, encode_pair
 from megavlm.data.positions import sample_positions
 from megavlm.data.readers import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 from megavlm.data.sample import EncodedSample, FrameFiles, Media, Sample, Turn
+from megavlm.data.steps import BY_LINES, StepRule, step_ends, with_steps
 from megavlm.data.token_weights import DEFAULT_SCHEDULE, READ, RESPONSE, TokenSchedule
 from megavlm.data.tokens import EncodedChat, Tokenizer
 from megavlm.data.video_spec import VideoLimits, VideoSpec, read_video_spec
 from megavlm.errors import UseError, use_error
 
-RowKind = Literal["conversation", "pair", "marked"]
-"""What a row is for a stage: something to learn, a better and a worse answer (`pairs.py`), or an answer that is marked
-good or bad (`marked.py`)."""
-NUM_PARTS: dict[RowKind, int] = {"conversation": 1, "pair": PAIR_PARTS, "marked": PAIR_PARTS}
+RowKind = Literal["conversation", "pair", "marked", "steps"]
+"""What a row is for a stage: something to learn, a better and a worse answer (`pairs.py`), an answer that is marked
+good or bad (`marked.py`), or one whose steps are (`steps.py`)."""
+NUM_PARTS: dict[RowKind, int] = {"conversation": 1, "pair": PAIR_PARTS, "marked": PAIR_PARTS, "steps": 1}
 """Sequences of a row."""
 
 
@@ -68,6 +69,7 @@ def open_encoder(
     schedule: TokenSchedule = DEFAULT_SCHEDULE,
     loading: ImageLoading = BY_PIL,
     row_kind: RowKind = "conversation",
+    step_rule: StepRule = BY_LINES,
 ) -> "SampleEncoder":
     """The encoder of a Hugging Face directory.
 
@@ -85,6 +87,7 @@ def open_encoder(
         schedule: weights of the kinds of tokens.
         loading: how images are decoded.
         row_kind: what becomes of a row.
+        step_rule: how its steps are told apart, where it has some.
 
     Raises:
         UseError: one of them is missing, or unlike the model.
@@ -105,6 +108,7 @@ def open_encoder(
         schedule=schedule,
         loading=loading,
         row_kind=row_kind,
+        step_rule=step_rule,
     )
 
 
@@ -125,6 +129,7 @@ class SampleEncoder:
         schedule: TokenSchedule = DEFAULT_SCHEDULE,
         loading: ImageLoading = BY_PIL,
         row_kind: RowKind = "conversation",
+        step_rule: StepRule = BY_LINES,
     ) -> None:
         """Put the parts together.
 
@@ -140,6 +145,7 @@ class SampleEncoder:
             schedule: weights of the kinds of tokens over a training.
             loading: how its images are decoded.
             row_kind: what becomes of a row.
+            step_rule: how its steps are told apart, where it has some.
         """
         assert tokenizer.image_token_id == inputs.image_token_id
         self.inputs = inputs
@@ -153,6 +159,7 @@ class SampleEncoder:
         self.token_schedule = schedule
         self.loading = loading
         self.row_kind = row_kind
+        self.step_rule = step_rule
         video = VideoEncoder(inputs, video_spec, tokenizer) if video_spec is not None else None
         self.video = video if video is not None and video.token else None
 
@@ -170,6 +177,7 @@ class SampleEncoder:
             self.too_long,
             self.token_schedule,
             self.row_kind,
+            *([self.step_rule] if self.row_kind == "steps" else []),
         )
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
@@ -186,6 +194,8 @@ class SampleEncoder:
         """
         if self.row_kind == "pair":
             return encode_pair(sample, self.encode_conversation, self.inputs.num_image_tokens)
+        if self.row_kind == "steps":
+            return self.encode_conversation(with_steps(sample, self.step_rule), grids)
         if self.row_kind == "marked":
             return encode_marked(sample, self.encode_conversation, self.inputs.num_image_tokens)
         return self.encode_conversation(sample, grids)
@@ -255,7 +265,8 @@ class SampleEncoder:
         return encoded
 
     def _encode(self, sample: Sample, names: Sequence[str], grids: Sequence[Grid] = ()) -> EncodedSample:
-        encoded = self._finish(sample, self.tokenizer.encode_chat(sample.turns, sample.tools, names), grids)
+        steps = step_ends(sample, self.step_rule) if self.row_kind == "steps" else None
+        encoded = self._finish(sample, self.tokenizer.encode_chat(sample.turns, sample.tools, names, steps), grids)
         return dataclasses.replace(encoded, scales_S=encoded.scales_S * np.float32(sample.weight))
 
     def with_boxes(self, sample: Sample) -> Sample:

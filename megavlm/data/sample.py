@@ -116,6 +116,8 @@ class Sample:
         rejected_images: images of the conversation that is worse; None: the same.
         margin: by how much the chosen answer is better (reward models), where the row says so.
         label: whether the answer is good (KTO rows), where the row says so.
+        steps: that the answer is made of, where the row lists them.
+        step_labels: whether each of them is right.
         boxes: what the placeholders in the texts stand for: the i-th `<ref-object>` for the name of the i-th, the
             i-th `<bbox>` for its corners; counted anew in the rejected conversation. `boxes.py` writes them.
         tools: JSON descriptions of functions that the template shows to the model; empty: none.
@@ -132,6 +134,8 @@ class Sample:
     rejected_images: tuple[Media, ...] | None = None
     margin: float | None = None
     label: bool | None = None
+    steps: tuple[str, ...] = ()
+    step_labels: tuple[bool, ...] = ()
     boxes: tuple[Box, ...] = ()
     tools: str = ""
     channel: str = ""
@@ -194,8 +198,9 @@ class Batch:
     `grid_thw_N3` are the grids of all its images; `patches_PC` their patches, where pixels travel with the row.
 
     `labels_T[i]` is the token after i in the same sample, `loss_weights_T[i]` the weight of predicting it
-    (0 at a sample's end and on padding). `cu_seqlens` (int32) holds the sample borders after padding, from 0 to T;
-    padding at the very end is a segment of its own. `position_ids_3T` were computed per sample.
+    (0 at a sample's end and on padding; less than 0 of a token that speaks for a wrong step, see `steps.py`).
+    `cu_seqlens` (int32) holds the sample borders after padding, from 0 to T; padding at the very end is a segment of
+    its own. `position_ids_3T` were computed per sample.
     `real_T` (bool) is False on padding, and everywhere in a row that only fills up a round.
     `patches_PC` may have 0 rows. Nothing here is cut by context parallelism yet.
 

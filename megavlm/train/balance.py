@@ -24,7 +24,7 @@ def prepare(state: TrainState, batches: Sequence[Batch]) -> None:
     """
     if state.groups.place is None:  # only encodes
         return
-    weights = sum(float(batch.loss_weights_T.double().sum()) for batch in batches)
+    weights = sum(float(batch.loss_weights_T.double().abs().sum()) for batch in batches)
     sums = torch.tensor([weights, _num_tokens(batches)], dtype=torch.float64, device=state.device)
     dist.all_reduce(sums, group=state.groups.data)
     scale = torch.tensor(float(sums[0] / sums[1]), device=state.device)

@@ -17,6 +17,7 @@ from megavlm.data.index_files import Builders, build_index, fingerprint, index_b
 from megavlm.data.row_options import RowOptions, row_options
 from megavlm.data.rows import Rows
 from megavlm.data.sources import expand_paths
+from megavlm.data.steps import StepRule
 from megavlm.data.token_weights import token_schedule
 from megavlm.data.video_spec import VideoLimits
 from megavlm.train.stages.registry import STAGES
@@ -49,6 +50,7 @@ def encoder_of(recipe: Recipe, inputs: InputSpec) -> SampleEncoder:
         schedule=token_schedule(data),
         loading=image_loading(recipe),
         row_kind=STAGES[recipe.train.stage].row_kind,
+        step_rule=StepRule(recipe.reward.step_separator, recipe.reward.train_on_last_step_only),
     )
 
 

@@ -17,14 +17,10 @@ from megavlm.config.tuning import COMPONENTS, describe_tuning, tuning_plan
 from megavlm.errors import use_error
 from megavlm.train.freeze import learning_components
 from megavlm.train.loss_scale import restore_scalers, scaler_state
-from megavlm.train.state import TrainState, is_main_rank, run_path
+from megavlm.train.starting_point import check_model, checkpoint_root, checkpoint_to_load, load_imported
+from megavlm.train.state import TrainState, is_main_rank
 
 logger = logging.getLogger(__name__)
-
-
-def checkpoint_root(state: TrainState) -> Path:
-    """Where the run's checkpoints are."""
-    return run_path(state.recipe) / "checkpoints"
 
 
 def _layout(state: TrainState) -> dict[str, Any]:
@@ -47,6 +43,7 @@ def _common(state: TrainState) -> dict[str, Any]:
         "text_changes": state.directory.text_changes,
         "has_score_head": state.directory.architecture.language.has_score_head,
         "stage": state.recipe.train.stage,
+        "starting_point": state.starting_point,
         "early_stopping": state.early_stopping.state(),
         "use_distributed_optimizer": state.recipe.parallel.use_distributed_optimizer,
         "frozen": _frozen(state),
@@ -124,27 +121,13 @@ def resume(state: TrainState) -> Path | None:
     Raises:
         UseError: the checkpoint belongs to another model, or its optimizer state has another form.
     """
-    knobs = state.recipe.checkpoint
-    folder = None
-    if knobs.resume:
-        folder = native.find_checkpoint(checkpoint_root(state), required=False)
-    if folder is None and knobs.load_dir:
-        folder = native.find_checkpoint(Path(knobs.load_dir), required=True)
+    folder = checkpoint_to_load(state)
     if folder is None:
         return None
     common = native.read_common(folder)["common"]
-    _check_model(state, common, folder)
+    check_model(state, common, folder)
     if common.get("weights_only"):
-        if _learned_only(state):
-            raise use_error(
-                "checkpoint.load_dir",
-                f"{folder}, weights without adapters, with peft",
-                "adapters beside the weights of model.hf_dir, so that they can be put together again",
-                "set model.hf_dir to what was imported, and remove load_dir",
-            )
-        loaded = native.load_sharded(folder, native.model_state(state.models, state.groups), knobs.save_timeout_s)
-        native.restore_models(state.models, loaded)
-        state.optimizer.reload_model_params()
+        load_imported(state, folder)
         return None
     _check_run(state, common, folder)
     if common.get("rows", state.train_set.index.digest) != state.train_set.index.digest and is_main_rank():
@@ -162,12 +145,13 @@ def resume(state: TrainState) -> Path | None:
     same_layout = common["layout"] == _layout(state)
     if same_layout:
         sharded["random_state"] = native.random_state(state.groups)
-    loaded = native.load_sharded(folder, sharded, knobs.save_timeout_s)
+    loaded = native.load_sharded(folder, sharded, state.recipe.checkpoint.save_timeout_s)
     weights = _model_state(state)
     native.restore_optimizer(state.optimizer, weights, loaded.get("optimizer", {}), _updates_of(state))
     native.restore_models(state.models, loaded, _learned_only(state))
     if not state.num_updates:
         state.optimizer.reload_model_params()
+    state.parts.weights_changed()  # the reference may have been computed before
     restore_scalers(state.optimizer, common.get("loss_scaler", {}))
     if state.parts.fp8 is not None:
         state.parts.fp8.restore(common.get("fp8", {}))
@@ -187,36 +171,6 @@ def _listed(unfrozen: list[list[str | int]]) -> str:
 def _updates_of(state: TrainState) -> Callable[[Mapping[str, Any]], int]:
     """Adam's steps of a parameter group."""
     return lambda group: state.num_updates.get(state.learning.tagged(group["lr_mult"]).first_step, 0)
-
-
-def _check_model(state: TrainState, common: dict[str, Any], folder: Path) -> None:
-    directory, stretched = state.directory, common.get("text_changes", {})
-    if common.get("weights_only"):  # a new run may give them another context
-        directory = directory.with_text_changes(stretched)
-    elif stretched != directory.text_changes:
-        own = "what the model came with"
-        raise use_error(
-            "model.rope_scaling (or rope_theta, max_position_embeddings)",
-            directory.text_changes or own,
-            f"{stretched or own}, as {folder} was written",
-            "keep it when resuming; to change it, start a new run from what `megavlm convert export` writes",
-        )
-    ours = repr(directory.architecture)
-    if common.get("has_score_head", False) != state.directory.architecture.language.has_score_head:
-        raise use_error(
-            str(folder),
-            f"a checkpoint that {'ends' if common.get('has_score_head') else 'does not end'} in a head for scores",
-            f"one that train.stage={state.recipe.train.stage} can go on from",
-            "export it with `megavlm convert`, and set model.hf_dir to that",
-        )
-    if common["architecture"] != ours:
-        what = common["family"] if common["family"] != state.directory.family.model_type else "other sizes"
-        raise use_error(
-            str(folder),
-            f"a checkpoint of another model ({what})",
-            f"one of {state.recipe.model.hf_dir} ({state.directory.family.model_type})",
-            "set model.hf_dir to the model of the checkpoint, or choose another run name",
-        )
 
 
 def _check_run(state: TrainState, common: dict[str, Any], folder: Path) -> None:

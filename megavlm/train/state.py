@@ -72,6 +72,8 @@ class TrainState:
     """Those of them that changed nothing, because gradients in fp16 had overflown."""
     evaluation: tuple[int, float] | None = None
     """The last evaluation: steps done by then, loss on the held-out rows."""
+    starting_point: str = ""
+    """A digest of the model that the run's reference is, where its rows carry what that says (`starting_point.py`)."""
 
     num_updates: dict[int, int] = field(default_factory=dict)
     """Adam's steps of what has begun to learn, by the step at which it did."""

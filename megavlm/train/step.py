@@ -3,9 +3,11 @@
 Stages return sums and counts; the only division is by the count of the whole global batch.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +19,7 @@ from megavlm.data.sample import Batch
 from megavlm.errors import RunError
 from megavlm.losses.reduce import global_sums
 from megavlm.models.names import named_parameters
+from megavlm.peft.attach import adapters_disabled
 from megavlm.pipeline.actions import Schedule
 from megavlm.pipeline.exchange import Exchange
 from megavlm.pipeline.runtime import Event, execute, perf_clock
@@ -28,6 +31,7 @@ from megavlm.train.optim import GradientNorms, clip_and_update, gradient_norms
 from megavlm.train.pipeline_work import OnOutput, PartsWork, Rows
 from megavlm.train.routes import LayoutRoutes
 from megavlm.train.scheduling import evaluation_schedule, training_schedule
+from megavlm.train.stages.preference import answer_logprobs
 from megavlm.train.stages.stage import Stage, Sums
 from megavlm.train.state import TrainState
 
@@ -145,7 +149,7 @@ def train_step(state: TrainState, step: int, recordings: list[Recording] | None 
     waits_since_s = time.perf_counter()
     rows = load_rows(state, step)
     data_wait_s = time.perf_counter() - waits_since_s
-    rows = look_ahead(state, rows)
+    rows = look_ahead(state, with_references(state, rows))
     tally = Tally(
         num_tokens=sum(batch.num_real_tokens for batch in rows.batches),
         num_images=sum(len(batch.grid_thw_N3) for batch in rows.batches),
@@ -207,6 +211,38 @@ def train_step(state: TrainState, step: int, recordings: list[Recording] | None 
     )
 
 
+def with_references(state: TrainState, rows: Rows) -> Rows:
+    """The rows with what the model says of their sequences without its adapters, where that is the reference.
+
+    What is said is known, and read, on the last pipeline stage.
+    """
+    if state.recipe.preference.reference != "adapter_off":
+        return rows
+
+    def on_output(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        sums_Q = answer_logprobs(logits, batch, state.groups)
+        return sums_Q.sum(), torch.ones((), dtype=torch.int), sums_Q.view(-1, batch.num_parts).cpu()
+
+    with _not_training(state), adapters_disabled(state.models):
+        said, _ = run_schedule(state, evaluation_schedule(state.layout, len(rows.batches)), rows, on_output)
+    if not said:
+        return rows
+    batches = [
+        dataclasses.replace(batch, references_NQ=references_NQ)
+        for batch, references_NQ in zip(rows.batches, said, strict=True)
+    ]
+    return Rows(batches, rows.patches, rows.shares)
+
+
+@contextlib.contextmanager
+def _not_training(state: TrainState) -> Iterator[None]:
+    """Without dropout, whether it is a step's or an evaluation's pass."""
+    was_training = state.parts.encoder_chunk.training
+    state.set_training(False)
+    yield
+    state.set_training(was_training)
+
+
 def look_ahead(state: TrainState, rows: Rows) -> Rows:
     """The rows with what the stage wants to know of them all before their step; without such a stage as they are."""
     look = state.stage.look_ahead
@@ -220,10 +256,8 @@ def look_ahead(state: TrainState, rows: Rows) -> Rows:
         return sums.sum(), torch.ones((), dtype=torch.int), None
 
     read = Rows([look.read(batch) for batch in rows.batches], rows.patches, rows.shares)
-    was_training = state.parts.encoder_chunk.training
-    state.set_training(False)
-    run_schedule(state, evaluation_schedule(state.layout, len(rows.batches)), read, on_output)
-    state.set_training(was_training)
+    with _not_training(state):
+        run_schedule(state, evaluation_schedule(state.layout, len(rows.batches)), read, on_output)
     ahead = look.result(global_sums(local, state.groups.speaks))
     return Rows(
         [dataclasses.replace(look.remaining(batch), ahead=ahead) for batch in rows.batches], rows.patches, rows.shares
@@ -304,7 +338,7 @@ def evaluate(state: TrainState) -> dict[str, float]:
     inputs = step_inputs(topology, state.parts.rank, state.eval_set, rows_D, state.costs, weights)
     loaded = list(state.loader.eval_batches(state.eval_set, inputs.orders))
     rows = Rows([one.batch for one in loaded], [one.pixels for one in loaded], inputs.shares)
-    rows = look_ahead(state, rows)
+    rows = look_ahead(state, with_references(state, rows))
     local = torch.zeros(2 + sum(state.stage.metric_sizes.values()), dtype=torch.float64, device=state.device)
 
     def on_output(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, None]:

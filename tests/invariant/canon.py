@@ -85,6 +85,8 @@ def write_rows(root: Path) -> None:
     pairs = [_pair(row, number, random) for number, row in enumerate(rows)]
     parts = {"rows": rows, "first": rows[:5], "second": rows[5:16], "third": rows[16:], "pairs": pairs}
     parts["marked"] = [row | {"label": number % 3 != 1} for number, row in enumerate(rows)]
+    random = np.random.RandomState(13)
+    parts["steps"] = [_in_steps(row, random) for row in rows]
     for name, part in parts.items():
         (root / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)) + "\n")
 
@@ -126,6 +128,13 @@ def _pair(row: dict[str, Any], number: int, random: np.random.RandomState) -> di
     if number % 6 == 1:
         pair["rejected_images"] = ["2_0.png"] * len(row["images"])
     return pair
+
+
+def _in_steps(row: dict[str, Any], random: np.random.RandomState) -> dict[str, Any]:
+    """The question of a row, answered in one to five steps, of which some are wrong."""
+    steps = [" ".join(random.choice(_WORDS, random.randint(1, 6))) for _ in range(random.randint(1, 6))]
+    labels = [bool(random.randint(3)) for _ in steps]
+    return {"prompt": row["messages"][:1], "completions": steps, "labels": labels, "images": row["images"]}
 
 
 def mixed_rows(root: Path) -> dict[str, Any]:
@@ -171,7 +180,8 @@ def recipe_of(root: Path, reference: Reference, **changes: dict[str, Any]) -> Re
         "data": mixed_rows(root) if reference.mixed else {},
     } | reference.objective
     if reference.stage != "sft":
-        sections["data"] = {"train": (str(root / ("marked.jsonl" if reference.stage == "kto" else "pairs.jsonl")),)}
+        rows = {"kto": "marked.jsonl", "prm": "steps.jsonl"}.get(reference.stage, "pairs.jsonl")
+        sections["data"] = {"train": (str(root / rows),)}
     for name, values in changes.items():
         sections[name] = sections.get(name, {}) | values
     return recipe(root, reference.family, **sections)

@@ -13,7 +13,7 @@ from tests import evidence
 class StepRow:
     """Figures of one step, as every rank reports them. `norms` holds `total` and each component that learns.
 
-    `figures` are the stage's own; ranks must agree on them, and at step 0 they are one process's.
+    `figures` are the stage's own, on which ranks must agree; between layouts they are not compared.
     """
 
     loss: float

@@ -54,6 +54,12 @@ def _tuned(lr: float = 1e-3, **peft: Any) -> Reference:
     return Reference("qwen3_vl", {"lr": lr}, objective={"peft": peft})
 
 
+def _compared(reference: str) -> Reference:
+    """DPO of adapters, which begin at 0: without them the model is what it was."""
+    objective = {"preference": {"reference": reference}, "peft": {"tuner_type": "lora"}}
+    return Reference("qwen3_vl", stage="dpo", objective=objective)
+
+
 REFERENCES: dict[str, Reference] = {
     "qwen3_vl": Reference("qwen3_vl"),
     "experts": Reference("qwen3_vl_moe"),
@@ -71,12 +77,15 @@ REFERENCES: dict[str, Reference] = {
     "sft with every knob": Reference("qwen3_vl", objective={"sft": _SFT_KNOBS}),
     "rm": _rewards("qwen3_vl", "last_token"),
     "rm, untied": _rewards("llava", "end_of_answer"),
+    "prm": Reference("qwen3_vl", {"lr": 3e-4}, stage="prm"),
     "dpo": Reference("qwen3_vl", stage="dpo", objective={"preference": {"rpo_alpha": 0.1}}),
     "simpo": Reference("qwen3_vl", stage="simpo"),
     "orpo": Reference("qwen3_vl", stage="orpo"),
     "kto": Reference(
         "qwen3_vl", {"lr": 3e-4}, stage="kto", objective={"preference": {"undesirable_weight": 1.5, "beta": 0.3}}
     ),
+    "dpo, LoRA": _compared("cached"),
+    "dpo, adapters off": _compared("adapter_off"),
     "LoRA": _tuned(tuner_type="lora", lorap_lr_ratio=4.0),
     "DoRA": _tuned(tuner_type="lora", use_dora=True),
     "QLoRA": _tuned(tuner_type="lora", bnb_4bit_quant_type="nf4"),

@@ -13,8 +13,7 @@ from megavlm.models.encoder import VisionEncoder
 from megavlm.models.names import Part, named_parameters
 from megavlm.parallel.wrap import OVERLAP_BUCKET_PARAMETERS
 from megavlm.train import resume
-from megavlm.train.references import reference_logprobs
-from megavlm.train.stages.registry import STAGES
+from megavlm.train.references import keeps_references, reference_logprobs
 from megavlm.train.state import TrainState, build_state
 from megavlm.train.step import train_step
 from tests.invariant.measure import StepRow
@@ -145,7 +144,7 @@ def num_buckets(recipe: Recipe, bucket_size: int) -> int:
 def _build(recipe: Recipe, bucket_size: int | None = None) -> TrainState:
     validate_recipe(recipe)
     state = build_state(recipe, bucket_size or OVERLAP_BUCKET_PARAMETERS)
-    if STAGES[recipe.train.stage].needs_reference:  # computed under this layout, not taken from another's run folder
+    if keeps_references(recipe):  # computed under this layout, not taken from another's run folder
         state.train_set.references = reference_logprobs(state, state.train_set)
     return state
 

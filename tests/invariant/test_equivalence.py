@@ -101,6 +101,11 @@ def test_resuming_in_another_layout_continues_the_run(
     assert not broken(measured)
 
 
+def test_a_reference_without_adapters_is_the_one_that_is_kept(canonical: Canonical) -> None:
+    measured = distances(canonical("dpo, adapters off"), canonical("dpo, LoRA"))
+    assert not broken(measured)
+
+
 def test_what_is_chosen_for_the_newest_core_is_there() -> None:
     assert NEXT_CORE <= {one.name for one in (*MEMBERS, *SWITCHES) if one.quick}
 

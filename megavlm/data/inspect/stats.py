@@ -150,7 +150,7 @@ def measure(samples: Sequence[Sample], encoder: SampleEncoder | None, row: int) 
             encoded = encoder.encode(sample)
             tokens_S, weights_S = encoded.tokens_S, encoded.loss_weights_S(encoder.token_schedule.last)
             visual = int((tokens_S == encoder.inputs.image_token_id).sum())
-            tokens = (len(tokens_S), int((weights_S > 0).sum()), visual)
+            tokens = (len(tokens_S), int((weights_S != 0).sum()), visual)
     except UseError as error:
         return RowFigures(problem=str(error))
     return RowFigures(

@@ -9,6 +9,7 @@ from megavlm.models.architecture import Architecture
 from megavlm.parallel.groups import Groups
 from megavlm.train.stages.kto import build_kto
 from megavlm.train.stages.preference import build_cpo, build_dpo, build_orpo, build_simpo
+from megavlm.train.stages.prm import build_prm
 from megavlm.train.stages.reward import build_rm
 from megavlm.train.stages.sft import build_sft
 from megavlm.train.stages.stage import Stage
@@ -34,6 +35,7 @@ class StageKind:
 STAGES: dict[str, StageKind] = {
     "sft": StageKind(build_sft),
     "rm": StageKind(build_rm, "pair", is_reward_model=True),
+    "prm": StageKind(build_prm, "steps", is_reward_model=True),
     "dpo": StageKind(build_dpo, "pair", needs_reference=True),
     "cpo": StageKind(build_cpo, "pair"),
     "simpo": StageKind(build_simpo, "pair"),

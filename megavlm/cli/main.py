@@ -20,6 +20,7 @@ COMMANDS: dict[str, str] = {
     "train": "megavlm.cli.train",
     "launch": "megavlm.cli.launch_command",
     "compose": "megavlm.cli.compose",
+    "add-tokens": "megavlm.cli.add_tokens",
     "convert": "megavlm.cli.convert",
     "generate": "megavlm.cli.generate",
     "data": "megavlm.cli.data",

@@ -45,6 +45,7 @@ def _common(state: TrainState) -> dict[str, Any]:
         "has_score_head": state.directory.architecture.language.has_score_head,
         "stage": state.recipe.train.stage,
         "early_stopping": state.early_stopping.state(),
+        "stage_memory": {} if state.stage.memory is None else state.stage.memory.state(),
         "use_distributed_optimizer": state.recipe.parallel.use_distributed_optimizer,
         "frozen": _frozen(state),
         # with adapters, what does not learn is not in the checkpoint, but in this directory
@@ -147,6 +148,8 @@ def resume(state: TrainState) -> Path | None:
     state.step, state.num_skipped = common["step"], common.get("num_skipped", 0)
     num_updates = state.step - state.num_skipped
     state.early_stopping.restore(common.get("early_stopping", {}))
+    if state.stage.memory is not None:
+        state.stage.memory.restore(common.get("stage_memory", {}), folder)
     sharded = _model_state(state)
     if num_updates:  # before the first, an optimizer has nothing to save, and weights are what they were
         sharded["optimizer"] = native.optimizer_state(state.optimizer, sharded, state.parts.learns, is_loading=True)

@@ -21,6 +21,7 @@ COMMANDS: dict[str, str] = {
     "launch": "megavlm.cli.launch_command",
     "iterate": "megavlm.cli.iterate",
     "compose": "megavlm.cli.compose",
+    "add-tokens": "megavlm.cli.add_tokens",
     "convert": "megavlm.cli.convert",
     "generate": "megavlm.cli.generate",
     "data": "megavlm.cli.data",

@@ -203,11 +203,15 @@ class DataConfig:
     """The question that a caption answers, where a WebDataset shard has nothing but captions (`.txt`)."""
     frames_fps: float = 2.0
     """Frames a second of videos that rows give as lists of pictures."""
-    box_format: Literal["", "qwen_tokens_1000", "qwen_tokens_pixels", "json_1000", "json_pixels", "numbers"] = ""
+    box_format: Literal[
+        "", "qwen_tokens_1000", "qwen_tokens_pixels", "json_1000", "json_pixels", "numbers", "bin_tokens_1000"
+    ] = ""
     """How `objects` of rows are written. `qwen_tokens_1000`: <|box_start|>(x1,y1),(x2,y2)<|box_end|>, thousandths of
     the image's sides (Qwen2-VL); `qwen_tokens_pixels`: the same in pixels of the image as the model sees it;
     `json_1000` (Qwen3-VL) and `json_pixels` (Qwen2.5-VL): {"bbox_2d": [x1, y1, x2, y2], "label": ...}; `numbers`:
-    [x1, y1, x2, y2] as in the row. Empty: rows with `objects` are refused."""
+    [x1, y1, x2, y2] as in the row; `bin_tokens_1000`: <|box_start|><|x1|><|y1|><|x2|><|y2|><|box_end|>, each coordinate
+    one of the tokens <|0|> to <|999|>, which `megavlm add-tokens --coordinates` gives a model. Empty: rows with
+    `objects` are refused."""
     max_length: int = 4096
     """Longest sample in tokens, images included."""
     too_long: Literal["drop", "cut_turns", "cut_answer", "stop"] = "drop"

@@ -5,6 +5,16 @@ from typing import Literal
 
 
 @dataclass(frozen=True)
+class TaskWeight:
+    """An entry of sft.task_weights."""
+
+    name: str = ""
+    """Of a task: an entry of data.mixture_tasks, or, where there are none, of data.mixture."""
+    weight: float = 1.0
+    """Factor of the loss of its tokens."""
+
+
+@dataclass(frozen=True)
 class SftConfig:
     """Stage sft: what the loss is beside the cross entropy of what is learned."""
 
@@ -18,6 +28,32 @@ class SftConfig:
     neftune_noise_alpha: float = 0.0
     """Noise on word embeddings in training: uniform within this / sqrt(tokens of the row * hidden size); 5 to 15 are
     usual."""
+    task_weighting: Literal["none", "fixed", "uncertainty", "gradnorm", "loss_ratio"] = "none"
+    """Whether the loss of every token is multiplied by a weight of its task; tasks are the data.mixture_tasks, or where
+    there are none the sources of data.mixture. The sum is still divided by what tokens weigh without it, so weights of
+    1 change nothing. fixed: by task_weights. uncertainty: by exp(-s), with s / 2 added, where s of each task is learned
+    (Kendall et al.). gradnorm: such that tasks pull equally hard at the last shared layer, the norm in front of the
+    output layer, and harder where they learn slower (Chen et al.). loss_ratio: more where the loss has fallen less
+    since the first step (after Liu et al.). Losses and weights of tasks are in the log; held-out rows belong to the
+    task that their column `channel` or `task` names, and are judged without weights."""
+    task_weights: tuple[TaskWeight, ...] = ()
+    """fixed: [{name: charts, weight: 2}, ...]; a task that is left out weighs 1."""
+    task_weight_lr: float = 0.025
+    """uncertainty, gradnorm: learning rate of s, or of the weights (Adam, constant)."""
+    task_weight_alpha: float = 1.5
+    """gradnorm: how much harder slow tasks pull; 0: all alike."""
+    task_weight_temperature: float = 2.0
+    """loss_ratio: of the softmax over tasks; the larger, the more alike their weights."""
+    task_weight_momentum: float = 0.9
+    """loss_ratio: share of a task's running loss that each step keeps; 0: the loss of the last step."""
+    box_loss_coeff: float = 0.0
+    """Weight of a loss of whole boxes beside the cross entropy of their tokens: of every box in an answer the place
+    that is expected by the probabilities of its four coordinates, against where it is, a mean over the boxes of the
+    global batch. It takes data.box_format=bin_tokens_1000."""
+    box_l1_weight: float = 5.0
+    """Weight of the distance of the four coordinates, as shares of the image's sides (DETR's)."""
+    box_giou_weight: float = 2.0
+    """Weight of 1 - generalised intersection over union (DETR's)."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from megavlm.config.objectives import check_objective
 from megavlm.config.placement import check_placement
 from megavlm.config.rope import check_rope
 from megavlm.config.schema import DataConfig, ParallelConfig, Recipe
+from megavlm.config.tasks import check_boxes, check_tasks
 from megavlm.config.tokens import check_tokens
 from megavlm.config.tuning import check_tuning
 from megavlm.errors import UseError, use_error
@@ -90,6 +91,13 @@ LEAST: dict[str, float] = {
     "sft.label_smoothing_factor": 0,
     "sft.z_loss_coeff": 0,
     "sft.neftune_noise_alpha": 0,
+    "sft.task_weight_lr": 0,
+    "sft.task_weight_alpha": 0,
+    "sft.task_weight_temperature": 0,
+    "sft.task_weight_momentum": 0,
+    "sft.box_loss_coeff": 0,
+    "sft.box_l1_weight": 0,
+    "sft.box_giou_weight": 0,
     "preference.beta": 0,
     "preference.label_smoothing": 0,
     "preference.rpo_alpha": 0,
@@ -149,9 +157,18 @@ _BELOW_ONE = (
     "optimizer.adam_beta2",
     "optimizer.lr_warmup_fraction",
     "sft.label_smoothing_factor",
+    "sft.task_weight_momentum",
     "peft.lora_dropout",
 )
-_ABOVE_ZERO = ("data.frames_fps", "optimizer.lr", "optimizer.adam_eps", "peft.lora_alpha", "peft.lorap_lr_ratio")
+_ABOVE_ZERO = (
+    "data.frames_fps",
+    "optimizer.lr",
+    "optimizer.adam_eps",
+    "peft.lora_alpha",
+    "peft.lorap_lr_ratio",
+    "sft.task_weight_lr",
+    "sft.task_weight_temperature",
+)
 
 
 def validate_recipe(recipe: Recipe, check_paths: bool = True) -> None:
@@ -183,6 +200,8 @@ def validate_recipe(recipe: Recipe, check_paths: bool = True) -> None:
     _check_media_limits(recipe.data)
     check_tokens(recipe.data)
     check_objective(recipe)
+    check_tasks(recipe)
+    check_boxes(recipe)
     if check_paths:
         _check_paths(recipe)
 

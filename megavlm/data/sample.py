@@ -141,6 +141,12 @@ class Sample:
     channel: str = ""
     weight: float = 1.0
 
+    @property
+    def task(self) -> str:
+        """The row's own name of its task or source; empty: none."""
+        task = self.extra.get("task")
+        return self.channel or (task if isinstance(task, str) else "")
+
 
 Cut = Literal["", "turns", "answer"]
 """What was left out of a row that is too long: turns, or the end of an answer too; empty: nothing."""
@@ -209,6 +215,7 @@ class Batch:
     samples' rows say beside their tokens, `references_NQ` (float32) what a reference model says of their sequences.
     `ahead` is what the stage found out about the whole global batch before its step (`LookAhead`).
     `noise_seeds_N` (int64) tell steps and rows of training apart, for what is drawn at random.
+    `tasks_N` (int64) are numbers of the samples' tasks, where tasks are told apart; those of none have the next number.
     """
 
     tokens_T: torch.Tensor
@@ -227,6 +234,7 @@ class Batch:
     targets_N: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     references_NQ: torch.Tensor | None = None
     noise_seeds_N: torch.Tensor | None = None
+    tasks_N: torch.Tensor | None = None
     ahead: torch.Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:

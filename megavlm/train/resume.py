@@ -45,6 +45,7 @@ def _common(state: TrainState) -> dict[str, Any]:
         "stage": state.recipe.train.stage,
         "starting_point": state.starting_point,
         "early_stopping": state.early_stopping.state(),
+        "stage_memory": {} if state.stage.memory is None else state.stage.memory.state(),
         "use_distributed_optimizer": state.recipe.parallel.use_distributed_optimizer,
         "frozen": _frozen(state),
         # with adapters, what does not learn is not in the checkpoint, but in this directory
@@ -139,6 +140,8 @@ def resume(state: TrainState) -> Path | None:
     done = state.step - state.num_skipped
     state.num_updates = common.get("num_updates", {0: done} if done else {})
     state.early_stopping.restore(common.get("early_stopping", {}))
+    if state.stage.memory is not None:
+        state.stage.memory.restore(common.get("stage_memory", {}), folder)
     sharded = _model_state(state)
     if state.num_updates:  # before the first, an optimizer has nothing to save, and weights are what they were
         sharded["optimizer"] = native.optimizer_state(state.optimizer, sharded, state.parts.learns, is_loading=True)

@@ -31,6 +31,7 @@ from megavlm.train.optim import GradientNorms, clip_and_update, gradient_norms
 from megavlm.train.pipeline_work import OnOutput, PartsWork, Rows
 from megavlm.train.routes import LayoutRoutes
 from megavlm.train.scheduling import evaluation_schedule, training_schedule
+from megavlm.train.shared_gradients import shared_gradients
 from megavlm.train.stages.preference import answer_logprobs
 from megavlm.train.stages.stage import Stage, Sums
 from megavlm.train.state import TrainState
@@ -149,7 +150,8 @@ def train_step(state: TrainState, step: int, recordings: list[Recording] | None 
     waits_since_s = time.perf_counter()
     rows = load_rows(state, step)
     data_wait_s = time.perf_counter() - waits_since_s
-    rows = look_ahead(state, with_references(state, rows))
+    rows = take_census(state, look_ahead(state, with_references(state, rows)), training=True)
+    shared = shared_gradients(state)
     tally = Tally(
         num_tokens=sum(batch.num_real_tokens for batch in rows.batches),
         num_images=sum(len(batch.grid_thw_N3) for batch in rows.batches),
@@ -157,6 +159,8 @@ def train_step(state: TrainState, step: int, recordings: list[Recording] | None 
     )
 
     def on_output(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, None]:
+        if shared is not None:
+            shared.watch(batch)
         loss_sum, count, metrics = state.stage.loss(logits, batch)
         tally.sums.append(loss_sum.detach())
         tally.counts.append(count.detach())
@@ -182,19 +186,13 @@ def train_step(state: TrainState, step: int, recordings: list[Recording] | None 
     loss_sum, count, num_tokens, num_images, num_padded_tokens = totals.tolist()
     scaler = scaler_of(state.optimizer)
     loss_scale = None if scaler is None else float(scaler.scale)
-    hide_gradients(state.learning, step)
-    skipped = prepare_gradients(state.optimizer)
-    if skipped:
-        norms = GradientNorms(0.0, dict.fromkeys(state.learning_components, 0.0))
-        state.num_skipped += 1
-    else:
-        norms = _checked_norms(state, step, list(itertools.chain(*(batch.sample_ids for batch in rows.batches))))
-        clip_and_update(state.optimizer, state.scheduler, state.learning, norms, step)
-        state.count_update(step)
-        state.parts.weights_changed()
-    if state.parts.fp8 is not None:
-        state.parts.fp8.end_step()
-    state.scheduler.step(increment=1)
+    norms, skipped = _update(state, step, rows)
+    sums = dict(_split(state.stage, metrics))
+    if shared is not None:
+        sums["gradient_norms"] = shared.finish(count * (loss_scale or 1.0))
+    figures = state.stage.figures(sums, count)
+    if state.stage.memory is not None and not skipped:
+        state.stage.memory.take(sums, count)
     context = state.groups.topology.context
     return StepResult(
         loss=loss_sum / count,
@@ -206,7 +204,7 @@ def train_step(state: TrainState, step: int, recordings: list[Recording] | None 
         loss_scale=loss_scale,
         skipped=skipped,
         pad_share=1 - num_tokens / num_padded_tokens,
-        figures=state.stage.figures(_split(state.stage, metrics), count),
+        figures=figures,
         load_balancing_loss=balance.measure(state, rows.batches) if balances else None,
     )
 
@@ -243,6 +241,24 @@ def _not_training(state: TrainState) -> Iterator[None]:
     state.set_training(was_training)
 
 
+def _update(state: TrainState, step: int, rows: Rows) -> tuple[GradientNorms, bool]:
+    """Change the weights by their gradients; (norms, whether gradients have overflown and nothing was changed)."""
+    hide_gradients(state.learning, step)
+    skipped = prepare_gradients(state.optimizer)
+    if skipped:
+        norms = GradientNorms(0.0, dict.fromkeys(state.learning_components, 0.0))
+        state.num_skipped += 1
+    else:
+        norms = _checked_norms(state, step, list(itertools.chain(*(batch.sample_ids for batch in rows.batches))))
+        clip_and_update(state.optimizer, state.scheduler, state.learning, norms, step)
+        state.count_update(step)
+        state.parts.weights_changed()
+    if state.parts.fp8 is not None:
+        state.parts.fp8.end_step()
+    state.scheduler.step(increment=1)
+    return norms, skipped
+
+
 def look_ahead(state: TrainState, rows: Rows) -> Rows:
     """The rows with what the stage wants to know of them all before their step; without such a stage as they are."""
     look = state.stage.look_ahead
@@ -262,6 +278,18 @@ def look_ahead(state: TrainState, rows: Rows) -> Rows:
     return Rows(
         [dataclasses.replace(look.remaining(batch), ahead=ahead) for batch in rows.batches], rows.patches, rows.shares
     )
+
+
+def take_census(state: TrainState, rows: Rows, training: bool) -> Rows:
+    """The rows with what the stage wants to know of them all; without such a stage as they are."""
+    census, place = state.stage.census, state.groups.place
+    if census is None:
+        return rows
+    local = sum((census.sums(batch) for batch in rows.batches), torch.zeros(census.num_sums, dtype=torch.float64))
+    counts = state.groups.speaks and place is not None and place.context == 0
+    ahead = census.result(global_sums(local.to(state.device), counts).cpu(), training)
+    batches = [dataclasses.replace(batch, ahead=ahead) for batch in rows.batches]
+    return dataclasses.replace(rows, batches=batches)
 
 
 def _joined(stage: Stage, metrics: Sums, device: torch.device) -> torch.Tensor:
@@ -338,7 +366,7 @@ def evaluate(state: TrainState) -> dict[str, float]:
     inputs = step_inputs(topology, state.parts.rank, state.eval_set, rows_D, state.costs, weights)
     loaded = list(state.loader.eval_batches(state.eval_set, inputs.orders))
     rows = Rows([one.batch for one in loaded], [one.pixels for one in loaded], inputs.shares)
-    rows = look_ahead(state, with_references(state, rows))
+    rows = take_census(state, look_ahead(state, with_references(state, rows)), training=False)
     local = torch.zeros(2 + sum(state.stage.metric_sizes.values()), dtype=torch.float64, device=state.device)
 
     def on_output(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, None]:

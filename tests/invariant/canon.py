@@ -34,6 +34,9 @@ NUM_ROWS = 24
 GLOBAL_BATCH_SIZE = 8
 FULL_MATRIX = os.environ.get("MEGAVLM_FULL_MATRIX") == "1"
 
+# The model with tokens for coordinates, and how rows with boxes are written for it.
+BOXES, BOX_FORMAT = "qwen3_vl_boxes", "bin_tokens_1000"
+
 # Factors on the matrices of a model: by what a tensor's name contains, the first match counts.
 SENSITIVITY: dict[str, dict[str, float]] = {
     "qwen3_vl": {"merger": 5.0, "visual": 2.0, "embed_tokens": 4.0, "layers": 4.0},
@@ -57,6 +60,7 @@ def write_inputs(root: Path) -> None:
     from tests.parity.composed import ComposedReference
     from tests.tiny import write_tiny_llava, write_tiny_qwen3vl, write_tiny_qwen3vl_moe
     from tests.tiny_anyres import write_tiny_llava_next, write_tiny_llava_onevision
+    from tests.tiny_boxes import write_tiny_boxes
     from tests.tiny_internvl import write_tiny_internvl, write_tiny_internvl_6b
     from tests.tiny_qwen2_5_vl import write_tiny_qwen2_5_vl
 
@@ -72,6 +76,7 @@ def write_inputs(root: Path) -> None:
     }
     for family, write in writers.items():
         _sharpen(write(root / family), SENSITIVITY[family])
+    _sharpen(write_tiny_boxes(root / BOXES), SENSITIVITY["qwen3_vl"])
     for kind in ("perceiver", "qformer", "gated_cross_attention"):
         _sharpen(ComposedReference(kind).write(root / kind), SENSITIVITY[kind])
     write_rows(root)
@@ -79,11 +84,15 @@ def write_inputs(root: Path) -> None:
 
 def write_rows(root: Path) -> None:
     """Write the images and rows, in several files."""
+    from tests.tiny_boxes import with_boxes
+
     random = np.random.RandomState(7)
     rows = [_row(root, number, random) for number in range(NUM_ROWS)]
     random = np.random.RandomState(11)
     pairs = [_pair(row, number, random) for number, row in enumerate(rows)]
     parts = {"rows": rows, "first": rows[:5], "second": rows[5:16], "third": rows[16:], "pairs": pairs}
+    random = np.random.RandomState(13)
+    parts["boxes"] = [with_boxes(row, number, random) for number, row in enumerate(rows)]
     parts["marked"] = [row | {"label": number % 3 != 1} for number, row in enumerate(rows)]
     random = np.random.RandomState(13)
     parts["steps"] = [_in_steps(row, random) for row in rows]
@@ -152,6 +161,12 @@ def mixed_rows(root: Path) -> dict[str, Any]:
     return {"train": (), "mixture": sources, "mixture_temperature": 2.0, "curriculum": phases}
 
 
+def tasks_of_sources(root: Path) -> dict[str, Any]:
+    """The same rows as three tasks of unlike size, without phases."""
+    sources = tuple(MixtureSource(name, (str(root / f"{name}.jsonl"),)) for name in ("first", "second", "third"))
+    return {"train": (), "mixture": sources}
+
+
 def recipe(root: Path, family: str = "qwen3_vl", **changes: dict[str, Any]) -> Recipe:
     """The canonical recipe with changes by section, e.g. `parallel={"pipeline_model_parallel_size": 2}`."""
     canonical = Recipe(
@@ -179,6 +194,10 @@ def recipe_of(root: Path, reference: Reference, **changes: dict[str, Any]) -> Re
         "train": {"stage": reference.stage},
         "data": mixed_rows(root) if reference.mixed else {},
     } | reference.objective
+    if "task_weighting" in reference.objective.get("sft", {}):
+        sections["data"] = tasks_of_sources(root)
+    if reference.family == BOXES:
+        sections["data"] = {"train": (str(root / "boxes.jsonl"),), "box_format": BOX_FORMAT}
     if reference.stage != "sft":
         rows = {"kto": "marked.jsonl", "prm": "steps.jsonl"}.get(reference.stage, "pairs.jsonl")
         sections["data"] = {"train": (str(root / rows),)}

@@ -27,6 +27,11 @@ _SFT_KNOBS = {
 }
 
 
+def _tasks(way: str, **knobs: Any) -> Reference:
+    """Three tasks, whose weights move far in a few steps."""
+    return Reference("qwen3_vl", objective={"sft": {"task_weighting": way, **knobs}})
+
+
 def _rewards(family: str, score_at: str) -> Reference:
     """Scores are kept so close to 0 that the loss stays far from it: relative distances of it mean something then."""
     reward = {"center_rewards_coefficient": 0.3, "score_at": score_at}
@@ -75,6 +80,10 @@ REFERENCES: dict[str, Reference] = {
     "qformer": Reference("qformer"),
     "mixture": Reference("qwen3_vl", mixed=True),
     "sft with every knob": Reference("qwen3_vl", objective={"sft": _SFT_KNOBS}),
+    "boxes": Reference("qwen3_vl_boxes", objective={"sft": {"box_loss_coeff": 1.0}}),
+    "tasks by uncertainty": _tasks("uncertainty", task_weight_lr=0.2, z_loss_coeff=1e-3, loss_reduction="square"),
+    "tasks by gradnorm": _tasks("gradnorm", task_weight_lr=0.1),
+    "tasks by loss ratio": _tasks("loss_ratio", task_weight_temperature=0.2, task_weight_momentum=0.5),
     "rm": _rewards("qwen3_vl", "last_token"),
     "rm, untied": _rewards("llava", "end_of_answer"),
     "prm": Reference("qwen3_vl", {"lr": 3e-4}, stage="prm"),

@@ -67,6 +67,9 @@ class MarkedAnswers:
     groups: Groups
     options: KtoOptions
     look_ahead: ReferencePoint
+    census: ClassVar[None] = None
+    split_gradients: ClassVar[None] = None
+    memory: ClassVar[None] = None
     metric_sizes: ClassVar[dict[str, int]] = dict.fromkeys(
         ("rewards/chosen", "rewards/rejected", "count/chosen", "count/rejected", "kl"), 1
     )

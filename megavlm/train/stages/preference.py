@@ -42,6 +42,9 @@ class PreferenceTraining:
     pair_loss: PairLoss
     needs_reference: bool
     look_ahead: ClassVar[None] = None
+    census: ClassVar[None] = None
+    split_gradients: ClassVar[None] = None
+    memory: ClassVar[None] = None
     metric_sizes: ClassVar[dict[str, int]] = dict.fromkeys((*REWARD_METRICS, "logps/chosen", "logps/rejected"), 1)
 
     def loss(self, logits_LW: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, Sums]:

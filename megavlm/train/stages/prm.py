@@ -23,6 +23,9 @@ class ProcessRewardModelling:
 
     groups: Groups
     look_ahead: ClassVar[None] = None
+    census: ClassVar[None] = None
+    split_gradients: ClassVar[None] = None
+    memory: ClassVar[None] = None
     metric_sizes: ClassVar[dict[str, int]] = dict.fromkeys(
         ("count/right", "count/wrong", "agrees/right", "agrees/wrong"), 1
     )

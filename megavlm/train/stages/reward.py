@@ -38,6 +38,9 @@ class RewardModelling:
     center_rewards_coefficient: float
     score_at: Literal["last_token", "end_of_answer"]
     look_ahead: ClassVar[None] = None
+    census: ClassVar[None] = None
+    split_gradients: ClassVar[None] = None
+    memory: ClassVar[None] = None
     metric_sizes: ClassVar[dict[str, int]] = dict.fromkeys(REWARD_METRICS, 1) | {"calibration": 3 * NUM_BINS}
 
     def loss(self, scores_L1: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, Sums]:

@@ -147,6 +147,8 @@ def export_stream(
     specs: dict[str, TensorSpec] = {}
     for name, shape in exported_shapes(reader, directory).items():
         specs |= weight_format.specs(name, shape)
+    for name in directory.carried:
+        specs |= weight_format.specs(name, directory.spec(name).shape)
     files = list(_files(specs, max_shard_bytes))
     writers = {file.name: SafetensorsWriter(out_dir / file.name, file.specs) for file in files}
     writer_of = {name: writers[file.name] for file in files for name in file.specs}
@@ -154,13 +156,20 @@ def export_stream(
     def convert(entry: Entry) -> None:
         whole = reader.read(entry.native)
         for name, part in zip(entry.names, entry.to_hf(whole), strict=True):
-            for written, tensor in weight_format.tensors(name, part).items():
-                writer_of[written].write(written, tensor)
+            write(name, part)
+
+    def write(name: str, tensor: torch.Tensor) -> None:
+        for written, part in weight_format.tensors(name, tensor).items():
+            writer_of[written].write(written, part)
+
+    def carry(name: str) -> None:
+        write(name, directory.read(name))
 
     try:
         jobs = [
             (reader.specs[entry.native].num_bytes, functools.partial(convert, entry)) for entry in directory.entries
         ]
+        jobs += [(directory.spec(name).num_bytes, functools.partial(carry, name)) for name in directory.carried]
         run_within_budget(jobs, num_threads)
     except BaseException:
         for writer in writers.values():

@@ -9,7 +9,7 @@ from typing import Literal
 
 from megavlm.config.peft import PeftConfig
 from megavlm.config.precision import Fp8Config
-from megavlm.config.stage_knobs import PreferenceConfig, RewardConfig, SftConfig
+from megavlm.config.stage_knobs import ContrastiveConfig, PreferenceConfig, RewardConfig, SftConfig
 
 
 @dataclass(frozen=True)
@@ -301,9 +301,10 @@ class OptimizerConfig:
 class TrainConfig:
     """The loop."""
 
-    stage: Literal["sft", "rm", "dpo", "cpo", "simpo", "orpo", "kto"] = "sft"
-    """Training method. sft: answers are learned; rm: a reward model; dpo, cpo, simpo, orpo: from pairs of answers;
-    kto: from answers that are marked good or bad."""
+    stage: Literal["sft", "rm", "dpo", "cpo", "simpo", "orpo", "kto", "contrastive"] = "sft"
+    """Training method. sft: answers are learned (also captions, in pretraining); rm: a reward model; dpo, cpo, simpo,
+    orpo: from pairs of answers; kto: from answers that are marked good or bad; contrastive: embeddings of images and
+    texts."""
     micro_batch_size: int = 1
     """Samples packed into one row (without data.packing)."""
     global_batch_size: int = 8
@@ -382,6 +383,7 @@ class Recipe:
     sft: SftConfig = field(default_factory=SftConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
     fp8: Fp8Config = field(default_factory=Fp8Config)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     peft: PeftConfig = field(default_factory=PeftConfig)

@@ -29,7 +29,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _MOST_IMAGE_PIXELS = 2 * 89_478_485  # PIL raises DecompressionBombError above it
 RECOMPUTE_MODULES = ("core_attn", "mlp", "moe", "layernorm")
 
-# Least value of every number; those of vit_lr and aligner_lr are free, as a negative one means `lr`.
+# Least value of every number; -inf: it is free. Negative vit_lr and aligner_lr mean `lr`.
 LEAST: dict[str, float] = {
     "model.attention_dropout": 0,
     "model.hidden_dropout": 0,
@@ -90,6 +90,9 @@ LEAST: dict[str, float] = {
     "preference.desirable_weight": 0,
     "preference.undesirable_weight": 0,
     "reward.center_rewards_coefficient": 0,
+    "contrastive.embedding_dim": 1,
+    "contrastive.temperature": 0,
+    "contrastive.logit_bias": -math.inf,
     "optimizer.loss_scale": 0,
     "optimizer.initial_loss_scale": 1,
     "optimizer.min_loss_scale": 1,

@@ -43,6 +43,7 @@ def _common(state: TrainState) -> dict[str, Any]:
         "family": state.directory.family.model_type,
         "architecture": repr(state.directory.architecture),
         "has_score_head": state.directory.architecture.language.has_score_head,
+        "embedding": _embedding(state),
         "stage": state.recipe.train.stage,
         "early_stopping": state.early_stopping.state(),
         "use_distributed_optimizer": state.recipe.parallel.use_distributed_optimizer,
@@ -59,6 +60,14 @@ def _common(state: TrainState) -> dict[str, Any]:
         "chat_template": tokenizer.chosen_template,
         "eos_token_ids": list(tokenizer.eos_token_ids),
     }
+
+
+def _embedding(state: TrainState) -> dict[str, Any]:
+    """Of an embedding model, what its reader has to know."""
+    knobs = state.recipe.contrastive
+    if not state.directory.architecture.language.embedding_dim:
+        return {}
+    return {"size": knobs.embedding_dim, "image_prompt": knobs.image_prompt, "text_prompt": knobs.text_prompt}
 
 
 def _frozen(state: TrainState) -> list[str]:
@@ -173,12 +182,23 @@ def resume(state: TrainState) -> Path | None:
 
 def _check_model(state: TrainState, common: dict[str, Any], folder: Path) -> None:
     ours = repr(state.directory.architecture)
-    if common.get("has_score_head", False) != state.directory.architecture.language.has_score_head:
+    head = native.head_of(common)
+    if head != state.directory.architecture.language.head:
         raise use_error(
             str(folder),
-            f"a checkpoint that {'ends' if common.get('has_score_head') else 'does not end'} in a head for scores",
+            f"a checkpoint that ends in {head}",
             f"one that train.stage={state.recipe.train.stage} can go on from",
             "export it with `megavlm convert`, and set model.hf_dir to that",
+        )
+    embedding = _embedding(state)
+    if common.get("embedding", {}) != embedding:
+        changed = next(name for name in embedding if common["embedding"][name] != embedding[name])
+        knob = {"size": "embedding_dim"}.get(changed, changed)
+        raise use_error(
+            f"contrastive.{knob}",
+            embedding[changed],
+            f"{common['embedding'][changed]!r}, as {folder} was written",
+            "keep it when resuming",
         )
     if common["architecture"] != ours:
         what = common["family"] if common["family"] != state.directory.family.model_type else "other sizes"

@@ -188,18 +188,28 @@ def open_directory(recipe: Recipe) -> HFDirectory:
     """The model that a recipe starts from, as its stage needs it.
 
     Raises:
-        UseError: a reward model is given to a stage that needs words.
+        UseError: a reward model is given to another stage, or the directory's embeddings have another width.
     """
-    is_reward_model = STAGES[recipe.train.stage].is_reward_model
-    directory = HFDirectory(recipe.model.hf_dir, reward_model=is_reward_model)
-    if directory.architecture.language.has_score_head and not is_reward_model:
+    head = STAGES[recipe.train.stage].head
+    directory = HFDirectory(recipe.model.hf_dir, reward_model=head == "scores")
+    if directory.architecture.language.has_score_head and head != "scores":
         raise use_error(
             "model.hf_dir",
             f"a reward model with train.stage {recipe.train.stage}",
             "a model with an output layer over words",
             "give another directory, or set train.stage=rm",
         )
-    return directory
+    if head != "embeddings":
+        return directory
+    size, stored = recipe.contrastive.embedding_dim, directory.stored_embedding_dim
+    if stored and stored != size:
+        raise use_error(
+            "contrastive.embedding_dim",
+            size,
+            f"{stored}, as {directory.path} has it",
+            f"set contrastive.embedding_dim={stored}",
+        )
+    return directory.as_embedding_model(size)
 
 
 def cost_model(recipe: Recipe, directory: HFDirectory, trains_encoder: bool) -> CostModel:

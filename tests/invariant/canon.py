@@ -84,6 +84,7 @@ def write_rows(root: Path) -> None:
     random = np.random.RandomState(11)
     pairs = [_pair(row, number, random) for number, row in enumerate(rows)]
     parts = {"rows": rows, "first": rows[:5], "second": rows[5:16], "third": rows[16:], "pairs": pairs}
+    parts["captions"] = [row for row in rows if row["images"]]
     parts["marked"] = [row | {"label": number % 3 != 1} for number, row in enumerate(rows)]
     for name, part in parts.items():
         (root / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)) + "\n")
@@ -171,7 +172,8 @@ def recipe_of(root: Path, reference: Reference, **changes: dict[str, Any]) -> Re
         "data": mixed_rows(root) if reference.mixed else {},
     } | reference.objective
     if reference.stage != "sft":
-        sections["data"] = {"train": (str(root / ("marked.jsonl" if reference.stage == "kto" else "pairs.jsonl")),)}
+        file = {"kto": "marked", "contrastive": "captions"}.get(reference.stage, "pairs")
+        sections["data"] = {"train": (str(root / f"{file}.jsonl"),)}
     for name, values in changes.items():
         sections[name] = sections.get(name, {}) | values
     return recipe(root, reference.family, **sections)

@@ -8,7 +8,7 @@ from typing import Any
 class Reference:
     """A single-process run: a family, what is frozen, and knobs of the model; `mixed`: rows by `canon.mixed_rows`.
 
-    A `stage` other than sft learns from pairs of answers; `objective` are its knobs, by section.
+    A `stage` other than sft learns from pairs of answers, or of image and text; `objective` are its knobs, by section.
     """
 
     family: str
@@ -31,6 +31,12 @@ def _rewards(family: str, score_at: str) -> Reference:
     """Scores are kept so close to 0 that the loss stays far from it: relative distances of it mean something then."""
     reward = {"center_rewards_coefficient": 0.3, "score_at": score_at}
     return Reference(family, {"lr": 3e-4}, stage="rm", objective={"reward": reward})
+
+
+def _contrastive(family: str, **knobs: Any) -> Reference:
+    return Reference(
+        family, {"lr": 3e-4}, stage="contrastive", objective={"contrastive": {"embedding_dim": 24} | knobs}
+    )
 
 
 def _tuned(lr: float = 1e-3, **peft: Any) -> Reference:
@@ -60,6 +66,8 @@ REFERENCES: dict[str, Reference] = {
     "kto": Reference(
         "qwen3_vl", {"lr": 3e-4}, stage="kto", objective={"preference": {"undesirable_weight": 1.5, "beta": 0.3}}
     ),
+    "contrastive": _contrastive("qwen3_vl", temperature=0.3),
+    "contrastive, sigmoid": _contrastive("llava", loss_type="sigmoid", logit_bias=-2.0, text_prompt="in one word"),
     "LoRA": _tuned(tuner_type="lora", lorap_lr_ratio=4.0),
     "DoRA": _tuned(tuner_type="lora", use_dora=True),
     "QLoRA": _tuned(tuner_type="lora", bnb_4bit_quant_type="nf4"),

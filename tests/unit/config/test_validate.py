@@ -97,6 +97,18 @@ def test_good_recipes_pass(folder: Path, overrides: list[str]) -> None:
             ["model.cross_entropy_loss_fusion", "train.stage rm"],
         ),
         (
+            ["model.cross_entropy_loss_fusion=true", "train.stage=contrastive"],
+            ["model.cross_entropy_loss_fusion", "train.stage contrastive", "embeddings in place of logits"],
+        ),
+        (["contrastive.embedding_dim=8"], ["contrastive", "train.stage sft", "train.stage=contrastive"]),
+        (["train.stage=contrastive", "contrastive.embedding_dim=0"], ["contrastive.embedding_dim", "at least 1"]),
+        (["train.stage=contrastive", "contrastive.temperature=1e-3"], ["contrastive.temperature", "at least 0.01"]),
+        (["train.stage=contrastive", "contrastive.loss_type=hinge"], ["contrastive.loss_type", "softmax"]),
+        (["train.stage=contrastive", "train.global_batch_size=1"], ["train.global_batch_size", "at least 2"]),
+        (["train.stage=contrastive", "data.too_long=cut_turns"], ["data.too_long", "neither is cut"]),
+        (["train.stage=contrastive", "data.template=llava_plain"], ["data.template", "prints questions"]),
+        (["train.stage=contrastive", "model.hidden_dropout=0.1"], ["model.hidden_dropout", "computed twice"]),
+        (
             ["model.backend=flash", "parallel.context_parallel_size=2", "parallel.cp_comm_type=p2p"],
             ["parallel.cp_comm_type", "p2p with model.backend=flash", "all_gather", "model.backend=te"],
         ),

@@ -207,8 +207,8 @@ class DataConfig:
     left out from the end, and with nothing left the row is dropped. `cut_answer`: the same, but the answer that the
     limit falls into is kept up to there. `stop`: it is an error."""
     template: str = ""
-    """Chat template: chatml, vicuna, llama2, llava_plain, or the path of a .jinja file; empty: that of hf_dir. An
-    exported directory gets it."""
+    """Chat template: chatml, vicuna, llama2, llava_plain, document, or the path of a .jinja file; empty: that of
+    hf_dir. An exported directory gets it."""
     token_weights: TokenWeights = field(default_factory=TokenWeights)
     token_weight_schedule: tuple[TokenWeightPhase, ...] = ()
     """Instead of token_weights: weights that change during training, e.g. from everything to answers alone."""

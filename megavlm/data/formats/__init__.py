@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megavlm.data.formats import caption, llava, preference, reward, sharegpt, swift
+from megavlm.data.formats import caption, document, llava, preference, reward, sharegpt, swift
 from megavlm.data.formats.columns import Columns
 from megavlm.data.formats.turns import row_error
 from megavlm.data.references import References
@@ -36,6 +36,7 @@ FORMATS = {
     "preference": Format("`prompt`, `chosen` and `rejected`", preference.fits, preference.read),
     "reward": Format("`problem` and `answer`", reward.fits, reward.read),
     "caption": Format("`txt`", caption.fits, caption.read),
+    "document": Format("`text`", document.fits, document.read),
 }
 
 

@@ -173,11 +173,18 @@ def export_adapter(folder: Path, directory: HFDirectory, out_dir: Path, dtype: s
         dtype: float32, bfloat16, float16, or None: as it was trained.
 
     Raises:
-        UseError: out_dir holds files, the checkpoint has no adapters, or is of another model.
+        UseError: out_dir holds files, the checkpoint has no adapters, is of an embedding model, or of another model.
         RunError: writing failed.
     """
     directory = _as_trained(directory, folder)
     common = checked_common(folder, directory)
+    if common.get("embedding"):
+        raise use_error(
+            "--adapter-only",
+            f"{folder}, of an embedding model",
+            "an export of all weights: the head learns beside the adapters",
+            "leave it out",
+        )
     checkpoint = open_checkpoint(folder, directory)
     if not isinstance(checkpoint, AdapterCheckpoint):
         raise use_error(

@@ -11,7 +11,7 @@ from tests.distributed.running import Inputs, call, log_rows, losses, succeed, t
 from tests.pool import PoolKeeper
 
 PP2 = ["parallel.pipeline_model_parallel_size=2"]
-RECALLS = {"recall@1/image_to_text", "recall@1/text_to_image"}
+RECALLS = {"recall_at_1/image_to_text", "recall_at_1/text_to_image"}
 HEAD = {"embedding_head.weight", "logit_scale", "logit_bias"}
 
 

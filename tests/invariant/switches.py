@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from tests.invariant.members import EP2, EP2_TP2, PACKED, PLAIN, Member, experts, layout
+from tests.invariant.members import EP2, EP2_TP2, PACKED, PACKED_PAIRS, PLAIN, Member, experts, layout
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,12 @@ _LORA_TP4_PLAIN = Member("TP4 with 2 key-value heads", 4, layout(tp=4) | PLAIN, 
 _MIXTURE_DP2 = Member("DP2", 2, against="mixture", micro_batch_size=2)
 _MIXTURE_PACKED = Member("packed by cost, PP2", 2, layout(pp=2), against="mixture", data=PACKED)
 
+_PAIRED_TP2 = Member("TP2+SP", 2, layout(tp=2, sp=True), against="contrastive", micro_batch_size=4)
+_PAIRED_DP2 = Member("DP2, packed by cost", 2, against="contrastive", data=PACKED_PAIRS)
+
 SWITCHES: tuple[Switch, ...] = (
     Switch("mixture with a curriculum: DP2 to packed by cost, PP2", _MIXTURE_DP2, _MIXTURE_PACKED, quick=True),
+    Switch("contrastive: TP2+SP to DP2, packed by cost", _PAIRED_TP2, _PAIRED_DP2),
     Switch("gated cross-attention: TP2+SP x PP2 to one process", _GATED_FOUR, _GATED_ONE, quick=True),
     Switch("InternVL 6B: TP2 to one process", _HEADS_TP2, _HEADS_ONE, quick=True),
     Switch("InternVL 6B: one process to TP2, optimizer not distributed", _HEADS_ONE_PLAIN, _HEADS_TP2PLAIN),

@@ -29,7 +29,7 @@ from megavlm.parallel.groups import Groups
 from megavlm.train.stages.sequences import counting_samples, last_wanted_tokens, sequence_rows
 from megavlm.train.stages.stage import Sums
 
-RECALLS = ("recall@1/image_to_text", "recall@1/text_to_image")
+RECALLS = ("recall_at_1/image_to_text", "recall_at_1/text_to_image")
 _TOLD = ("loss", "logit_scale", "logit_bias", *RECALLS)
 """What is known of each sample behind the gradients of its embeddings: its share of the loss, and of the gradients of
 scale and bias; whether its text, and its image, is found first."""

@@ -144,7 +144,8 @@ def build_state(recipe: Recipe, bucket_size: int = OVERLAP_BUCKET_PARAMETERS) ->
     builders = Builders(dist.get_rank(), dist.get_world_size(), dist.barrier, _word_of_rank_0)
     train_set, source_sizes = build_train_set(recipe, encoder, builders)
     _check_images(recipe, train_set)
-    if is_main_rank() and not encoder.tokenizer.end_of_turn_ids():
+    has_words = STAGES[recipe.train.stage].head == "words"
+    if is_main_rank() and has_words and not encoder.tokenizer.end_of_turn_ids():
         logger.warning(
             "the chat template prints no token behind an answer, so the model does not learn to stop; "
             "data.template=vicuna, or a .jinja file, does"

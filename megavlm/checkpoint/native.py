@@ -29,6 +29,7 @@ from megavlm.checkpoint.manifest import MANIFEST
 from megavlm.checkpoint.watchdog import time_limit
 from megavlm.checkpoint.writing import complete_checkpoints, last_line
 from megavlm.errors import RunError, use_error
+from megavlm.models.architecture import Head
 from megavlm.models.encoder import VisionEncoder
 from megavlm.models.names import Part
 from megavlm.parallel.groups import Groups
@@ -197,6 +198,13 @@ def read_common(folder: Path) -> dict[str, Any]:
     """What is not sharded: step, layout, family, schedule."""
     common: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(folder))
     return common
+
+
+def head_of(common: Mapping[str, Any]) -> Head:
+    """What the model of a checkpoint ends in (words in checkpoints from before there was anything else)."""
+    if common.get("has_score_head", False):
+        return "scores"
+    return "embeddings" if common.get("embedding") else "words"
 
 
 def load_sharded(folder: Path, state: dict[str, Any], timeout_s: int) -> dict[str, Any]:

@@ -55,6 +55,8 @@ def export_stream(
     specs: dict[str, TensorSpec] = {}
     for name, shape in exported_shapes(reader, directory).items():
         specs |= weight_format.specs(name, shape)
+    for name in directory.carried:
+        specs |= weight_format.specs(name, directory.spec(name).shape)
     files = list(_files(specs, max_shard_bytes))
     writers = {file.name: SafetensorsWriter(out_dir / file.name, file.specs) for file in files}
     writer_of = {name: writers[file.name] for file in files for name in file.specs}
@@ -62,8 +64,11 @@ def export_stream(
     def convert(entry: Entry) -> None:
         whole = reader.read(entry.native)
         for name, part in zip(entry.names, entry.to_hf(whole), strict=True):
-            for written, tensor in weight_format.tensors(name, part).items():
-                writer_of[written].write(written, tensor)
+            write(name, part)
+
+    def write(name: str, tensor: torch.Tensor) -> None:
+        for written, part in weight_format.tensors(name, tensor).items():
+            writer_of[written].write(written, part)
 
     buffers: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
     for _ in range(num_threads):
@@ -86,6 +91,8 @@ def export_stream(
                 jobs.append((spec.num_bytes, functools.partial(convert, entry)))
             else:
                 jobs.append((PIECE_BYTES, functools.partial(copy, entry, rows)))
+        for name in directory.carried:
+            jobs.append((directory.spec(name).num_bytes, functools.partial(_carry, directory, name, write)))
         run_within_budget(jobs, num_threads)
     except BaseException:
         for writer in writers.values():
@@ -95,6 +102,11 @@ def export_stream(
         writer.close()
     if len(files) > 1:
         (out_dir / INDEX).write_text(index_text([(file.name, file.specs) for file in files]), encoding="utf-8")
+
+
+def _carry(directory: HFDirectory, name: str, write: Callable[[str, torch.Tensor], None]) -> None:
+    """Write a tensor of the directory that the model has no part in."""
+    write(name, directory.read(name))
 
 
 def exported_shapes(reader: Reader, directory: HFDirectory) -> dict[str, tuple[int, ...]]:

@@ -7,8 +7,9 @@ SUMMARY = "give a model further tokens, e.g. one for each coordinate of a box"
 
 EPILOG = """\
 Embeddings and output weights of the new tokens begin as the mean of the old ones: they have to be trained, so the
-language model must neither be frozen nor be tuned by adapters alone. --coordinates adds <|0|> to <|999|>, and <|box_start|>, <|box_end|>, <|object_ref_start|>, <|object_ref_end|>
-where they are missing: what data.box_format=bin_tokens_1000 writes boxes with, and what sft.box_loss_coeff takes.
+language model must neither be frozen nor be tuned by adapters alone. --coordinates adds <|0|> to <|999|>, and where
+they are missing <|box_start|>, <|box_end|>, <|object_ref_start|>, <|object_ref_end|>: what
+data.box_format=bin_tokens_1000 writes boxes with, and what sft.box_loss_coeff takes.
 
 examples:
   megavlm add-tokens --coordinates --hf-dir models/qwen3-vl --out models/qwen3-vl-boxes

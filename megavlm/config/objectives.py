@@ -1,7 +1,7 @@
 """What a recipe says of the training method, and its checks across fields."""
 
 from megavlm.config.schema import Recipe
-from megavlm.config.stage_knobs import PreferenceConfig, RewardConfig, SftConfig
+from megavlm.config.stage_knobs import ContrastiveConfig, PreferenceConfig, RewardConfig, SftConfig
 from megavlm.config.tuning import tuning_plan
 from megavlm.errors import use_error
 
@@ -17,9 +17,11 @@ PAIR_LOSS_TYPES: dict[str, tuple[str, ...]] = {
 }
 """Values of preference.loss_type by stage. AOT, which compares sorted pairs, is none: its value depends on which pairs
 share a microbatch."""
-COMPARING_STAGES = ("rm", "prm", *PAIR_LOSS_TYPES)
-"""Stages that judge answers, and so read them whole: two of a row, one with its label, one with those of its steps."""
+COMPARING_STAGES = ("rm", "prm", *PAIR_LOSS_TYPES, "contrastive")
+"""Stages that read sequences whole: they judge answers, or compare images with texts."""
 REFERENCE_STAGES = ("dpo", "kto")
+LEAST_TEMPERATURE = 0.01
+"""Of contrastive logits: CLIP lets them be scaled by 100 at most."""
 
 
 def loss_types(recipe: Recipe) -> tuple[str, ...]:
@@ -40,11 +42,14 @@ def check_objective(recipe: Recipe) -> None:
     if stage not in PAIR_LOSS_TYPES and recipe.preference != PreferenceConfig():
         raise use_error("preference", f"settings with train.stage {stage}", "none", "remove them, or set train.stage")
     _check_reward(stage, recipe.reward)
+    if stage != "contrastive" and recipe.contrastive != ContrastiveConfig():
+        fix = "remove them, or set train.stage=contrastive"
+        raise use_error("contrastive", f"settings with train.stage {stage}", "none", fix)
     if stage in COMPARING_STAGES and recipe.data.too_long.startswith("cut"):
         raise use_error(
             "data.too_long",
             f"{recipe.data.too_long} with train.stage {stage}",
-            "drop or stop: answers that are compared, or judged, are not cut",
+            "drop or stop: sequences that are compared, or judged, are not cut",
             "set data.too_long=drop",
         )
     if stage in ("rm", "prm") and recipe.optimizer.freeze_llm:
@@ -54,6 +59,8 @@ def check_objective(recipe: Recipe) -> None:
             "a language model that learns: the new head for scores is a part of it",
             "set it to false",
         )
+    if stage == "contrastive":
+        _check_contrastive(recipe)
     if stage in PAIR_LOSS_TYPES:
         _check_preference(stage, recipe.preference, loss_types(recipe))
         _check_reference(recipe)
@@ -127,6 +134,41 @@ def _check_reference(recipe: Recipe) -> None:
                 f"adapter_off, and {whole[0]} learns with all its weights" if whole else "adapter_off without adapters",
                 "adapters alone, without which the model is what it was",
                 "set e.g. peft.tuner_type=lora, or preference.reference=cached",
+            )
+
+
+def _check_contrastive(recipe: Recipe) -> None:
+    knobs = recipe.contrastive
+    if recipe.train.global_batch_size < 2:
+        raise use_error(
+            "train.global_batch_size",
+            f"{recipe.train.global_batch_size} with train.stage contrastive",
+            "at least 2: an image is told from the texts of other rows",
+            "set it, e.g. to 256",
+        )
+    if knobs.temperature and knobs.temperature < LEAST_TEMPERATURE:
+        raise use_error(
+            "contrastive.temperature", knobs.temperature, f"at least {LEAST_TEMPERATURE}", "set it, e.g. to 0.07"
+        )
+    if recipe.data.template == "llava_plain":
+        raise use_error(
+            "data.template",
+            "llava_plain with train.stage contrastive",
+            "a template that prints questions: texts are read as such",
+            "use another template",
+        )
+    dropouts = {
+        "model.hidden_dropout": recipe.model.hidden_dropout,
+        "model.attention_dropout": recipe.model.attention_dropout,
+        "peft.lora_dropout": recipe.peft.lora_dropout,
+    }
+    for name, share in dropouts.items():
+        if share:
+            raise use_error(
+                name,
+                f"{share} with train.stage contrastive",
+                "0: embeddings are computed twice, and must be the same",
+                "set it to 0",
             )
 
 

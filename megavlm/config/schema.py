@@ -11,7 +11,7 @@ from megavlm.config.iterate import IterateConfig
 from megavlm.config.peft import PeftConfig
 from megavlm.config.precision import Fp8Config
 from megavlm.config.rope import RopeScalingConfig
-from megavlm.config.stage_knobs import PreferenceConfig, RewardConfig, SftConfig
+from megavlm.config.stage_knobs import ContrastiveConfig, PreferenceConfig, RewardConfig, SftConfig
 
 
 @dataclass(frozen=True)
@@ -219,8 +219,8 @@ class DataConfig:
     left out from the end, and with nothing left the row is dropped. `cut_answer`: the same, but the answer that the
     limit falls into is kept up to there. `stop`: it is an error."""
     template: str = ""
-    """Chat template: chatml, vicuna, llama2, llava_plain, or the path of a .jinja file; empty: that of hf_dir. An
-    exported directory gets it."""
+    """Chat template: chatml, vicuna, llama2, llava_plain, document, or the path of a .jinja file; empty: that of
+    hf_dir. An exported directory gets it."""
     token_weights: TokenWeights = field(default_factory=TokenWeights)
     token_weight_schedule: tuple[TokenWeightPhase, ...] = ()
     """Instead of token_weights: weights that change during training, e.g. from everything to answers alone."""
@@ -330,9 +330,10 @@ class OptimizerConfig:
 class TrainConfig:
     """The loop."""
 
-    stage: Literal["sft", "rm", "prm", "dpo", "cpo", "simpo", "orpo", "kto"] = "sft"
-    """Training method. sft: answers are learned; rm: a reward model; prm: a reward model of steps; dpo, cpo, simpo,
-    orpo: from pairs of answers; kto: from answers that are marked good or bad."""
+    stage: Literal["sft", "rm", "prm", "dpo", "cpo", "simpo", "orpo", "kto", "contrastive"] = "sft"
+    """Training method. sft: answers are learned (also captions, in pretraining); rm: a reward model; prm: a reward
+    model of steps; dpo, cpo, simpo, orpo: from pairs of answers; kto: from answers that are marked good or bad;
+    contrastive: embeddings of images and texts."""
     micro_batch_size: int = 1
     """Samples packed into one row (without data.packing)."""
     global_batch_size: int = 8
@@ -411,6 +412,7 @@ class Recipe:
     sft: SftConfig = field(default_factory=SftConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
     iterate: IterateConfig = field(default_factory=IterateConfig)
     fp8: Fp8Config = field(default_factory=Fp8Config)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

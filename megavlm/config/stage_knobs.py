@@ -101,3 +101,23 @@ class RewardConfig:
     """prm: what stands behind each step; its last token speaks for the step."""
     train_on_last_step_only: bool = False
     """prm: learn the label of an answer's last step only."""
+
+
+@dataclass(frozen=True)
+class ContrastiveConfig:
+    """Stage contrastive: embeddings of images and of their texts, from rows with an image and a caption."""
+
+    loss_type: Literal["softmax", "sigmoid"] = "softmax"
+    """softmax: CLIP's, each image among the texts of the global batch and each text among its images; sigmoid:
+    SigLIP's, a decision for each image and text of it."""
+    embedding_dim: int = 512
+    """Numbers of an embedding."""
+    temperature: float = 0.0
+    """Cosines are divided by it; learned, this is where it starts; 0: 0.07 (softmax), 0.1 (sigmoid). It does not fall
+    below 0.01."""
+    logit_bias: float = -10.0
+    """sigmoid: where the bias of logits starts."""
+    image_prompt: str = ""
+    """What stands behind the images, in place of the row's own question; empty: the question as it is."""
+    text_prompt: str = ""
+    """What stands behind the text; empty: nothing."""

@@ -32,7 +32,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _MOST_IMAGE_PIXELS = 2 * 89_478_485  # PIL raises DecompressionBombError above it
 RECOMPUTE_MODULES = ("core_attn", "mlp", "moe", "layernorm")
 
-# Least value of every number; rates and limits of a component are free, as a negative one means the common one.
+# Least value of every number; -inf: it is free. A negative rate or limit of a component means the common one.
 LEAST: dict[str, float] = {
     "model.attention_dropout": 0,
     "model.hidden_dropout": 0,
@@ -115,6 +115,9 @@ LEAST: dict[str, float] = {
     "iterate.generation_batch_size": 1,
     "iterate.threshold": -math.inf,
     "iterate.num_kept": 0,
+    "contrastive.embedding_dim": 1,
+    "contrastive.temperature": 0,
+    "contrastive.logit_bias": -math.inf,
     "optimizer.loss_scale": 0,
     "optimizer.initial_loss_scale": 1,
     "optimizer.min_loss_scale": 1,

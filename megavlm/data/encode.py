@@ -19,6 +19,7 @@ from megavlm.data.coordinates import coordinate_token_ids
 from megavlm.data.cut import TooLongRule, cut_row
 from megavlm.data.encode_video import Inset, VideoEncoder
 from megavlm.data.image_loading import BY_PIL, ImageLoading, check_resample
+from megavlm.data.image_text import ImageTextPrompts, encode_image_text
 from megavlm.data.images import ImageSpec, read_image_size, read_image_spec, target_grid
 from megavlm.data.marked import encode_marked
 from megavlm.data.media import media_name
@@ -34,11 +35,18 @@ from megavlm.data.tokens import EncodedChat, Tokenizer
 from megavlm.data.video_spec import VideoLimits, VideoSpec, read_video_spec
 from megavlm.errors import UseError, use_error
 
-RowKind = Literal["conversation", "pair", "marked", "steps"]
+RowKind = Literal["conversation", "pair", "marked", "steps", "image_text"]
 """What a row is for a stage: something to learn, a better and a worse answer (`pairs.py`), an answer that is marked
-good or bad (`marked.py`), or one whose steps are (`steps.py`)."""
-NUM_PARTS: dict[RowKind, int] = {"conversation": 1, "pair": PAIR_PARTS, "marked": PAIR_PARTS, "steps": 1}
+good or bad (`marked.py`), one whose steps are (`steps.py`), or images and their text apart (`image_text.py`)."""
+NUM_PARTS: dict[RowKind, int] = {
+    "conversation": 1,
+    "pair": PAIR_PARTS,
+    "marked": PAIR_PARTS,
+    "steps": 1,
+    "image_text": PAIR_PARTS,
+}
 """Sequences of a row."""
+NO_PROMPTS = ImageTextPrompts()
 
 
 class TooLong(Exception):  # noqa: N818 - not an error: the row is dropped and counted
@@ -72,6 +80,7 @@ def open_encoder(
     loading: ImageLoading = BY_PIL,
     row_kind: RowKind = "conversation",
     step_rule: StepRule = BY_LINES,
+    prompts: ImageTextPrompts = NO_PROMPTS,
 ) -> "SampleEncoder":
     """The encoder of a Hugging Face directory.
 
@@ -90,6 +99,7 @@ def open_encoder(
         loading: how images are decoded.
         row_kind: what becomes of a row.
         step_rule: how its steps are told apart, where it has some.
+        prompts: of rows of images and their text.
 
     Raises:
         UseError: one of them is missing, or unlike the model.
@@ -113,6 +123,7 @@ def open_encoder(
         loading=loading,
         row_kind=row_kind,
         step_rule=step_rule,
+        prompts=prompts,
     )
 
 
@@ -134,6 +145,7 @@ class SampleEncoder:
         loading: ImageLoading = BY_PIL,
         row_kind: RowKind = "conversation",
         step_rule: StepRule = BY_LINES,
+        prompts: ImageTextPrompts = NO_PROMPTS,
     ) -> None:
         """Put the parts together.
 
@@ -150,6 +162,7 @@ class SampleEncoder:
             loading: how its images are decoded.
             row_kind: what becomes of a row.
             step_rule: how its steps are told apart, where it has some.
+            prompts: of rows of images and their text.
         """
         assert tokenizer.image_token_id == inputs.image_token_id
         self.inputs = inputs
@@ -164,6 +177,7 @@ class SampleEncoder:
         self.loading = loading
         self.row_kind = row_kind
         self.step_rule = step_rule
+        self.prompts = prompts
         video = VideoEncoder(inputs, video_spec, tokenizer) if video_spec is not None else None
         self.video = video if video is not None and video.token else None
 
@@ -182,6 +196,7 @@ class SampleEncoder:
             self.token_schedule,
             self.row_kind,
             *([self.step_rule] if self.row_kind == "steps" else []),
+            *((self.prompts,) if self.row_kind == "image_text" else ()),
         )
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
@@ -202,6 +217,8 @@ class SampleEncoder:
             return self.encode_conversation(with_steps(sample, self.step_rule), grids)
         if self.row_kind == "marked":
             return encode_marked(sample, self.encode_conversation, self.inputs.num_image_tokens)
+        if self.row_kind == "image_text":
+            return encode_image_text(sample, self._encode_whole_prompt, self.inputs.num_image_tokens, self.prompts)
         return self.encode_conversation(sample, grids)
 
     def encode_conversation(self, sample: Sample, grids: Sequence[Grid] = ()) -> EncodedSample:
@@ -227,12 +244,7 @@ class SampleEncoder:
             if num_tokens <= self.max_length:
                 return encoded
             if self.too_long == "stop":
-                raise use_error(
-                    "the row",
-                    f"{num_tokens} tokens",
-                    f"at most data.max_length {self.max_length}",
-                    "raise data.max_length, or let data.too_long drop or cut such rows",
-                )
+                raise self._too_long(num_tokens)
             cut = cut_row(sample, self.max_length, self.too_long, lambda part: self._encode(part, names))
         except UseError as error:
             raise UseError(f"{sample.sample_id}: {error}") from error
@@ -242,6 +254,8 @@ class SampleEncoder:
 
     def learns(self, encoded: EncodedSample) -> bool:
         """Whether anything of a row, of a pair both answers, is learned at some time of the training."""
+        if self.row_kind == "image_text":
+            return True  # not by its tokens
         each = [encoded.loss_weights_S(weights) for weights in self.token_schedule.all]
         return any(all(weights_S[part][1:].any() for part in encoded.parts) for weights_S in each)
 
@@ -267,6 +281,23 @@ class SampleEncoder:
         if len(encoded.tokens_S) > self.max_length:
             raise TooLong(sample.sample_id, len(encoded.tokens_S), self.max_length)
         return encoded
+
+    def _encode_whole_prompt(self, sample: Sample) -> EncodedSample:
+        """The row without its final answer; one that is too long may be an error."""
+        try:
+            return self.encode_prompt(sample)
+        except TooLong as error:
+            if self.too_long == "stop":
+                raise UseError(f"{sample.sample_id}: {self._too_long(error.num_tokens)}") from error
+            raise
+
+    def _too_long(self, num_tokens: int) -> UseError:
+        return use_error(
+            "the row",
+            f"{num_tokens} tokens",
+            f"at most data.max_length {self.max_length}",
+            "raise data.max_length, or let data.too_long drop or cut such rows",
+        )
 
     def _encode(self, sample: Sample, names: Sequence[str], grids: Sequence[Grid] = ()) -> EncodedSample:
         steps = step_ends(sample, self.step_rule) if self.row_kind == "steps" else None

@@ -213,7 +213,8 @@ class Batch:
     Where a sample is several sequences (`num_parts`), each has borders of its own; `feature_rows_V` then says which
     feature of the row's images each visual token takes (None: one after the other). `targets_N` (float32) are what the
     samples' rows say beside their tokens, `references_NQ` (float32) what a reference model says of their sequences.
-    `ahead` is what the stage found out about the whole global batch before its step (`LookAhead`).
+    `ahead` is what the stage found out about the whole global batch before its step (`LookAhead`), and `first_number`
+    the number, in the global batch, of the row's first sample; it is known where the stage looks ahead.
     `noise_seeds_N` (int64) tell steps and rows of training apart, for what is drawn at random.
     `tasks_N` (int64) are numbers of the samples' tasks, where tasks are told apart; those of none have the next number.
     """
@@ -236,6 +237,7 @@ class Batch:
     noise_seeds_N: torch.Tensor | None = None
     tasks_N: torch.Tensor | None = None
     ahead: torch.Tensor | None = None
+    first_number: int = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """Small tensors leave a data worker as bytes: to share each as a file of memory costs more than to copy it."""

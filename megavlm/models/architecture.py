@@ -51,6 +51,10 @@ class ExpertsArchitecture:
     ffn_hidden_size: int
 
 
+Head = Literal["words", "scores", "embeddings"]
+"""What a model ends in: an output layer over words, a reward model's scores, or embeddings."""
+
+
 @dataclass(frozen=True)
 class LanguageArchitecture:
     """A decoder-only language model (RMSNorm, SwiGLU, RoPE, GQA)."""
@@ -76,11 +80,18 @@ class LanguageArchitecture:
     experts: ExpertsArchitecture | None = None
     has_score_head: bool = field(default=False, repr=False)
     """Of a reward model: one number a token in place of logits. Not in the text by which checkpoints are compared."""
+    embedding_dim: int = field(default=0, repr=False)
+    """Of an embedding model: so many numbers a token in place of logits; 0: it is none. Not in that text either."""
+
+    @property
+    def head(self) -> Head:
+        """What stands behind the last layer."""
+        return "scores" if self.has_score_head else "embeddings" if self.embedding_dim else "words"
 
     @property
     def shares_embeddings(self) -> bool:
         """Whether the output layer is the embedding."""
-        return self.tied_embeddings and not self.has_score_head
+        return self.tied_embeddings and self.head == "words"
 
 
 @dataclass(frozen=True)

@@ -77,8 +77,8 @@ def _own_patches(state: TrainState, batch: Batch, shares: StepShares) -> torch.T
 def report_samples(state: TrainState) -> list[Sample]:
     """The held-out samples that the report shows: spread evenly over the held-out rows."""
     number = state.recipe.observe.num_report_samples
-    is_reward_model = STAGES[state.recipe.train.stage].is_reward_model
-    if not state.recipe.observe.report or state.eval_set is None or not number or is_reward_model:
+    has_words = STAGES[state.recipe.train.stage].head == "words"
+    if not state.recipe.observe.report or state.eval_set is None or not number or not has_words:
         return []
     # A row that was cut may be too long as a question, too.
     whole = [index for index in range(len(state.eval_set)) if not state.eval_set.is_cut(index)]

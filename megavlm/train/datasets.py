@@ -14,6 +14,7 @@ from megavlm.data.augment import Augmentation
 from megavlm.data.dataset import Dataset
 from megavlm.data.encode import SampleEncoder, open_encoder
 from megavlm.data.image_loading import ImageLoading, choose_backend
+from megavlm.data.image_text import ImageTextPrompts
 from megavlm.data.index_files import Builders, build_index, fingerprint, index_beside, is_complete
 from megavlm.data.row_options import RowOptions, row_options
 from megavlm.data.rows import Rows
@@ -52,6 +53,7 @@ def encoder_of(recipe: Recipe, inputs: InputSpec) -> SampleEncoder:
         loading=image_loading(recipe),
         row_kind=STAGES[recipe.train.stage].row_kind,
         step_rule=StepRule(recipe.reward.step_separator, recipe.reward.train_on_last_step_only),
+        prompts=ImageTextPrompts(recipe.contrastive.image_prompt, recipe.contrastive.text_prompt),
     )
 
 

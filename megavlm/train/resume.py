@@ -17,7 +17,13 @@ from megavlm.config.tuning import COMPONENTS, describe_tuning, tuning_plan
 from megavlm.errors import use_error
 from megavlm.train.freeze import learning_components
 from megavlm.train.loss_scale import restore_scalers, scaler_state
-from megavlm.train.starting_point import check_model, checkpoint_root, checkpoint_to_load, load_imported
+from megavlm.train.starting_point import (
+    check_model,
+    checkpoint_root,
+    checkpoint_to_load,
+    embedding_of,
+    load_imported,
+)
 from megavlm.train.state import TrainState, is_main_rank
 
 logger = logging.getLogger(__name__)
@@ -42,6 +48,7 @@ def _common(state: TrainState) -> dict[str, Any]:
         "architecture": repr(state.directory.architecture),
         "text_changes": state.directory.text_changes,
         "has_score_head": state.directory.architecture.language.has_score_head,
+        "embedding": embedding_of(state),
         "stage": state.recipe.train.stage,
         "starting_point": state.starting_point,
         "early_stopping": state.early_stopping.state(),

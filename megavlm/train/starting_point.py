@@ -99,6 +99,14 @@ def _digest(state: TrainState) -> str:
     return blake3(repr(facts).encode()).hexdigest()[:32]
 
 
+def embedding_of(state: TrainState) -> dict[str, Any]:
+    """Of an embedding model, what its reader has to know."""
+    knobs = state.recipe.contrastive
+    if not state.directory.architecture.language.embedding_dim:
+        return {}
+    return {"size": knobs.embedding_dim, "image_prompt": knobs.image_prompt, "text_prompt": knobs.text_prompt}
+
+
 def check_model(state: TrainState, common: dict[str, Any], folder: Path) -> None:
     """Check that a checkpoint is one of the run's model.
 
@@ -117,12 +125,23 @@ def check_model(state: TrainState, common: dict[str, Any], folder: Path) -> None
             "keep it when resuming; to change it, start a new run from what `megavlm convert export` writes",
         )
     ours = repr(directory.architecture)
-    if common.get("has_score_head", False) != state.directory.architecture.language.has_score_head:
+    head = native.head_of(common)
+    if head != directory.architecture.language.head:
         raise use_error(
             str(folder),
-            f"a checkpoint that {'ends' if common.get('has_score_head') else 'does not end'} in a head for scores",
+            f"a checkpoint that ends in {head}",
             f"one that train.stage={state.recipe.train.stage} can go on from",
             "export it with `megavlm convert`, and set model.hf_dir to that",
+        )
+    embedding = embedding_of(state)
+    if common.get("embedding", {}) != embedding:
+        changed = next(name for name in embedding if common["embedding"][name] != embedding[name])
+        knob = {"size": "embedding_dim"}.get(changed, changed)
+        raise use_error(
+            f"contrastive.{knob}",
+            embedding[changed],
+            f"{common['embedding'][changed]!r}, as {folder} was written",
+            "keep it when resuming",
         )
     if common["architecture"] != ours:
         what = common["family"] if common["family"] != state.directory.family.model_type else "other sizes"

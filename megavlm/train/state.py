@@ -157,7 +157,8 @@ def build_state(recipe: Recipe, bucket_size: int = OVERLAP_BUCKET_PARAMETERS) ->
     builders = Builders(dist.get_rank(), dist.get_world_size(), dist.barrier, _word_of_rank_0)
     train_set, source_sizes = build_train_set(recipe, encoder, builders)
     _check_images(recipe, train_set)
-    if is_main_rank() and not encoder.tokenizer.end_of_turn_ids():
+    has_words = STAGES[recipe.train.stage].head == "words"
+    if is_main_rank() and has_words and not encoder.tokenizer.end_of_turn_ids():
         logger.warning(
             "the chat template prints no token behind an answer, so the model does not learn to stop; "
             "data.template=vicuna, or a .jinja file, does"
@@ -203,19 +204,29 @@ def open_directory(recipe: Recipe) -> HFDirectory:
     """The model that a recipe starts from, as its stage needs it.
 
     Raises:
-        UseError: a reward model is given to a stage that needs words.
+        UseError: a reward model is given to another stage, or the directory's embeddings have another width.
     """
-    is_reward_model = STAGES[recipe.train.stage].is_reward_model
+    head = STAGES[recipe.train.stage].head
     changes = read_rope_changes(Path(recipe.model.hf_dir), recipe.model)
-    directory = HFDirectory(recipe.model.hf_dir, reward_model=is_reward_model, text_changes=changes)
-    if directory.architecture.language.has_score_head and not is_reward_model:
+    directory = HFDirectory(recipe.model.hf_dir, reward_model=head == "scores", text_changes=changes)
+    if directory.architecture.language.has_score_head and head != "scores":
         raise use_error(
             "model.hf_dir",
             f"a reward model with train.stage {recipe.train.stage}",
             "a model with an output layer over words",
             "give another directory, or set train.stage=rm",
         )
-    return directory
+    if head != "embeddings":
+        return directory
+    size, stored = recipe.contrastive.embedding_dim, directory.stored_embedding_dim
+    if stored and stored != size:
+        raise use_error(
+            "contrastive.embedding_dim",
+            size,
+            f"{stored}, as {directory.path} has it",
+            f"set contrastive.embedding_dim={stored}",
+        )
+    return directory.as_embedding_model(size)
 
 
 def cost_model(recipe: Recipe, directory: HFDirectory, trains_encoder: bool) -> CostModel:

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,7 @@ from megavlm.train.routes import LayoutRoutes
 from megavlm.train.scheduling import evaluation_schedule, training_schedule
 from megavlm.train.shared_gradients import shared_gradients
 from megavlm.train.stages.preference import answer_logprobs
+from megavlm.train.stages.sequences import counting_samples
 from megavlm.train.stages.stage import Stage, Sums
 from megavlm.train.state import TrainState
 
@@ -252,6 +253,7 @@ def _update(state: TrainState, step: int, rows: Rows) -> tuple[GradientNorms, bo
         norms = _checked_norms(state, step, list(itertools.chain(*(batch.sample_ids for batch in rows.batches))))
         clip_and_update(state.optimizer, state.scheduler, state.learning, norms, step)
         state.count_update(step)
+        state.parts.bound_weights()
         state.parts.weights_changed()
     if state.parts.fp8 is not None:
         state.parts.fp8.end_step()
@@ -264,19 +266,19 @@ def look_ahead(state: TrainState, rows: Rows) -> Rows:
     look = state.stage.look_ahead
     if look is None:
         return rows
-    local = torch.zeros(look.num_sums, dtype=torch.float64, device=state.device)
+    batches, num_samples = _numbered(state, rows.batches)
+    local = look.new_sums(num_samples, state.device)
 
     def on_output(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, None]:
-        sums = look.sums(logits, batch)
-        local.add_(sums)
-        return sums.sum(), torch.ones((), dtype=torch.int), None
+        look.add(local, logits, batch)
+        return logits.new_zeros(()), torch.ones((), dtype=torch.int), None
 
-    read = Rows([look.read(batch) for batch in rows.batches], rows.patches, rows.shares)
+    read = Rows([look.read(batch) for batch in batches], rows.patches, rows.shares)
     with _not_training(state):
         run_schedule(state, evaluation_schedule(state.layout, len(rows.batches)), read, on_output)
     ahead = look.result(global_sums(local, state.groups.speaks))
     return Rows(
-        [dataclasses.replace(look.remaining(batch), ahead=ahead) for batch in rows.batches], rows.patches, rows.shares
+        [dataclasses.replace(look.remaining(batch), ahead=ahead) for batch in batches], rows.patches, rows.shares
     )
 
 
@@ -290,6 +292,24 @@ def take_census(state: TrainState, rows: Rows, training: bool) -> Rows:
     ahead = census.result(global_sums(local.to(state.device), counts).cpu(), training)
     batches = [dataclasses.replace(batch, ahead=ahead) for batch in rows.batches]
     return dataclasses.replace(rows, batches=batches)
+
+
+def _numbered(state: TrainState, batches: Sequence[Batch]) -> tuple[list[Batch], int]:
+    """The rows with the numbers of their samples in the global batch, and how many samples it has.
+
+    Those of a data rank follow one another; only ranks that compute the loss need theirs.
+    """
+    place, counts = state.groups.place, [len(counting_samples(batch)) for batch in batches]
+    everyones_D = torch.zeros(state.groups.topology.data, dtype=torch.float64, device=state.device)
+    if place is not None:
+        everyones_D[place.data] = sum(counts)
+    speaks = state.groups.speaks and state.groups.context.rank() == 0
+    everyones = global_sums(everyones_D, speaks).long().tolist()
+    first = sum(everyones[: place.data]) if place is not None else 0
+    firsts = itertools.accumulate(counts, initial=first)
+    return [
+        dataclasses.replace(batch, first_number=number) for batch, number in zip(batches, firsts, strict=False)
+    ], sum(everyones)
 
 
 def _joined(stage: Stage, metrics: Sums, device: torch.device) -> torch.Tensor:

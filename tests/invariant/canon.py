@@ -93,6 +93,7 @@ def write_rows(root: Path) -> None:
     parts = {"rows": rows, "first": rows[:5], "second": rows[5:16], "third": rows[16:], "pairs": pairs}
     random = np.random.RandomState(13)
     parts["boxes"] = [with_boxes(row, number, random) for number, row in enumerate(rows)]
+    parts["captions"] = [row for row in rows if row["images"]]
     parts["marked"] = [row | {"label": number % 3 != 1} for number, row in enumerate(rows)]
     random = np.random.RandomState(13)
     parts["steps"] = [_in_steps(row, random) for row in rows]
@@ -199,8 +200,8 @@ def recipe_of(root: Path, reference: Reference, **changes: dict[str, Any]) -> Re
     if reference.family == BOXES:
         sections["data"] = {"train": (str(root / "boxes.jsonl"),), "box_format": BOX_FORMAT}
     if reference.stage != "sft":
-        rows = {"kto": "marked.jsonl", "prm": "steps.jsonl"}.get(reference.stage, "pairs.jsonl")
-        sections["data"] = {"train": (str(root / rows),)}
+        special = {"kto": "marked", "prm": "steps", "contrastive": "captions"}
+        sections["data"] = {"train": (str(root / f"{special.get(reference.stage, 'pairs')}.jsonl"),)}
     for name, values in changes.items():
         sections[name] = sections.get(name, {}) | values
     return recipe(root, reference.family, **sections)

@@ -8,7 +8,7 @@ from typing import Any
 class Reference:
     """A single-process run: a family, what is frozen, and knobs of the model; `mixed`: rows by `canon.mixed_rows`.
 
-    A `stage` other than sft learns from pairs of answers; `objective` are its knobs, by section.
+    A `stage` other than sft learns from pairs of answers, or of image and text; `objective` are its knobs, by section.
     """
 
     family: str
@@ -55,6 +55,12 @@ _EXPERT_SCHEDULES = _SCHEDULES | {
 }
 
 
+def _contrastive(family: str, **knobs: Any) -> Reference:
+    return Reference(
+        family, {"lr": 3e-4}, stage="contrastive", objective={"contrastive": {"embedding_dim": 24} | knobs}
+    )
+
+
 def _tuned(lr: float = 1e-3, **peft: Any) -> Reference:
     return Reference("qwen3_vl", {"lr": lr}, objective={"peft": peft})
 
@@ -95,6 +101,8 @@ REFERENCES: dict[str, Reference] = {
     ),
     "dpo, LoRA": _compared("cached"),
     "dpo, adapters off": _compared("adapter_off"),
+    "contrastive": _contrastive("qwen3_vl", temperature=0.3),
+    "contrastive, sigmoid": _contrastive("llava", loss_type="sigmoid", logit_bias=-2.0, text_prompt="in one word"),
     "LoRA": _tuned(tuner_type="lora", lorap_lr_ratio=4.0),
     "DoRA": _tuned(tuner_type="lora", use_dora=True),
     "QLoRA": _tuned(tuner_type="lora", bnb_4bit_quant_type="nf4"),

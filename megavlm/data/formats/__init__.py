@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megavlm.data.formats import caption, llava, preference, reward, sharegpt, steps, swift
+from megavlm.data.formats import caption, document, llava, preference, reward, sharegpt, steps, swift
 from megavlm.data.formats.columns import Columns
 from megavlm.data.formats.turns import row_error
 from megavlm.data.references import References
@@ -37,6 +37,7 @@ FORMATS = {
     "steps": Format("`prompt`, `completions` and `labels`", steps.fits, steps.read),
     "reward": Format("`problem` and `answer`", reward.fits, reward.read),
     "caption": Format("`txt`", caption.fits, caption.read),
+    "document": Format("`text`", document.fits, document.read),
 }
 
 

@@ -40,7 +40,6 @@ class ReferencePoint:
     groups: Groups
     image_token_id: int
     total_multiple: int
-    num_sums: ClassVar[int] = 2
 
     def read(self, batch: Batch) -> Batch:
         """The answers of other rows."""
@@ -50,10 +49,14 @@ class ReferencePoint:
         """The row's own answers."""
         return part_of(batch, OWN, self.image_token_id, self.total_multiple)
 
-    def sums(self, logits_LW: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def new_sums(self, num_samples: int, device: torch.device) -> torch.Tensor:
+        """Of log ratios, and of answers, however many there are."""
+        return torch.zeros(2, dtype=torch.float64, device=device)
+
+    def add(self, sums: torch.Tensor, logits_LW: torch.Tensor, batch: Batch) -> None:
         """Sum of log ratios, and number of answers; each context rank has its share of both."""
         policy_S, reference_S = _both(logits_LW, batch, self.groups, OTHER)
-        return torch.stack(kl_sums(policy_S, reference_S)).double() / self.groups.context.size()
+        sums += torch.stack(kl_sums(policy_S, reference_S)).double() / self.groups.context.size()
 
     def result(self, sums: torch.Tensor) -> torch.Tensor:
         """The reference point."""

@@ -25,15 +25,14 @@ class LookAhead(Protocol):
     def remaining(self, batch: Batch) -> Batch:
         """What is left of the row for the step."""
 
-    def sums(self, outputs_LW: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Of a microbatch on this rank: a vector of `num_sums`, added up over microbatches and ranks."""
+    def new_sums(self, num_samples: int, device: torch.device) -> torch.Tensor:
+        """Zeros, for what is added up over microbatches and ranks of so many samples."""
+
+    def add(self, sums: torch.Tensor, outputs_LW: torch.Tensor, batch: Batch) -> None:
+        """Add what a microbatch on this rank has to `sums`; its samples are numbered from `batch.first_number` on."""
 
     def result(self, sums: torch.Tensor) -> torch.Tensor:
-        """Of the sums over all (float64): what the batches of the step carry as `ahead`."""
-
-    @property
-    def num_sums(self) -> int:
-        """Length of the vector."""
+        """Of the sums over all: what the batches of the step carry as `ahead`. All ranks of the world call it."""
 
 
 class Census(Protocol):

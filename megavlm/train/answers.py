@@ -12,12 +12,12 @@ from megavlm.data.media import shown_file
 from megavlm.data.readers import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 from megavlm.data.sample import Batch, EncodedSample, Sample
 from megavlm.rollout.native import Sampling, answer_tokens
+from megavlm.train.passes import run_schedule
 from megavlm.train.pipeline_work import Rows
 from megavlm.train.scheduling import evaluation_schedule
 from megavlm.train.shares import StepShares, share_step
 from megavlm.train.stages.registry import STAGES
 from megavlm.train.state import TrainState
-from megavlm.train.step import run_schedule
 
 SAMPLES_NAME = "samples.json"
 

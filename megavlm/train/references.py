@@ -26,13 +26,13 @@ from megavlm.data.pairs import PAIR_PARTS
 from megavlm.data.sample import Batch
 from megavlm.errors import RunError, use_error
 from megavlm.train.inputs import step_inputs
+from megavlm.train.passes import run_schedule
 from megavlm.train.pipeline_work import Rows
 from megavlm.train.scheduling import evaluation_schedule
 from megavlm.train.stages.preference import answer_logprobs
 from megavlm.train.stages.registry import STAGES
 from megavlm.train.starting_point import checkpoint_to_load, imported_weights, load_imported, starting_point
 from megavlm.train.state import TrainState, is_main_rank, run_path
-from megavlm.train.step import run_schedule
 
 logger = logging.getLogger(__name__)
 

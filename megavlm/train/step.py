@@ -3,11 +3,9 @@
 Stages return sums and counts; the only division is by the count of the whole global batch.
 """
 
-import contextlib
-import dataclasses
 import itertools
+import math
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,21 +17,18 @@ from megavlm.data.sample import Batch
 from megavlm.errors import RunError
 from megavlm.losses.reduce import global_sums
 from megavlm.models.names import named_parameters
-from megavlm.peft.attach import adapters_disabled
 from megavlm.pipeline.actions import Schedule
-from megavlm.pipeline.exchange import Exchange
-from megavlm.pipeline.runtime import Event, execute, perf_clock
+from megavlm.pipeline.runtime import Event
 from megavlm.train import balance
+from megavlm.train.ahead import rows_with_all
 from megavlm.train.inputs import StepInputs, step_inputs
 from megavlm.train.learning import hide_gradients
 from megavlm.train.loss_scale import prepare_gradients, scaler_of
 from megavlm.train.optim import GradientNorms, clip_and_update, gradient_norms
-from megavlm.train.pipeline_work import OnOutput, PartsWork, Rows
-from megavlm.train.routes import LayoutRoutes
+from megavlm.train.passes import run_schedule
+from megavlm.train.pipeline_work import Rows
 from megavlm.train.scheduling import evaluation_schedule, training_schedule
 from megavlm.train.shared_gradients import shared_gradients
-from megavlm.train.stages.preference import answer_logprobs
-from megavlm.train.stages.sequences import counting_samples
 from megavlm.train.stages.stage import Stage, Sums
 from megavlm.train.state import TrainState
 
@@ -95,39 +90,6 @@ class Recording:
     pad_share: float
 
 
-def run_schedule(
-    state: TrainState, schedule: Schedule, rows: Rows, on_output: OnOutput, record: bool = False
-) -> tuple[list[Any], list[Event]]:
-    """Drive all microbatches through a schedule; gradients, where there are any, stay unreduced.
-
-    Args:
-        state: the run.
-        schedule: for this layout and number of microbatches.
-        rows: what this rank needs of the microbatches.
-        on_output: on the last stage, (logits, batch) to (sum, count, anything); the sum is what is differentiated.
-        record: whether to keep the time of each action.
-
-    Returns:
-        The third results, on the last stage, and the events.
-    """
-    num_tokens_of = state.directory.architecture.inputs.num_image_tokens
-    routes = LayoutRoutes(state.groups.topology, state.parts.rank, rows.shares, num_tokens_of)
-    exchange = Exchange(
-        state.payload_groups,
-        routes,
-        state.parts.config.params_dtype,
-        state.device,
-        state.recipe.train.distributed_timeout_s,
-    )
-    work = PartsWork(state.parts, rows, on_output, num_tokens_of)
-    clock = perf_clock(torch.cuda.synchronize) if record else None
-    if record:
-        dist.barrier()
-    with torch.set_grad_enabled(not schedule.stage_map.forward_only):
-        events = execute(schedule, state.groups.position, work, exchange, clock)
-    return work.results, events
-
-
 def load_rows(state: TrainState, step: int) -> Rows:
     """Load what this rank needs for a step."""
     loaded = list(state.loader.batches(step))
@@ -151,7 +113,7 @@ def train_step(state: TrainState, step: int, recordings: list[Recording] | None 
     waits_since_s = time.perf_counter()
     rows = load_rows(state, step)
     data_wait_s = time.perf_counter() - waits_since_s
-    rows = take_census(state, look_ahead(state, with_references(state, rows)), training=True)
+    rows = rows_with_all(state, rows, training=True)
     shared = shared_gradients(state)
     tally = Tally(
         num_tokens=sum(batch.num_real_tokens for batch in rows.batches),
@@ -170,8 +132,7 @@ def train_step(state: TrainState, step: int, recordings: list[Recording] | None 
         return loss_sum, count.to(torch.int), None
 
     balances = state.recipe.model.moe_aux_loss_coeff > 0
-    if balances:
-        balance.prepare(state, rows.batches)
+    expected_count = balance.prepare(state, rows.batches) if balances else None
     inputs = state.inputs(step)
     schedule = training_schedule(state.layout, inputs, state.costs)
     _, events = run_schedule(state, schedule, rows, on_output, record=recordings is not None)
@@ -185,6 +146,7 @@ def train_step(state: TrainState, step: int, recordings: list[Recording] | None 
     totals, metrics = _reduce(state, tally, step)
     state.parts.scale_gradients(float(1.0 / totals[1]))
     loss_sum, count, num_tokens, num_images, num_padded_tokens = totals.tolist()
+    assert expected_count is None or math.isclose(count, expected_count, rel_tol=1e-3), (count, expected_count)
     scaler = scaler_of(state.optimizer)
     loss_scale = None if scaler is None else float(scaler.scale)
     norms, skipped = _update(state, step, rows)
@@ -210,38 +172,6 @@ def train_step(state: TrainState, step: int, recordings: list[Recording] | None 
     )
 
 
-def with_references(state: TrainState, rows: Rows) -> Rows:
-    """The rows with what the model says of their sequences without its adapters, where that is the reference.
-
-    What is said is known, and read, on the last pipeline stage.
-    """
-    if state.recipe.preference.reference != "adapter_off":
-        return rows
-
-    def on_output(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        sums_Q = answer_logprobs(logits, batch, state.groups)
-        return sums_Q.sum(), torch.ones((), dtype=torch.int), sums_Q.view(-1, batch.num_parts).cpu()
-
-    with _not_training(state), adapters_disabled(state.models):
-        said, _ = run_schedule(state, evaluation_schedule(state.layout, len(rows.batches)), rows, on_output)
-    if not said:
-        return rows
-    batches = [
-        dataclasses.replace(batch, references_NQ=references_NQ)
-        for batch, references_NQ in zip(rows.batches, said, strict=True)
-    ]
-    return Rows(batches, rows.patches, rows.shares)
-
-
-@contextlib.contextmanager
-def _not_training(state: TrainState) -> Iterator[None]:
-    """Without dropout, whether it is a step's or an evaluation's pass."""
-    was_training = state.parts.encoder_chunk.training
-    state.set_training(False)
-    yield
-    state.set_training(was_training)
-
-
 def _update(state: TrainState, step: int, rows: Rows) -> tuple[GradientNorms, bool]:
     """Change the weights by their gradients; (norms, whether gradients have overflown and nothing was changed)."""
     hide_gradients(state.learning, step)
@@ -259,57 +189,6 @@ def _update(state: TrainState, step: int, rows: Rows) -> tuple[GradientNorms, bo
         state.parts.fp8.end_step()
     state.scheduler.step(increment=1)
     return norms, skipped
-
-
-def look_ahead(state: TrainState, rows: Rows) -> Rows:
-    """The rows with what the stage wants to know of them all before their step; without such a stage as they are."""
-    look = state.stage.look_ahead
-    if look is None:
-        return rows
-    batches, num_samples = _numbered(state, rows.batches)
-    local = look.new_sums(num_samples, state.device)
-
-    def on_output(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, None]:
-        look.add(local, logits, batch)
-        return logits.new_zeros(()), torch.ones((), dtype=torch.int), None
-
-    read = Rows([look.read(batch) for batch in batches], rows.patches, rows.shares)
-    with _not_training(state):
-        run_schedule(state, evaluation_schedule(state.layout, len(rows.batches)), read, on_output)
-    ahead = look.result(global_sums(local, state.groups.speaks))
-    return Rows(
-        [dataclasses.replace(look.remaining(batch), ahead=ahead) for batch in batches], rows.patches, rows.shares
-    )
-
-
-def take_census(state: TrainState, rows: Rows, training: bool) -> Rows:
-    """The rows with what the stage wants to know of them all; without such a stage as they are."""
-    census, place = state.stage.census, state.groups.place
-    if census is None:
-        return rows
-    local = sum((census.sums(batch) for batch in rows.batches), torch.zeros(census.num_sums, dtype=torch.float64))
-    counts = state.groups.speaks and place is not None and place.context == 0
-    ahead = census.result(global_sums(local.to(state.device), counts).cpu(), training)
-    batches = [dataclasses.replace(batch, ahead=ahead) for batch in rows.batches]
-    return dataclasses.replace(rows, batches=batches)
-
-
-def _numbered(state: TrainState, batches: Sequence[Batch]) -> tuple[list[Batch], int]:
-    """The rows with the numbers of their samples in the global batch, and how many samples it has.
-
-    Those of a data rank follow one another; only ranks that compute the loss need theirs.
-    """
-    place, counts = state.groups.place, [len(counting_samples(batch)) for batch in batches]
-    everyones_D = torch.zeros(state.groups.topology.data, dtype=torch.float64, device=state.device)
-    if place is not None:
-        everyones_D[place.data] = sum(counts)
-    speaks = state.groups.speaks and state.groups.context.rank() == 0
-    everyones = global_sums(everyones_D, speaks).long().tolist()
-    first = sum(everyones[: place.data]) if place is not None else 0
-    firsts = itertools.accumulate(counts, initial=first)
-    return [
-        dataclasses.replace(batch, first_number=number) for batch, number in zip(batches, firsts, strict=False)
-    ], sum(everyones)
 
 
 def _joined(stage: Stage, metrics: Sums, device: torch.device) -> torch.Tensor:
@@ -386,7 +265,7 @@ def evaluate(state: TrainState) -> dict[str, float]:
     inputs = step_inputs(topology, state.parts.rank, state.eval_set, rows_D, state.costs, weights)
     loaded = list(state.loader.eval_batches(state.eval_set, inputs.orders))
     rows = Rows([one.batch for one in loaded], [one.pixels for one in loaded], inputs.shares)
-    rows = take_census(state, look_ahead(state, with_references(state, rows)), training=False)
+    rows = rows_with_all(state, rows, training=False)
     local = torch.zeros(2 + sum(state.stage.metric_sizes.values()), dtype=torch.float64, device=state.device)
 
     def on_output(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, None]:

@@ -140,6 +140,10 @@ class ContrastiveTraining:
         sums = {name: value[None] / num_context for name, value in metrics.items()}
         return loss_sum / num_context, loss_sum.new_tensor(float(count)) / num_context, sums
 
+    def count(self, batch: Batch) -> float:
+        """As `Stage` says."""
+        return float(len(counting_samples(batch)))
+
     def figures(self, sums: Sums, count: float) -> dict[str, float]:
         """Shares of images and texts that find each other first, and what cosines are multiplied by (1 / temperature).
 

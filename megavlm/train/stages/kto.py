@@ -89,6 +89,10 @@ class MarkedAnswers:
         sums = {name: value[None] / num_context for name, value in metrics.items()}
         return loss_sum / num_context, count / num_context, sums
 
+    def count(self, batch: Batch) -> float:
+        """As `Stage` says."""
+        return float(len(counting_samples(batch)))
+
     def figures(self, sums: Sums, count: float) -> dict[str, float]:
         """Means of rewards over the good and over the bad answers, and the reference point."""
         found = {"kl": float(sums["kl"]) / count}

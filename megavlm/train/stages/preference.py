@@ -70,6 +70,10 @@ class PreferenceTraining:
         sums = {name: value[None] / num_context for name, value in metrics.items()}
         return loss_sum / num_context, count / num_context, sums
 
+    def count(self, batch: Batch) -> float:
+        """As `Stage` says."""
+        return float(len(counting_samples(batch)))
+
     def figures(self, sums: Sums, count: float) -> dict[str, float]:
         """Means over pairs."""
         return {name: float(value) / count for name, value in sums.items()}

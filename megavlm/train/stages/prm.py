@@ -37,6 +37,10 @@ class ProcessRewardModelling:
         loss_sum, weight, metrics = process_reward_loss(scores_L1[:, 0], marks_L.to(scores_L1.device))
         return loss_sum, weight, {name: value[None] for name, value in metrics.items()}
 
+    def count(self, batch: Batch) -> float:
+        """As `Stage` says."""
+        return float(step_marks(batch).abs().sum())
+
     def figures(self, sums: Sums, count: float) -> dict[str, float]:
         """Of how many steps the score is on the right side of 0: of all, of the right ones and of the wrong ones."""
         number = {name: float(sums[f"count/{name}"]) for name in ("right", "wrong")}

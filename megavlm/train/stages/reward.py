@@ -59,6 +59,10 @@ class RewardModelling:
         sums["calibration"] = calibration_sums(chosen_P, rejected_P, NUM_BINS).flatten() / context.size()
         return loss_sum / context.size(), count / context.size(), sums
 
+    def count(self, batch: Batch) -> float:
+        """As `Stage` says."""
+        return float(len(counting_samples(batch)))
+
     def figures(self, sums: Sums, count: float) -> dict[str, float]:
         """Means over pairs, and how far confidence is from accuracy."""
         means = {name: float(sums[name]) / count for name in REWARD_METRICS}

@@ -174,6 +174,10 @@ class SupervisedFineTuning:
         loss_sum = ((factors[tasks_L] * losses_L + offsets[tasks_L]) * weights_L).sum()
         return loss_sum, weights_L.sum(), metrics
 
+    def count(self, batch: Batch) -> float:
+        """As `Stage` says."""
+        return float(reduced_weights(batch.loss_weights_T, batch.cu_seqlens, self.knobs.loss_reduction).sum())
+
     def figures(self, sums: Sums, count: float) -> dict[str, float]:
         """Means with the weights of the loss; of tasks over their own tokens, of boxes over boxes."""
         found = {name: float(sums[name]) / count for name in ("nll", "z") if name in sums}

@@ -110,5 +110,8 @@ class Stage(Protocol):
         over them.
         """
 
+    def count(self, batch: Batch) -> float:
+        """What the counts of `loss` for a row add up to over context ranks, as far as the row itself says it."""
+
     def figures(self, sums: Sums, count: float) -> dict[str, float]:
         """What the log says, from the sums (float64) and the count over all microbatches and ranks."""

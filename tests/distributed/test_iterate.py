@@ -1,15 +1,20 @@
 """Iterative fine-tuning from the command line: rounds, what they keep, and going on."""
 
+import contextlib
+import io
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.distributed.running import Inputs, call, started, succeed, the_error
+from megavlm.cli.main import main
+from tests.distributed.running import Inputs, call, succeed, the_error
 from tests.distributed.test_preferences import our_scores
 from tests.pool import PoolKeeper
 
@@ -46,11 +51,18 @@ def _words(inputs: Inputs, rows: Path, hf_dir: Path, out_dir: Path, *words: str)
     return ["iterate", inputs.recipe, f"output_dir={out_dir}", *knobs]
 
 
-def _run(words: list[str], folder: Path) -> list[dict[str, Any]]:
-    """The loop in processes of its own; the summaries of its rounds, as it prints them."""
-    with started(words, folder) as run:
-        assert run.end() == 0, run.text()
-        return [json.loads(line) for line in run.text().splitlines() if line.startswith('{ "round"')]
+def _run(words: list[str], workers: PoolKeeper) -> list[dict[str, Any]]:
+    """The loop, its phases in the pool's workers; the summaries of its rounds, as it prints them."""
+    out = io.StringIO()
+    with patch("megavlm.cli.launch.launch", lambda number, phase: _in_workers(workers, number, phase)):
+        with contextlib.redirect_stdout(out):
+            assert main(words) == 0
+    return [json.loads(line) for line in out.getvalue().splitlines() if line.startswith("{")]
+
+
+def _in_workers(workers: PoolKeeper, num_processes: int, words: Sequence[str]) -> int:
+    succeed(workers, num_processes, words)
+    return 0
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -58,11 +70,11 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def test_rounds_learn_the_right_answers_and_go_on_where_they_were(
-    inputs: Inputs, rows: Path, start_dir: Path, tmp_path: Path
+    inputs: Inputs, rows: Path, start_dir: Path, workers: PoolKeeper, tmp_path: Path
 ) -> None:
     two = ["parallel.pipeline_model_parallel_size=2", "--nproc", "2"]
     words = _words(inputs, rows, start_dir, tmp_path, *two)
-    (first,) = _run([*words, "iterate.num_rounds=1"], tmp_path)
+    (first,) = _run([*words, "iterate.num_rounds=1"], workers)
     folder = tmp_path / "run" / "round_1"
     truths = [row["messages"][-1]["content"] for row in _lines(rows)]
     answers, scored, kept = (_lines(folder / name) for name in ("answers.jsonl", "scored.jsonl", "kept.jsonl"))
@@ -81,13 +93,13 @@ def test_rounds_learn_the_right_answers_and_go_on_where_they_were(
 
     # A second call for more rounds does nothing of the first again; a lost phase is done again, and only that.
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*.jsonl")}
-    both = _run([*words, "iterate.num_rounds=2"], tmp_path)
+    both = _run([*words, "iterate.num_rounds=2"], workers)
     assert both[0] == first and both[1]["round"] == 2
     assert both[1]["mean_reward"] > first["mean_reward"]
     shutil.rmtree(tmp_path / "run" / "round_2" / "exported")
     second = tmp_path / "run" / "round_2" / "kept.jsonl"
     written = second.stat().st_mtime_ns
-    assert _run([*words, "iterate.num_rounds=2"], tmp_path) == both
+    assert _run([*words, "iterate.num_rounds=2"], workers) == both
     assert second.stat().st_mtime_ns == written and (tmp_path / "run" / "round_2" / "exported").is_dir()
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*.jsonl")} == before
 

@@ -108,7 +108,7 @@ def test_good_recipes_pass(folder: Path, overrides: list[str]) -> None:
             ["train.stage=contrastive", "train.global_batch_size=1", "train.micro_batch_size=1"],
             ["train.global_batch_size", "at least 2"],
         ),
-        (["train.stage=contrastive", "data.too_long=cut_turns"], ["data.too_long", "neither is cut"]),
+        (["train.stage=contrastive", "data.too_long=cut_turns"], ["data.too_long", "are not cut"]),
         (["train.stage=contrastive", "data.template=llava_plain"], ["data.template", "prints questions"]),
         (["train.stage=contrastive", "model.hidden_dropout=0.1"], ["model.hidden_dropout", "computed twice"]),
         (

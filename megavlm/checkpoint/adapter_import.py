@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from megavlm.checkpoint.adapters import CONFIG, WEIGHTS
 from megavlm.checkpoint.hf_io import HFDirectory, read_json, shard_of, tied_name
+from megavlm.checkpoint.prefix_adapter import PREFIX_TUNING, PrefixFolder
 from megavlm.checkpoint.safetensors_reader import SafetensorsFile
 from megavlm.errors import use_error
 from megavlm.models.linear import ColumnLinear, RowLinear
@@ -31,8 +32,9 @@ class AdapterFolder:
         self.path, self.directory = path, directory
         self.config = read_json(path / CONFIG)
         if self.config.get("peft_type") not in ("LORA", "IA3"):
+            kind = self.config.get("peft_type")
             raise use_error(
-                str(path / CONFIG), f"peft_type {self.config.get('peft_type')}", "LORA or IA3", "give such an adapter"
+                str(path / CONFIG), f"peft_type {kind}", f"LORA, IA3 or {PREFIX_TUNING}", "give such an adapter"
             )
         self.file = SafetensorsFile(path / WEIGHTS)
         parameters = [str(name).rpartition(".")[2] for name in self.config.get("target_parameters") or ()]
@@ -85,6 +87,10 @@ def load_adapter(path: Path, directory: HFDirectory, models: Iterable[Part]) -> 
     Raises:
         UseError: the adapters are of another kind, rank or scaling, or of other modules, than the recipe's.
     """
+    models = list(models)
+    if read_json(path / CONFIG).get("peft_type") == PREFIX_TUNING:
+        PrefixFolder(path, directory.architecture.language).fill(models)
+        return
     folder = AdapterFolder(path, directory)
     for model in models:
         for name, linear in adapted_linears(model):

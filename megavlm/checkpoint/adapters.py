@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from megavlm.checkpoint.hf_io import HFDirectory, tied_name
 from megavlm.checkpoint.native import read_common
 from megavlm.checkpoint.safetensors_writer import TensorSpec
-from megavlm.checkpoint.stream import NativeReader
+from megavlm.checkpoint.stream import NativeReader, RowsInFile
 from megavlm.config.load import recipe_from_dict
 from megavlm.config.schema import Recipe
 from megavlm.config.tuning import Tuning, tuning_plan
@@ -53,11 +53,17 @@ class AdapterCheckpoint:
 
     It reads whole native tensors as `stream.NativeReader` does, adapters merged into them.
 
+    Args:
+        folder: the checkpoint's step folder.
+        base: the directory.
+        merges: whether weights are read with what was learned in them.
+
     Raises:
-        UseError: the directory holds other weights than the run started from.
+        UseError: the directory holds other weights than the run started from; or what was learned is no part of a
+            weight, and is to be merged.
     """
 
-    def __init__(self, folder: Path, base: HFDirectory) -> None:
+    def __init__(self, folder: Path, base: HFDirectory, merges: bool = True) -> None:
         self.folder, self.base = folder, base
         common = read_common(folder)["common"]
         if common["base_digest"] != weights_digest(base):
@@ -69,14 +75,9 @@ class AdapterCheckpoint:
             )
         self.recipe: Recipe = recipe_from_dict(common["tuning"])
         self.plan = tuning_plan(self.recipe)
-        methods = {rule.tuning.method for rule in self.plan.rules} - {"full", "frozen"}
-        if not methods <= {"lora", "ia3"}:
-            raise use_error(
-                str(folder),
-                f"adapters that are no part of a weight ({', '.join(sorted(methods - {'lora', 'ia3'}))})",
-                "lora or ia3, which can be merged and have a place in peft's format",
-                "go on with native checkpoints: training resumes from them in any layout",
-            )
+        self.methods = {rule.tuning.method for rule in self.plan.rules} - {"full", "frozen"}
+        if merges:
+            self.check_merges()
         self.learned = NativeReader(folder)
         self.tensors = adapter_tensors(base.entries, self.learned.specs.__contains__, base.family.memory_name)
         self._of_entry: dict[str, list[AdapterTensor]] = {}
@@ -84,6 +85,18 @@ class AdapterCheckpoint:
             self._of_entry.setdefault(one.entry.native, []).append(one)
         self._entries = {entry.native: entry for entry in base.entries}
         self.specs = {name: self._spec(entry) for name, entry in self._entries.items()}
+
+    def check_merges(self) -> None:
+        """Raise `UseError` unless all that was learned is a part of a weight, or a weight."""
+        others = sorted(self.methods - {"lora", "ia3"})
+        if others:
+            raise use_error(
+                str(self.folder),
+                f"adapters that are no part of a weight ({', '.join(others)})",
+                "lora or ia3, which can be merged and have a place in peft's format",
+                "export a prefix with --adapter-only; with all others go on with native checkpoints: training resumes "
+                "from them in any layout",
+            )
 
     def _spec(self, entry: Entry) -> TensorSpec:
         if entry.native in self.learned.specs:
@@ -129,6 +142,10 @@ class AdapterCheckpoint:
         )
         return entry.native != name and name.endswith(linears) and is_quantised(name, self.plan, self.recipe.peft)
 
+    def rows(self, name: str) -> list[RowsInFile] | None:
+        """Where the bytes of what is learned as a whole lie, as `NativeReader` says."""
+        return self.learned.rows(name) if name in self.learned.specs else None
+
     def read(self, name: str) -> torch.Tensor:
         """One whole native tensor: learned, or the directory's with what its adapter adds (computed in fp32)."""
         entry = self._entries[name]
@@ -146,16 +163,19 @@ class AdapterCheckpoint:
         return merged_weight(entry, weight, self.learned.read, found, self.scaling_of(entry)).to(weight.dtype)
 
 
-def open_checkpoint(folder: Path, directory: HFDirectory | None = None) -> NativeReader | AdapterCheckpoint:
+def open_checkpoint(
+    folder: Path, directory: HFDirectory | None = None, merges: bool = True
+) -> NativeReader | AdapterCheckpoint:
     """A reader of a checkpoint's whole weights.
 
     Args:
         folder: the checkpoint's step folder.
         directory: that the run started from; None: the one that the checkpoint names, where it needs one.
+        merges: whether weights are read with what was learned in them.
     """
     common = read_common(folder)["common"]
     if common.get("tuning"):
-        return AdapterCheckpoint(folder, directory or HFDirectory(common["base"]))
+        return AdapterCheckpoint(folder, directory or HFDirectory(common["base"]), merges)
     return NativeReader(folder)
 
 

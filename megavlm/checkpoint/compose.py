@@ -74,9 +74,7 @@ def composed_config(parts: Composition, image_token_id: int, num_tokens: int) ->
             str(parts.language_dir), f"a {text.get('model_type')} model", "a text-only language model", "use another"
         )
     dtype = parts.dtype or text.get("dtype") or text.get("torch_dtype") or "float32"
-    if text["vocab_size"] < num_tokens:
-        grown = -(-num_tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-        text = {**text, "vocab_size": grown}
+    text = {**text, "vocab_size": vocabulary_for(num_tokens, text["vocab_size"])}
     config: dict[str, Any] = {
         "vision_config": vision,
         "text_config": text,
@@ -103,6 +101,11 @@ def composed_config(parts: Composition, image_token_id: int, num_tokens: int) ->
     }
     read_composed(config)
     return config
+
+
+def vocabulary_for(num_tokens: int, vocab_size: int) -> int:
+    """Rows of an embedding for so many tokens: as many as there are, or if these are too few a handy number."""
+    return vocab_size if vocab_size >= num_tokens else -(-num_tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
 def _strategy(vision: Mapping[str, Any]) -> str:
@@ -162,7 +165,7 @@ def _tensors(
     vocab_size = architecture.language.vocab_size
     for name, tensor in _stored(parts.language_dir):
         if name in ("model.embed_tokens.weight", "lm_head.weight"):
-            tensor = _with_new_rows(tensor, num_tokens_before, vocab_size)
+            tensor = with_new_rows(tensor, num_tokens_before, vocab_size)
         yield f"language_model.{name}", tensor
     yield from _new_connector(architecture, config, parts)
 
@@ -174,7 +177,7 @@ def _stored(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, opened.read(name)
 
 
-def _with_new_rows(old: torch.Tensor, num_used: int, vocab_size: int) -> torch.Tensor:
+def with_new_rows(old: torch.Tensor, num_used: int, vocab_size: int) -> torch.Tensor:
     """An embedding of `vocab_size` rows, those from `num_used` on the mean of those before."""
     num_used = min(num_used, len(old))
     mean = old[:num_used].double().mean(dim=0).to(old.dtype)

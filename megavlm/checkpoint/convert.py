@@ -19,9 +19,11 @@ from megavlm.checkpoint.hf_io import (
     copy_companions,
     make_empty,
     write_chat_template,
+    write_config,
     write_reward_config,
 )
-from megavlm.checkpoint.stream import export_stream, exported_shapes
+from megavlm.checkpoint.prefix_adapter import write_prefix
+from megavlm.checkpoint.stream_export import export_stream, exported_shapes
 from megavlm.checkpoint.stream_import import import_stream
 from megavlm.checkpoint.weight_formats import BlockFp8, OneType, fp8_names, quantization_config
 from megavlm.errors import RunError, use_error
@@ -54,12 +56,20 @@ def checked_common(folder: Path, directory: HFDirectory) -> dict[str, Any]:
         UseError: it is of another model.
     """
     common: dict[str, Any] = native.read_common(folder)["common"]
-    if common.get("has_score_head", False) != directory.architecture.language.has_score_head:
-        kinds = {True: "a reward model", False: "a language model"}
+    if common.get("text_changes", {}) != directory.text_changes:
         raise use_error(
             str(folder),
-            f"a checkpoint of {kinds[common.get('has_score_head', False)]}",
-            f"one of {kinds[directory.architecture.language.has_score_head]}, as {directory.path} is",
+            "a checkpoint of a run with model.rope_scaling, rope_theta or max_position_embeddings of its own",
+            f"one of {directory.path} as it is",
+            "export it with `megavlm convert export`, and use that directory",
+        )
+    head, expected = native.head_of(common), directory.architecture.language.head
+    if head != expected:
+        kinds = {"scores": "a reward model", "words": "a language model", "embeddings": "an embedding model"}
+        raise use_error(
+            str(folder),
+            f"a checkpoint of {kinds[head]}",
+            f"one of {kinds[expected]}, as {directory.path} is",
             "give the Hugging Face directory that it belongs to (of a reward model the exported one)",
         )
     if common["architecture"] != repr(directory.architecture):
@@ -104,7 +114,8 @@ def export_checkpoint(folder: Path, directory: HFDirectory, out_dir: Path, dtype
         folder: the checkpoint's step folder.
         directory: the model it started from: config, tokenizer and processor files are copied from there. Where the
             run had a chat template of its own (`data.template`), that is written instead of the directory's. A reward
-            model is written without the output layer over words, and with its head for scores.
+            model is written without the output layer over words, and with its head for scores. An embedding model is
+            written with its head, and with the directory's output layer over words as it is.
         out_dir: new or empty.
         dtype: float32, bfloat16, float16, None (what the directory's config says), or fp8: matrices of decoder layers
             in E4M3 with a scale for each 128 x 128 numbers, all else in bfloat16.
@@ -113,8 +124,7 @@ def export_checkpoint(folder: Path, directory: HFDirectory, out_dir: Path, dtype
         UseError: out_dir holds files, or the checkpoint is of another model.
         RunError: writing failed, e.g. because the disk is full; nothing is left behind.
     """
-    if native.read_common(folder)["common"].get("has_score_head", False):
-        directory = directory.as_reward_model()
+    directory = _as_trained(directory, folder)
     common = checked_common(folder, directory)
     reader = open_checkpoint(folder, directory)
     wanted = torch.bfloat16 if dtype == "fp8" else DTYPE_NAMES[dtype] if dtype else directory.dtype
@@ -125,13 +135,27 @@ def export_checkpoint(folder: Path, directory: HFDirectory, out_dir: Path, dtype
     with finished(out_dir, num_bytes) as unfinished:
         export_stream(reader, directory, unfinished, weight_format)
         copy_companions(directory.path, unfinished)
+        write_config(directory, unfinished)
         if common.get("chat_template"):  # else the directory's own, also in imports and older checkpoints
             write_chat_template(unfinished, common["chat_template"], common["eos_token_ids"])
         if directory.architecture.language.has_score_head:
-            write_reward_config(unfinished)
+            write_reward_config(unfinished, common.get("stage", ""))
+        if common.get("embedding"):
+            add_to_config(unfinished, {"embedding_head": common["embedding"]})
         if in_fp8:
             add_to_config(unfinished, {"quantization_config": quantization_config(in_fp8, shapes)})
     return int(common["step"])
+
+
+def _as_trained(directory: HFDirectory, folder: Path) -> HFDirectory:
+    """A directory as the model that a checkpoint of it has become."""
+    common = native.read_common(folder)["common"]
+    head = native.head_of(common)
+    if head == "scores":
+        directory = directory.as_reward_model()
+    elif head == "embeddings":
+        directory = directory.as_embedding_model(common["embedding"]["size"])
+    return directory.with_text_changes(common.get("text_changes", {}))
 
 
 def _in_fp8(directory: HFDirectory, shapes: dict[str, tuple[int, ...]]) -> frozenset[str]:
@@ -161,20 +185,30 @@ def export_adapter(folder: Path, directory: HFDirectory, out_dir: Path, dtype: s
         dtype: float32, bfloat16, float16, or None: as it was trained.
 
     Raises:
-        UseError: out_dir holds files, the checkpoint has no adapters, or is of another model.
+        UseError: out_dir holds files, the checkpoint has no adapters, is of an embedding model, or of another model.
         RunError: writing failed.
     """
-    if native.read_common(folder)["common"].get("has_score_head", False):
-        directory = directory.as_reward_model()
+    directory = _as_trained(directory, folder)
     common = checked_common(folder, directory)
-    checkpoint = open_checkpoint(folder, directory)
+    if common.get("embedding"):
+        raise use_error(
+            "--adapter-only",
+            f"{folder}, of an embedding model",
+            "an export of all weights: the head learns beside the adapters",
+            "leave it out",
+        )
+    checkpoint = open_checkpoint(folder, directory, merges=False)
     if not isinstance(checkpoint, AdapterCheckpoint):
         raise use_error(
             "--adapter-only", f"{folder}, which has no adapters", "a checkpoint of a run with peft", "leave it out"
         )
+    is_prefix = checkpoint.methods == {"prefix"}
+    if not is_prefix:
+        checkpoint.check_merges()
     num_bytes = sum(checkpoint.learned.specs[one.native].num_bytes for one in checkpoint.tensors)
     with finished(out_dir, num_bytes) as unfinished:
-        write_adapter(checkpoint, unfinished, DTYPE_NAMES[dtype] if dtype else None)
+        write = write_prefix if is_prefix else write_adapter
+        write(checkpoint, unfinished, DTYPE_NAMES[dtype] if dtype else None)
     return int(common["step"])
 
 

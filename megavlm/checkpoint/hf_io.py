@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,13 +19,17 @@ from safetensors.torch import save_file
 from megavlm.checkpoint.pickle_reader import PickleFile
 from megavlm.checkpoint.safetensors_reader import SafetensorsFile
 from megavlm.checkpoint.safetensors_writer import TensorSpec
+from megavlm.config.schema import ModelConfig
 from megavlm.errors import UseError, use_error
 from megavlm.models.architecture import Architecture
+from megavlm.models.embedding_head import HF_NAMES as EMBEDDING_NAMES
+from megavlm.models.embedding_head import embedding_entries
 from megavlm.models.encoder import VisionEncoder
 from megavlm.models.family import ModelFamily
 from megavlm.models.names import Part, named_parameters, stacked_name
 from megavlm.models.registry import family_of
-from megavlm.models.score import HF_NAME, score_entries
+from megavlm.models.rope_config import rope_changes, with_text
+from megavlm.models.score import HF_NAME, NATIVE_NAME, score_entries
 from megavlm.models.weight_map import Entry, check_names
 
 INDEX = "model.safetensors.index.json"
@@ -39,6 +44,9 @@ COMPANIONS = (
     "preprocessor_config.json video_preprocessor_config.json"
 ).split()
 
+PLAIN_MODEL = ModelConfig()  # changes nothing
+_WORDS = ("lm_head.weight", "language_model.lm_head.weight")  # names of the output layer over words
+
 DTYPE_NAMES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -51,17 +59,26 @@ class HFDirectory:
 
     With `allow_pickle`, weights that torch.save wrote are read where there are no others. With `reward_model` it is
     that of one: without a head for scores it gets a new one, and its output layer over words is not read. A directory
-    that has such a head is a reward model's in any case.
+    that has such a head is a reward model's in any case. With `embedding_dim` it is that of an embedding model, in the
+    same way; without, a head for embeddings that it may have is not read. `text_changes` are other values of the
+    config's text part (`rope_changes`).
 
     Raises:
         UseError: a file is missing or unreadable, or the model type is unknown.
     """
 
-    def __init__(self, path: str | Path, allow_pickle: bool = False, reward_model: bool = False) -> None:
-        self.path, self._allow_pickle = Path(path), allow_pickle
-        self.config = read_json(self.path / "config.json")
+    def __init__(
+        self,
+        path: str | Path,
+        allow_pickle: bool = False,
+        reward_model: bool = False,
+        text_changes: Mapping[str, Any] = MappingProxyType({}),
+        embedding_dim: int = 0,
+    ) -> None:
+        self.path, self._allow_pickle, self.text_changes = Path(path), allow_pickle, dict(text_changes)
+        self.config = with_text(read_json(self.path / "config.json"), self.text_changes)
         self.family: ModelFamily = family_of(self.config.get("model_type", ""))
-        self.architecture: Architecture = read_architecture(self.path)
+        self.architecture: Architecture = _architecture_of(self.config, self.path / "config.json")
         self.entries: list[Entry] = self.family.weight_map(self.architecture)
         self._handles: dict[Path, SafetensorsFile | PickleFile] = {}
         self._files = self._locate()
@@ -69,10 +86,25 @@ class HFDirectory:
             language = dataclasses.replace(self.architecture.language, has_score_head=True)
             self.architecture = dataclasses.replace(self.architecture, language=language)
             self.entries = score_entries(self.entries)
+        elif embedding_dim:
+            language = dataclasses.replace(self.architecture.language, embedding_dim=embedding_dim)
+            self.architecture = dataclasses.replace(self.architecture, language=language)
+            self.entries = embedding_entries(self.entries)
+
+    def as_embedding_model(self, embedding_dim: int) -> "HFDirectory":
+        """The same directory as the start of an embedding model."""
+        return HFDirectory(self.path, self._allow_pickle, text_changes=self.text_changes, embedding_dim=embedding_dim)
 
     def as_reward_model(self) -> "HFDirectory":
         """The same directory as the start of a reward model."""
-        return HFDirectory(self.path, self._allow_pickle, reward_model=True)
+        return HFDirectory(self.path, self._allow_pickle, reward_model=True, text_changes=self.text_changes)
+
+    def with_text_changes(self, text_changes: Mapping[str, Any]) -> "HFDirectory":
+        """The same directory with other values of its config's text part."""
+        if text_changes == self.text_changes:
+            return self
+        language = self.architecture.language
+        return HFDirectory(self.path, self._allow_pickle, language.has_score_head, text_changes, language.embedding_dim)
 
     def check_has_words(self, wanted: str) -> None:
         """Raise `UseError` when this is a reward model's, which cannot do what is `wanted`."""
@@ -82,9 +114,11 @@ class HFDirectory:
             )
 
     @property
-    def has_new_score_head(self) -> bool:
-        """Whether the head of a reward model is not in the files."""
-        return self.architecture.language.has_score_head and HF_NAME not in self._files
+    def new_names(self) -> list[str]:
+        """What the model's head has in place of words, if it is not in the files: the caller fills it."""
+        heads = {"words": [], "scores": [HF_NAME], "embeddings": list(EMBEDDING_NAMES.values())}
+        names = heads[self.architecture.language.head]
+        return [] if set(names) & set(self._files) else names
 
     def _locate(self) -> dict[str, tuple[Path, str]]:
         """Canonical tensor name to (file, name in the file)."""
@@ -102,10 +136,24 @@ class HFDirectory:
 
     @property
     def ignored(self) -> list[str]:
-        """Tensors that a tied model may carry a second time, or that a reward model does not read."""
-        heads = ("lm_head.weight", "language_model.lm_head.weight")
+        """Tensors that a tied model may carry a second time, or that belong to another head than the model's."""
         language = self.architecture.language
-        return list(heads) if language.tied_embeddings or language.has_score_head else []
+        words = list(_WORDS) if language.tied_embeddings or language.head != "words" else []
+        return words + (list(EMBEDDING_NAMES.values()) if language.head == "words" else [])
+
+    @property
+    def stored_embedding_dim(self) -> int:
+        """Width of the embeddings of a head that is in the files; 0: there is none."""
+        name = EMBEDDING_NAMES[NATIVE_NAME]
+        return self.spec(name).shape[0] if name in self._files else 0
+
+    @property
+    def carried(self) -> list[str]:
+        """Tensors that an embedding model does not read, and that are copied when it is exported."""
+        language = self.architecture.language
+        if language.head != "embeddings" or language.tied_embeddings:
+            return []
+        return [name for name in _WORDS if name in self._files]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -120,8 +168,7 @@ class HFDirectory:
 
     def check(self) -> None:
         """Raise `UseError` unless every tensor that the map wants is there and none is left over."""
-        new = [HF_NAME] if self.has_new_score_head else []
-        check_names(self.entries, [*self.names, *new], self.ignored, str(self.path))
+        check_names(self.entries, [*self.names, *self.new_names], self.ignored, str(self.path))
 
     def read(self, name: str, row: int | None = None) -> torch.Tensor:
         """One tensor by its canonical name, or one row of its first dimension."""
@@ -151,14 +198,25 @@ class HFDirectory:
         return entry.to_native([self.read(name, expert) for name in entry.names])[0]
 
 
-def read_architecture(folder: Path) -> Architecture:
-    """What a model is, from its config.json alone: weights need not be there.
+def read_architecture(folder: Path, model: ModelConfig = PLAIN_MODEL) -> Architecture:
+    """What a model is, from its config.json alone, and what a recipe changes of it: weights need not be there.
 
     Raises:
         UseError: an unknown model type, a key that is missing, or a value that makes no model.
     """
     path = folder / "config.json"
+    config = with_text(read_json(path), read_rope_changes(folder, model))
+    return _architecture_of(config, path)
+
+
+def read_rope_changes(folder: Path, model: ModelConfig) -> dict[str, Any]:
+    """What a recipe changes of the text part of a directory's config.json (`rope_changes`)."""
+    path = folder / "config.json"
     config = read_json(path)
+    return rope_changes(config, _architecture_of(config, path).language, model)
+
+
+def _architecture_of(config: dict[str, Any], path: Path) -> Architecture:
     family = family_of(config.get("model_type", ""))
     expected = f"a {family.model_type} config"
     try:
@@ -227,7 +285,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def load_weights(directory: HFDirectory, models: Iterable[Part]) -> None:
-    """Fill this rank's parameters from a directory, each rank reading only what it holds; not a new score head.
+    """Fill this rank's parameters from a directory, each rank reading only what it holds; not a new head.
 
     Raises:
         UseError: names or shapes do not fit the config.
@@ -239,7 +297,7 @@ def load_weights(directory: HFDirectory, models: Iterable[Part]) -> None:
             for name, parameter in named_parameters(model):
                 native, expert = stacked_name(tied_name(name, model))
                 entry = by_native[native]
-                if entry.names == (HF_NAME,) and directory.has_new_score_head:
+                if entry.names[0] in directory.new_names:
                     continue  # the caller fills it
                 part = shard_of(directory.read_native(entry, expert), parameter, entry, model)
                 if part.shape != parameter.shape:
@@ -357,19 +415,25 @@ def write_chat_template(out_dir: Path, template: str, eos_token_ids: Sequence[in
     _write_json(path, {**content, "eos_token_id": list(eos_token_ids)})
 
 
-def write_reward_config(out_dir: Path) -> None:
-    """Make config.json that of a reward model: sequence classification with one label.
+def write_reward_config(out_dir: Path, stage: str) -> None:
+    """Make config.json that of a reward model: classification with one label, of sequences or (stage prm) of tokens.
 
     transformers has such a class for decoders, not for models with images; vLLM makes one of any model whose
     architecture is called so, and reads `num_labels` of the text part.
     """
     path = out_dir / "config.json"
-    content = read_json(path)
-    names = [re.sub(r"For\w+$", "ForSequenceClassification", name) for name in content.get("architectures") or []]
+    content, kind = read_json(path), "ForTokenClassification" if stage == "prm" else "ForSequenceClassification"
+    names = [re.sub(r"For\w+$", kind, name) for name in content.get("architectures") or []]
     content |= {"architectures": names, "num_labels": 1}
     if "text_config" in content:
         content["text_config"] = content["text_config"] | {"num_labels": 1}
     _write_json(path, content)
+
+
+def write_config(directory: HFDirectory, out_dir: Path) -> None:
+    """Write a directory's config with its other values, where it has any."""
+    if directory.text_changes:
+        _write_json(out_dir / "config.json", directory.config)
 
 
 def add_to_config(out_dir: Path, content: Mapping[str, Any]) -> None:

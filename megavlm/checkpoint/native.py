@@ -6,7 +6,7 @@ Megatron-Core's `torch_dist` files hold weights, optimizer, schedule and random 
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from megavlm.checkpoint.manifest import MANIFEST
 from megavlm.checkpoint.watchdog import time_limit
 from megavlm.checkpoint.writing import complete_checkpoints, last_line
 from megavlm.errors import RunError, use_error
+from megavlm.models.architecture import Head
 from megavlm.models.encoder import VisionEncoder
 from megavlm.models.names import Part
 from megavlm.parallel.groups import Groups
@@ -110,7 +111,7 @@ def restore_optimizer(
     optimizer: ChainedOptimizer,
     model: Mapping[str, Any],
     loaded: Mapping[str, Any],
-    step: int,
+    num_updates: Callable[[Mapping[str, Any]], int],
 ) -> None:
     """Put a loaded state into the optimizers; their knobs stay those of the recipe.
 
@@ -118,7 +119,7 @@ def restore_optimizer(
         optimizer: as it is built.
         model: sharded weights (`model_state`) that `loaded` was asked for with.
         loaded: what `load_sharded` made of `optimizer_state`.
-        step: updates that the optimizer had done.
+        num_updates: that it had done of a parameter group.
     """
     for name, inner in named_optimizers(optimizer).items():
         if name not in loaded:
@@ -128,7 +129,7 @@ def restore_optimizer(
         else:
             _sharded, local = extract_sharded_base(_plain_state(inner, model, is_loading=True))
             state = merge(dict_list_map_inplace(_unwrapped, local), loaded[name])
-        _set_steps(state, step)
+        _set_steps(state, num_updates)
         inner.load_state_dict(state)
 
 
@@ -136,13 +137,20 @@ def _unwrapped(value: Any) -> Any:
     return value.unwrap() if isinstance(value, LocalNonpersistentObject) else value
 
 
-def _set_steps(state: dict[str, Any], step: int) -> None:
+def allocate_moments(optimizer: ChainedOptimizer) -> None:
+    """Give Adam moments of 0, which it would begin with, where it has none: checkpoints hold those of all weights."""
+    for inner in optimizer.chained_optimizers:
+        if inner.optimizer is not None:
+            inner.init_state_fn(inner.optimizer, inner.config)
+
+
+def _set_steps(state: dict[str, Any], num_updates: Callable[[Mapping[str, Any]], int]) -> None:
     """Adam's number of updates, which stands in each parameter group (or once beside the parameters' state)."""
     inner = state.get("optimizer", state)
     for group in inner["param_groups"]:
-        group["step"] = step
+        group["step"] = num_updates(group)
     if "common_step" in inner.get("state", {}):
-        inner["state"]["common_step"] = step
+        inner["state"]["common_step"] = max(group["step"] for group in inner["param_groups"])
 
 
 def random_state(groups: Groups) -> ShardedObject:
@@ -190,6 +198,13 @@ def read_common(folder: Path) -> dict[str, Any]:
     """What is not sharded: step, layout, family, schedule."""
     common: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(folder))
     return common
+
+
+def head_of(common: Mapping[str, Any]) -> Head:
+    """What the model of a checkpoint ends in (words in checkpoints from before there was anything else)."""
+    if common.get("has_score_head", False):
+        return "scores"
+    return "embeddings" if common.get("embedding") else "words"
 
 
 def load_sharded(folder: Path, state: dict[str, Any], timeout_s: int) -> dict[str, Any]:

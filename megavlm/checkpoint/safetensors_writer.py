@@ -62,7 +62,7 @@ class SafetensorsWriter:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % _ALIGNMENT)
         self._specs, self._data_start = dict(specs), 8 + len(text)
-        self._missing = set(specs)
+        self._left = {name: spec.num_bytes for name, spec in specs.items()}
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         write_all(self._file, memoryview(len(text).to_bytes(8, "little") + text), 0)
         # the file has its size from the beginning: a full disk is found before hours of conversion
@@ -74,13 +74,19 @@ class SafetensorsWriter:
         assert tuple(tensor.shape) == spec.shape and tensor.dtype == spec.dtype, (name, tensor.shape, spec)
         if tensor.numel():
             data: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-            write_all(self._file, memoryview(data), self._data_start + self._starts[name])
-        self._missing.discard(name)
+            self.write_bytes(name, 0, memoryview(data))
+
+    def write_bytes(self, name: str, start: int, data: memoryview) -> None:
+        """Write some of a tensor's bytes, from its byte `start` on; each once, and a tensor's by one thread."""
+        assert start >= 0 and start + len(data) <= self._specs[name].num_bytes, (name, start, len(data))
+        write_all(self._file, data, self._data_start + self._starts[name] + start)
+        self._left[name] -= len(data)
 
     def close(self) -> None:
         """Close the file; every tensor must have been written."""
         os.close(self._file)
-        assert not self._missing, f"never written: {sorted(self._missing)[:3]}"
+        wrong = [name for name, num_bytes in self._left.items() if num_bytes]
+        assert not wrong, f"not written whole, or twice: {sorted(wrong)[:3]}"
 
     def abandon(self) -> None:
         """Close the file as it is, after a failure."""

@@ -1,34 +1,47 @@
-"""Conversion tensor by tensor, without a model and without a process group.
+"""What conversion works with: tensors of a native checkpoint one by one, and a budget of bytes in flight.
 
-A native checkpoint is layout-independent: its tensors lie under their native names, whole or in parts, so that each
-entry of a family's weight map is read, reordered and written on its own. Several threads do so at once, within a budget
-of bytes in flight.
+A native checkpoint is layout-independent: its tensors lie under their native names, whole or in parts. No model and no
+process group is needed.
 """
 
-import functools
+import contextlib
 import io
+import math
 import os
 import queue
+import struct
 import threading
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any, Protocol
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megavlm.checkpoint.hf_io import INDEX, SINGLE, HFDirectory, index_text
-from megavlm.checkpoint.safetensors_writer import SafetensorsWriter, TensorSpec
-from megavlm.checkpoint.weight_formats import WeightFormat
-from megavlm.errors import use_error
-from megavlm.models.weight_map import Entry
+from megavlm.checkpoint.safetensors_writer import TensorSpec
 
 NUM_THREADS = 2
 BUDGET_BYTES = 128 * 2**20
 """Tensors in flight beside the largest one; a tensor that is larger goes alone."""
+
+
+@dataclass(frozen=True)
+class RowsInFile:
+    """Rows of a tensor whose bytes lie behind each other.
+
+    Attributes:
+        path: of the file.
+        offset: of the first byte in it.
+        num_rows: how many; a tensor without dimensions is one.
+    """
+
+    path: Path
+    offset: int
+    num_rows: int
 
 
 class NativeReader:
@@ -62,10 +75,46 @@ class NativeReader:
         return whole
 
     def _load(self, info: Any) -> torch.Tensor:
-        with (self.folder / info.relative_path).open("rb") as file:
-            part = io.BufferedReader(_Slice(file, info.offset, info.length))
-            tensor: torch.Tensor = torch.load(part, map_location="cpu", weights_only=True)
+        with self._archive(info) as archive:
+            tensor: torch.Tensor = torch.load(archive, map_location="cpu", weights_only=True)
             return tensor
+
+    @contextlib.contextmanager
+    def _archive(self, info: Any) -> Iterator[io.BufferedReader]:
+        """What torch.save has written of a part."""
+        with (self.folder / info.relative_path).open("rb") as file:
+            yield io.BufferedReader(_Slice(file, info.offset, info.length))
+
+    def rows(self, name: str) -> list[RowsInFile] | None:
+        """Where a tensor's bytes lie, in its order; None if they lie in another order, or are cut within rows."""
+        spec, found = self.specs[name], []
+        position = 0
+        for offsets, info in sorted(self._chunks[name], key=lambda chunk: tuple(chunk[0])):
+            with self._archive(info) as archive:
+                shape, start = _contiguous_bytes(archive)
+            if start is None or shape[1:] != spec.shape[1:] or any(offsets[1:]) or sum(offsets[:1]) != position:
+                return None
+            position += math.prod(shape[:1])
+            found.append(RowsInFile(self.folder / info.relative_path, info.offset + start, math.prod(shape[:1])))
+        return found if position == math.prod(spec.shape[:1]) else None
+
+
+def _contiguous_bytes(archive: io.BufferedReader) -> tuple[tuple[int, ...], int | None]:
+    """Shape of the tensor that torch.save has written, and where in the archive its bytes begin.
+
+    They lie there as they are if the tensor is contiguous and all of its storage; None otherwise.
+    """
+    tensor = torch.load(archive, map_location="meta", weights_only=True)
+    with zipfile.ZipFile(archive) as parts:
+        records = [info for info in parts.infolist() if PurePosixPath(info.filename).parent.name == "data"]
+    if len(records) != 1 or records[0].file_size != tensor.nbytes or records[0].compress_type != zipfile.ZIP_STORED:
+        return tuple(tensor.shape), None
+    if not tensor.is_contiguous() or tensor.storage_offset():
+        return tuple(tensor.shape), None
+    # A zip file's local header: 30 bytes, the last four of which are the lengths of the two fields behind them.
+    archive.seek(records[0].header_offset)
+    name_length, extra_length = struct.unpack("<26xHH", archive.read(30))
+    return tuple(tensor.shape), records[0].header_offset + 30 + name_length + extra_length
 
 
 class _Slice(io.RawIOBase):
@@ -104,13 +153,8 @@ class MemoryReader:
         """One whole tensor."""
         return self._tensors[name]
 
-
-@dataclass(frozen=True)
-class OutputFile:
-    """A file to write: its name, and its tensors in order."""
-
-    name: str
-    specs: Mapping[str, TensorSpec]
+    def rows(self, _name: str) -> None:
+        """They lie in no file."""
 
 
 class Reader(Protocol):
@@ -122,92 +166,8 @@ class Reader(Protocol):
     def read(self, name: str) -> torch.Tensor:
         """One whole tensor; several threads may ask."""
 
-
-def export_stream(
-    reader: Reader,
-    directory: HFDirectory,
-    out_dir: Path,
-    weight_format: WeightFormat,
-    max_shard_bytes: int = 5 * 2**30,
-    num_threads: int = NUM_THREADS,
-) -> None:
-    """Write a native checkpoint's weights as safetensors files, with an index where there are several.
-
-    Args:
-        reader: of the checkpoint.
-        directory: says what the model is.
-        out_dir: an existing, empty directory.
-        weight_format: what becomes of each.
-        max_shard_bytes: a new file is begun before this size is passed.
-        num_threads: that read, convert and write.
-
-    Raises:
-        UseError: the checkpoint lacks a tensor, or has it in another shape than the directory's config says.
-    """
-    specs: dict[str, TensorSpec] = {}
-    for name, shape in exported_shapes(reader, directory).items():
-        specs |= weight_format.specs(name, shape)
-    files = list(_files(specs, max_shard_bytes))
-    writers = {file.name: SafetensorsWriter(out_dir / file.name, file.specs) for file in files}
-    writer_of = {name: writers[file.name] for file in files for name in file.specs}
-
-    def convert(entry: Entry) -> None:
-        whole = reader.read(entry.native)
-        for name, part in zip(entry.names, entry.to_hf(whole), strict=True):
-            for written, tensor in weight_format.tensors(name, part).items():
-                writer_of[written].write(written, tensor)
-
-    try:
-        jobs = [
-            (reader.specs[entry.native].num_bytes, functools.partial(convert, entry)) for entry in directory.entries
-        ]
-        run_within_budget(jobs, num_threads)
-    except BaseException:
-        for writer in writers.values():
-            writer.abandon()
-        raise
-    for writer in writers.values():
-        writer.close()
-    if len(files) > 1:
-        (out_dir / INDEX).write_text(index_text([(file.name, file.specs) for file in files]), encoding="utf-8")
-
-
-def exported_shapes(reader: Reader, directory: HFDirectory) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors by their Hugging Face names.
-
-    Raises:
-        UseError: the checkpoint lacks one.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for entry in directory.entries:
-        if entry.native not in reader.specs:
-            raise use_error(
-                str(reader.folder),
-                f"no tensor {entry.native}",
-                f"a checkpoint of the model in {directory.path}",
-                "give --hf-dir the directory that training started from",
-            )
-        parts = entry.to_hf(torch.empty(reader.specs[entry.native].shape, device="meta"))
-        for name, part in zip(entry.names, parts, strict=True):
-            shapes[name] = tuple(part.shape)
-    return shapes
-
-
-def _files(specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> Iterator[OutputFile]:
-    """Tensors in their order, in as few files as the limit allows."""
-    shards: list[dict[str, TensorSpec]] = [{}]
-    size = 0
-    for name, spec in specs.items():
-        if size and size + spec.num_bytes > max_shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = spec
-        size += spec.num_bytes
-    if len(shards) == 1:
-        yield OutputFile(SINGLE, shards[0])
-        return
-    for number, shard in enumerate(shards, 1):
-        yield OutputFile(f"model-{number:05d}-of-{len(shards):05d}.safetensors", shard)
+    def rows(self, name: str) -> list[RowsInFile] | None:
+        """Where its bytes lie, in its order; None if they must be read as a tensor."""
 
 
 def run_within_budget(jobs: Iterable[tuple[int, Callable[[], None]]], num_threads: int) -> None:

@@ -31,6 +31,9 @@ class WeightFormat(Protocol):
     def tensors(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         """The same, with its numbers."""
 
+    def keeps(self, name: str, dtype: torch.dtype) -> bool:
+        """Whether the bytes of a tensor of this type are written as they are."""
+
 
 @dataclass(frozen=True)
 class OneType:
@@ -45,6 +48,10 @@ class OneType:
     def tensors(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         """As `WeightFormat` says."""
         return {name: tensor.to(self.dtype)}
+
+    def keeps(self, _name: str, dtype: torch.dtype) -> bool:
+        """As `WeightFormat` says."""
+        return dtype == self.dtype
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,10 @@ class BlockFp8:
         scales = quantise.power_of_two_below(quantise.scale_of(quantise.block_amax(tensor, block), E4M3))
         wide = quantise.spread_blocks(scales, block, tensor.shape)
         return {name: quantise.cast(tensor.float() * wide, E4M3), f"{name}_scale_inv": 1 / scales}
+
+    def keeps(self, name: str, dtype: torch.dtype) -> bool:
+        """As `WeightFormat` says."""
+        return name not in self.names and dtype == self.rest
 
 
 def fp8_names(entries: Iterable[Entry], shapes: dict[str, tuple[int, ...]]) -> frozenset[str]:

@@ -19,7 +19,9 @@ from megavlm.errors import UseError
 COMMANDS: dict[str, str] = {
     "train": "megavlm.cli.train",
     "launch": "megavlm.cli.launch_command",
+    "iterate": "megavlm.cli.iterate",
     "compose": "megavlm.cli.compose",
+    "add-tokens": "megavlm.cli.add_tokens",
     "convert": "megavlm.cli.convert",
     "generate": "megavlm.cli.generate",
     "data": "megavlm.cli.data",

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     from megavlm.planner.stepcosts import Problem
     from megavlm.planner.workload import typical_batch
 
-    architecture = read_architecture(Path(recipe.model.hf_dir))
+    architecture = read_architecture(Path(recipe.model.hf_dir), recipe.model)
     tower_traits(architecture)  # a family that the planner does not know is said first
     samples = _samples(recipe, architecture, args.lengths)
     workload = typical_batch(architecture, samples, recipe.train.global_batch_size, recipe.data.max_length)

@@ -65,7 +65,7 @@ def _run(args: argparse.Namespace) -> int:
 
         return launch(world_size, ["train", args.recipe, *args.overrides] + (["--debug"] if args.debug else []))
     # Not before a launch: reading a model's config imports torch and Megatron-Core, which takes the ranks' time again.
-    _check_model(recipe)
+    check_model(recipe)
     if args.dry_run:
         return 0
     from megavlm.train.run import run_training
@@ -73,7 +73,12 @@ def _run(args: argparse.Namespace) -> int:
     return run_training(recipe)
 
 
-def _check_model(recipe: "Recipe") -> None:
+def check_model(recipe: "Recipe") -> None:
+    """Check a recipe against the sizes of its model.
+
+    Raises:
+        UseError: they do not fit.
+    """
     from megavlm.platform.start import start
 
     start()
@@ -81,4 +86,4 @@ def _check_model(recipe: "Recipe") -> None:
     from megavlm.config.validate import validate_model
     from megavlm.models.facts import facts_of
 
-    validate_model(recipe, facts_of(read_architecture(Path(recipe.model.hf_dir))))
+    validate_model(recipe, facts_of(read_architecture(Path(recipe.model.hf_dir), recipe.model)))

@@ -4,6 +4,7 @@ import math
 
 from megavlm.config.facts import ModelFacts
 from megavlm.config.layout import divisors, layers_per_stage
+from megavlm.config.learning import check_unfrozen_layers
 from megavlm.config.schema import ParallelConfig, Recipe
 from megavlm.errors import use_error
 
@@ -70,6 +71,7 @@ def validate_model(recipe: Recipe, facts: ModelFacts) -> None:
     _check_vision_stages(parallel, facts)
     _check_experts(recipe, facts)
     layers_per_stage(parallel, facts.num_layers)
+    check_unfrozen_layers(recipe, facts)
     if recipe.data.max_length > facts.max_positions:
         raise use_error(
             "data.max_length",

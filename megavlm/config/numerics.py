@@ -146,11 +146,11 @@ def _check_transformer_engine(recipe: Recipe) -> None:
 
 
 def _check_fusions(recipe: Recipe) -> None:
-    if recipe.model.cross_entropy_loss_fusion and recipe.train.stage == "rm":
+    if recipe.model.cross_entropy_loss_fusion and recipe.train.stage in ("rm", "contrastive"):
         raise use_error(
             "model.cross_entropy_loss_fusion",
-            "true with train.stage rm",
-            "false: a reward model has scores in place of logits",
+            f"true with train.stage {recipe.train.stage}",
+            "false: the model has scores or embeddings in place of logits",
             "set model.cross_entropy_loss_fusion=false",
         )
     if recipe.parallel.gradient_accumulation_fusion and recipe.train.precision == "fp8_emulated":

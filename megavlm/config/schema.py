@@ -7,9 +7,11 @@ Knobs carry the names that Megatron and ms-swift users already type. Units are i
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megavlm.config.iterate import IterateConfig
 from megavlm.config.peft import PeftConfig
 from megavlm.config.precision import Fp8Config
-from megavlm.config.stage_knobs import PreferenceConfig, RewardConfig, SftConfig
+from megavlm.config.rope import RopeScalingConfig
+from megavlm.config.stage_knobs import ContrastiveConfig, PreferenceConfig, RewardConfig, SftConfig
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,12 @@ class ModelConfig:
     """Hugging Face directory that gives architecture, weights, tokenizer, template and image processor."""
     backend: Literal["torch", "flash", "te"] = "torch"
     """Layer specs: plain torch SDPA (runs anywhere), flash-attn, or Transformer Engine."""
+    rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
+    """A longer context than the model's; an exported config.json says so."""
+    rope_theta: float = 0.0
+    """Base of rotary frequencies; 0: the model's."""
+    max_position_embeddings: int = 0
+    """Context length in tokens; 0: the model's, or what rope_scaling makes of it."""
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
     cross_entropy_loss_fusion: bool = False
@@ -195,11 +203,15 @@ class DataConfig:
     """The question that a caption answers, where a WebDataset shard has nothing but captions (`.txt`)."""
     frames_fps: float = 2.0
     """Frames a second of videos that rows give as lists of pictures."""
-    box_format: Literal["", "qwen_tokens_1000", "qwen_tokens_pixels", "json_1000", "json_pixels", "numbers"] = ""
+    box_format: Literal[
+        "", "qwen_tokens_1000", "qwen_tokens_pixels", "json_1000", "json_pixels", "numbers", "bin_tokens_1000"
+    ] = ""
     """How `objects` of rows are written. `qwen_tokens_1000`: <|box_start|>(x1,y1),(x2,y2)<|box_end|>, thousandths of
     the image's sides (Qwen2-VL); `qwen_tokens_pixels`: the same in pixels of the image as the model sees it;
     `json_1000` (Qwen3-VL) and `json_pixels` (Qwen2.5-VL): {"bbox_2d": [x1, y1, x2, y2], "label": ...}; `numbers`:
-    [x1, y1, x2, y2] as in the row. Empty: rows with `objects` are refused."""
+    [x1, y1, x2, y2] as in the row; `bin_tokens_1000`: <|box_start|><|x1|><|y1|><|x2|><|y2|><|box_end|>, each coordinate
+    one of the tokens <|0|> to <|999|>, which `megavlm add-tokens --coordinates` gives a model. Empty: rows with
+    `objects` are refused."""
     max_length: int = 4096
     """Longest sample in tokens, images included."""
     too_long: Literal["drop", "cut_turns", "cut_answer", "stop"] = "drop"
@@ -207,8 +219,8 @@ class DataConfig:
     left out from the end, and with nothing left the row is dropped. `cut_answer`: the same, but the answer that the
     limit falls into is kept up to there. `stop`: it is an error."""
     template: str = ""
-    """Chat template: chatml, vicuna, llama2, llava_plain, or the path of a .jinja file; empty: that of hf_dir. An
-    exported directory gets it."""
+    """Chat template: chatml, vicuna, llama2, llava_plain, document, or the path of a .jinja file; empty: that of
+    hf_dir. An exported directory gets it."""
     token_weights: TokenWeights = field(default_factory=TokenWeights)
     token_weight_schedule: tuple[TokenWeightPhase, ...] = ()
     """Instead of token_weights: weights that change during training, e.g. from everything to answers alone."""
@@ -278,8 +290,25 @@ class OptimizerConfig:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
+    vit_layer_decay: float = 1.0
+    """Layer d from the top of the vision tower has the rate `vit_lr` x this ** d: d is 1 for the last layer, 2 for the
+    one before, and largest for embeddings; 0 only for what lies above the layers (BEiT's rule). 1: all learn alike."""
+    llm_layer_decay: float = 1.0
+    """The same for the language model; a tied output layer learns as the embedding that it is."""
+    unfreeze: str = ""
+    """What begins to learn when, e.g. `0: projector; 0.1: vision[-2:]; 0.3: vision; 2000: language`: with a decimal
+    point a share of the run, otherwise optimizer steps; layers as in peft.components, also from the end. Until then
+    weights stay as they are, and their gradients count nowhere; they are computed all the same. Empty: all from 0."""
+    unfreeze_warmup_iters: int = 0
+    """Over so many steps the rate of what is unfrozen later rises to that of the schedule."""
     clip_grad: float = 1.0
-    """Global gradient norm is clipped to this; 0: not clipped."""
+    """Gradient norm is clipped to this; 0: not clipped."""
+    clip_grad_by: Literal["total", "component", "layer"] = "total"
+    """Whose norm: of all gradients together; of each component (vision tower, projector, language model); or of each
+    layer, and of the rest of each component."""
+    vit_clip_grad: float = -1.0
+    """By component or layer: the vision tower's limit, and the projector's; negative: `clip_grad`."""
+    aligner_clip_grad: float = -1.0
     loss_scale: float = 0.0
     """With fp16: the loss is multiplied by this, and gradients divided by it again; 0: by a scale that is halved when
     gradients overflow (the step is then skipped), and doubled after loss_scale_window steps without."""
@@ -301,9 +330,10 @@ class OptimizerConfig:
 class TrainConfig:
     """The loop."""
 
-    stage: Literal["sft", "rm", "dpo", "cpo", "simpo", "orpo", "kto"] = "sft"
-    """Training method. sft: answers are learned; rm: a reward model; dpo, cpo, simpo, orpo: from pairs of answers;
-    kto: from answers that are marked good or bad."""
+    stage: Literal["sft", "rm", "prm", "dpo", "cpo", "simpo", "orpo", "kto", "contrastive"] = "sft"
+    """Training method. sft: answers are learned (also captions, in pretraining); rm: a reward model; prm: a reward
+    model of steps; dpo, cpo, simpo, orpo: from pairs of answers; kto: from answers that are marked good or bad;
+    contrastive: embeddings of images and texts."""
     micro_batch_size: int = 1
     """Samples packed into one row (without data.packing)."""
     global_batch_size: int = 8
@@ -382,6 +412,8 @@ class Recipe:
     sft: SftConfig = field(default_factory=SftConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
+    iterate: IterateConfig = field(default_factory=IterateConfig)
     fp8: Fp8Config = field(default_factory=Fp8Config)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     peft: PeftConfig = field(default_factory=PeftConfig)

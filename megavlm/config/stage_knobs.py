@@ -5,6 +5,16 @@ from typing import Literal
 
 
 @dataclass(frozen=True)
+class TaskWeight:
+    """An entry of sft.task_weights."""
+
+    name: str = ""
+    """Of a task: an entry of data.mixture_tasks, or, where there are none, of data.mixture."""
+    weight: float = 1.0
+    """Factor of the loss of its tokens."""
+
+
+@dataclass(frozen=True)
 class SftConfig:
     """Stage sft: what the loss is beside the cross entropy of what is learned."""
 
@@ -18,6 +28,32 @@ class SftConfig:
     neftune_noise_alpha: float = 0.0
     """Noise on word embeddings in training: uniform within this / sqrt(tokens of the row * hidden size); 5 to 15 are
     usual."""
+    task_weighting: Literal["none", "fixed", "uncertainty", "gradnorm", "loss_ratio"] = "none"
+    """Whether the loss of every token is multiplied by a weight of its task; tasks are the data.mixture_tasks, or where
+    there are none the sources of data.mixture. The sum is still divided by what tokens weigh without it, so weights of
+    1 change nothing. fixed: by task_weights. uncertainty: by exp(-s), with s / 2 added, where s of each task is learned
+    (Kendall et al.). gradnorm: such that tasks pull equally hard at the last shared layer, the norm in front of the
+    output layer, and harder where they learn slower (Chen et al.). loss_ratio: more where the loss has fallen less
+    since the first step (after Liu et al.). Losses and weights of tasks are in the log; held-out rows belong to the
+    task that their column `channel` or `task` names, and are judged without weights."""
+    task_weights: tuple[TaskWeight, ...] = ()
+    """fixed: [{name: charts, weight: 2}, ...]; a task that is left out weighs 1."""
+    task_weight_lr: float = 0.025
+    """uncertainty, gradnorm: learning rate of s, or of the weights (Adam, constant)."""
+    task_weight_alpha: float = 1.5
+    """gradnorm: how much harder slow tasks pull; 0: all alike."""
+    task_weight_temperature: float = 2.0
+    """loss_ratio: of the softmax over tasks; the larger, the more alike their weights."""
+    task_weight_momentum: float = 0.9
+    """loss_ratio: share of a task's running loss that each step keeps; 0: the loss of the last step."""
+    box_loss_coeff: float = 0.0
+    """Weight of a loss of whole boxes beside the cross entropy of their tokens: of every box in an answer the place
+    that is expected by the probabilities of its four coordinates, against where it is, a mean over the boxes of the
+    global batch. It takes data.box_format=bin_tokens_1000."""
+    box_l1_weight: float = 5.0
+    """Weight of the distance of the four coordinates, as shares of the image's sides (DETR's)."""
+    box_giou_weight: float = 2.0
+    """Weight of 1 - generalised intersection over union (DETR's)."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +66,10 @@ class PreferenceConfig:
     hinge, ipo. kto: kto or apo_zero_unpaired. Empty: sigmoid, or kto."""
     loss_weights: tuple[float, ...] = ()
     """dpo: a factor for each loss_type; empty: 1."""
+    reference: Literal["cached", "adapter_off"] = "cached"
+    """dpo, kto: what the model is compared with. cached: with itself before training, once for every row, which is kept
+    in the run folder. adapter_off: with itself without its adapters, by a forward pass more in each step; for rows that
+    change from epoch to epoch (data.augment_*), and rows that nobody waits for."""
     beta: float = 0.1
     """How closely the model keeps to the reference; scale of rewards; ORPO's weight of the odds ratio."""
     label_smoothing: float = 0.0
@@ -49,9 +89,35 @@ class PreferenceConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """Stage rm: a score for every answer, from rows with a chosen and a rejected answer."""
+    """Stage rm: a score for every answer, from rows with a chosen and a rejected answer. Stage prm: a score for every
+    step of an answer, from rows with `completions` (steps) and `labels`.
+    """
 
     center_rewards_coefficient: float = 0.0
-    """Weight of (chosen + rejected)^2, which keeps scores around 0; 0.01 is usual."""
+    """rm: weight of (chosen + rejected)^2, which keeps scores around 0; 0.01 is usual."""
     score_at: Literal["last_token", "end_of_answer"] = "last_token"
-    """The token whose score is the answer's; `last_token` is what Hugging Face's classification reads."""
+    """rm: the token whose score is the answer's; `last_token` is what Hugging Face's classification reads."""
+    step_separator: str = "\n"
+    """prm: what stands behind each step; its last token speaks for the step."""
+    train_on_last_step_only: bool = False
+    """prm: learn the label of an answer's last step only."""
+
+
+@dataclass(frozen=True)
+class ContrastiveConfig:
+    """Stage contrastive: embeddings of images and of their texts, from rows with an image and a caption."""
+
+    loss_type: Literal["softmax", "sigmoid"] = "softmax"
+    """softmax: CLIP's, each image among the texts of the global batch and each text among its images; sigmoid:
+    SigLIP's, a decision for each image and text of it."""
+    embedding_dim: int = 512
+    """Numbers of an embedding."""
+    temperature: float = 0.0
+    """Cosines are divided by it; learned, this is where it starts; 0: 0.07 (softmax), 0.1 (sigmoid). It does not fall
+    below 0.01."""
+    logit_bias: float = -10.0
+    """sigmoid: where the bias of logits starts."""
+    image_prompt: str = ""
+    """What stands behind the images, in place of the row's own question; empty: the question as it is."""
+    text_prompt: str = ""
+    """What stands behind the text; empty: nothing."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from megavlm.config.schema import DataConfig, TokenWeights
 from megavlm.errors import use_error
 
-BUILT_IN_TEMPLATES = ("chatml", "vicuna", "llama2", "llava_plain")
+BUILT_IN_TEMPLATES = ("chatml", "vicuna", "llama2", "llava_plain", "document")
 
 
 def check_tokens(data: DataConfig) -> None:

@@ -242,7 +242,7 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "use_dora": ("lora",),
     "lorap_lr_ratio": ("lora",),
     "target_modules": ("lora", "ia3"),
-    "adapters": ("lora", "ia3"),
+    "adapters": ("lora", "ia3", "prefix"),
     "adapter_size": ("adapter", "parallel_adapter"),
     "num_virtual_tokens": ("prefix",),
 }

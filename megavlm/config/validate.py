@@ -6,19 +6,21 @@ importable from here). Each raises on the first mistake that it finds, before an
 """
 
 import glob
-import math
 import re
 from pathlib import Path
 
 from megavlm.config.backends import check_backend
 from megavlm.config.fit import validate_layout, validate_model
 from megavlm.config.layout import divisors, language_pipeline_size, parse_pipeline_layout
-from megavlm.config.load import recipe_to_dict
+from megavlm.config.learning import check_learning
 from megavlm.config.mixture import check_mixture
 from megavlm.config.numerics import check_numerics
 from megavlm.config.objectives import check_objective
 from megavlm.config.placement import check_placement
+from megavlm.config.ranges import LEAST, check_numbers
+from megavlm.config.rope import check_rope
 from megavlm.config.schema import DataConfig, ParallelConfig, Recipe
+from megavlm.config.tasks import check_boxes, check_tasks
 from megavlm.config.tokens import check_tokens
 from megavlm.config.tuning import check_tuning
 from megavlm.errors import UseError, use_error
@@ -28,113 +30,6 @@ __all__ = ["LEAST", "RECOMPUTE_MODULES", "validate_layout", "validate_model", "v
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _MOST_IMAGE_PIXELS = 2 * 89_478_485  # PIL raises DecompressionBombError above it
 RECOMPUTE_MODULES = ("core_attn", "mlp", "moe", "layernorm")
-
-# Least value of every number; those of vit_lr and aligner_lr are free, as a negative one means `lr`.
-LEAST: dict[str, float] = {
-    "model.attention_dropout": 0,
-    "model.hidden_dropout": 0,
-    "model.moe_aux_loss_coeff": 0,
-    "model.cross_entropy_chunk_tokens": 1,
-    "parallel.tensor_model_parallel_size": 1,
-    "parallel.pipeline_model_parallel_size": 1,
-    "parallel.virtual_pipeline_model_parallel_size": 1,
-    "parallel.context_parallel_size": 1,
-    "parallel.expert_model_parallel_size": 1,
-    "parallel.expert_tensor_parallel_size": 0,
-    "parallel.vision_tensor_model_parallel_size": 0,
-    "parallel.vision_pipeline_model_parallel_size": 1,
-    "parallel.vision_data_parallel_size": 1,
-    "parallel.vision_max_live_microbatches": 0,
-    "parallel.vision_extra_microbatches_in_flight": 0,
-    "parallel.recompute_num_layers": 1,
-    "data.max_length": 2,  # one token read, one predicted
-    "data.max_row_bytes": 1,
-    "data.max_member_bytes": 1,
-    "data.max_image_pixels": 1,
-    "data.frames_fps": 0,
-    "data.min_pixels": 0,
-    "data.max_pixels": 0,
-    "data.fps": 0,
-    "data.fps_min_frames": 0,
-    "data.fps_max_frames": 0,
-    "data.video_min_pixels": 0,
-    "data.video_max_pixels": 0,
-    "data.packing_length": 0,
-    "data.mixture_temperature": 0,
-    "data.dataloader_num_workers": 0,
-    "data.dataloader_prefetch_factor": 1,
-    "data.augment_crop_min_area": 0.01,
-    "data.augment_color_jitter": 0,
-    "data.augment_flip_probability": 0,
-    "optimizer.lr": 0,
-    "optimizer.min_lr": 0,
-    "optimizer.vit_lr": -math.inf,
-    "optimizer.aligner_lr": -math.inf,
-    "optimizer.weight_decay": 0,
-    "optimizer.adam_beta1": 0,
-    "optimizer.adam_beta2": 0,
-    "optimizer.adam_eps": 0,
-    "optimizer.clip_grad": 0,
-    "optimizer.lr_warmup_fraction": 0,
-    "optimizer.lr_warmup_iters": 0,
-    "optimizer.lr_wsd_decay_iters": 0,
-    "sft.label_smoothing_factor": 0,
-    "sft.z_loss_coeff": 0,
-    "sft.neftune_noise_alpha": 0,
-    "preference.beta": 0,
-    "preference.label_smoothing": 0,
-    "preference.rpo_alpha": 0,
-    "preference.discopop_tau": 0,
-    "preference.cpo_alpha": 0,
-    "preference.simpo_gamma": 0,
-    "preference.desirable_weight": 0,
-    "preference.undesirable_weight": 0,
-    "reward.center_rewards_coefficient": 0,
-    "optimizer.loss_scale": 0,
-    "optimizer.initial_loss_scale": 1,
-    "optimizer.min_loss_scale": 1,
-    "optimizer.loss_scale_window": 1,
-    "optimizer.hysteresis": 1,
-    "fp8.fp8_margin": 0,
-    "fp8.fp8_amax_history_len": 1,
-    "fp8.num_layers_at_start_in_bf16": 0,
-    "fp8.num_layers_at_end_in_bf16": 0,
-    "peft.lora_rank": 1,
-    "peft.lora_alpha": 0,
-    "peft.lora_dropout": 0,
-    "peft.lorap_lr_ratio": 0,
-    "peft.adapter_size": 1,
-    "peft.num_virtual_tokens": 1,
-    "train.micro_batch_size": 1,
-    "train.global_batch_size": 1,
-    "train.train_iters": 0,
-    "train.num_train_epochs": 0,
-    "train.seed": 0,
-    "train.eval_steps": 0,
-    "train.eval_iters": 0,
-    "train.early_stopping_patience": 0,
-    "train.early_stopping_threshold": 0,
-    "train.distributed_timeout_s": 1,
-    "checkpoint.save_steps": 0,
-    "checkpoint.keep_last": 0,
-    "checkpoint.keep_every_steps": 0,
-    "checkpoint.keep_best": 0,
-    "checkpoint.save_timeout_s": 1,
-    "observe.log_steps": 1,
-    "observe.num_report_samples": 0,
-    "observe.report_max_new_tokens": 1,
-    "observe.timeline_step": 0,
-}
-_BELOW_ONE = (
-    "model.attention_dropout",
-    "model.hidden_dropout",
-    "optimizer.adam_beta1",
-    "optimizer.adam_beta2",
-    "optimizer.lr_warmup_fraction",
-    "sft.label_smoothing_factor",
-    "peft.lora_dropout",
-)
-_ABOVE_ZERO = ("data.frames_fps", "optimizer.lr", "optimizer.adam_eps", "peft.lora_alpha", "peft.lorap_lr_ratio")
 
 
 def validate_recipe(recipe: Recipe, check_paths: bool = True) -> None:
@@ -147,9 +42,10 @@ def validate_recipe(recipe: Recipe, check_paths: bool = True) -> None:
     Raises:
         UseError: the first mistake found, by key.
     """
-    _check_numbers(recipe)
+    check_numbers(recipe)
     _check_name(recipe)
     _check_model(recipe)
+    check_rope(recipe.model.rope_scaling)
     check_numerics(recipe)
     check_placement(recipe.parallel)
     _check_pipeline(recipe.parallel)
@@ -159,35 +55,16 @@ def validate_recipe(recipe: Recipe, check_paths: bool = True) -> None:
     _check_duration(recipe)
     _check_schedule(recipe)
     check_tuning(recipe)
+    check_learning(recipe)
     check_mixture(recipe)
     _check_data(recipe)
     _check_media_limits(recipe.data)
     check_tokens(recipe.data)
     check_objective(recipe)
+    check_tasks(recipe)
+    check_boxes(recipe)
     if check_paths:
         _check_paths(recipe)
-
-
-def _check_numbers(recipe: Recipe) -> None:
-    """Every number is finite and in its range."""
-    flat = {
-        f"{section}.{name}": value
-        for section, values in recipe_to_dict(recipe).items()
-        if isinstance(values, dict)
-        for name, value in values.items()
-    }
-    for key, least in LEAST.items():
-        value = flat[key]
-        if not math.isfinite(value):
-            raise use_error(key, value, "a finite number", "check how it was typed")
-        if value < least:
-            raise use_error(key, value, f"at least {least}", f"set {key}={least} or more")
-    for key in _BELOW_ONE:
-        if flat[key] >= 1:
-            raise use_error(key, flat[key], "at least 0 and below 1", "give a fraction")
-    for key in _ABOVE_ZERO:
-        if flat[key] == 0:
-            raise use_error(key, 0, "more than 0", f"remove {key}, or give a small number")
 
 
 def _check_name(recipe: Recipe) -> None:

@@ -8,6 +8,8 @@ Notations, as their models were trained with them:
   cookbooks/spatial_understanding.ipynb of QwenLM/Qwen2.5-VL.
 - `json_1000`: the same in thousandths. Qwen3-VL, cookbooks/2d_grounding.ipynb of QwenLM/Qwen3-VL.
 - `numbers`: `[x1, y1, x2, y2]` as the row has them.
+- `bin_tokens_1000`: `<|box_start|><|x1|><|y1|><|x2|><|y2|><|box_end|>`, each coordinate one token out of 1000, of which
+  the first is the left or upper edge and the last the right or lower one. Pix2Seq, arXiv:2109.10852, section 2.1.
 
 With JSON, a `<ref-object>` right in front of a `<bbox>` is one object; elsewhere (say, in JSON that the row has
 written itself) a name is its text, and a box its list of numbers. Points have two numbers, and `point_2d`.
@@ -18,6 +20,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 
+from megavlm.config.tasks import BIN_FORMAT, NUM_COORDINATE_BINS, coordinate_token
 from megavlm.data.formats.columns import BOX_PLACEHOLDER, REFERENCE_PLACEHOLDER
 from megavlm.data.sample import Box, Sample, Turn
 from megavlm.errors import use_error
@@ -71,6 +74,8 @@ def _scaled(box: Box, box_format: str, sizes: Sequence[Size], seen: Sequence[Siz
             "correct the box, or set bbox_type: norm1 for shares of the sides",
         )
     scale = seen[box.image] if box_format.endswith("pixels") else (1000, 1000)
+    if box_format == BIN_FORMAT:
+        scale = (NUM_COORDINATE_BINS - 1, NUM_COORDINATE_BINS - 1)
     shares = (min(max(value / sides[at % 2], 0.0), 1.0) for at, value in enumerate(box.corners))
     return tuple(round(share * scale[at % 2]) for at, share in enumerate(shares))
 
@@ -104,11 +109,14 @@ def _pieces(
 
 
 def _reference(reference: str, box_format: str) -> str:
-    return f"<|object_ref_start|>{reference}<|object_ref_end|>" if box_format.startswith("qwen_tokens") else reference
+    is_marked = box_format.startswith("qwen_tokens") or box_format == BIN_FORMAT
+    return f"<|object_ref_start|>{reference}<|object_ref_end|>" if is_marked else reference
 
 
 def _place(place: tuple[float, ...], box_format: str) -> str:
     if box_format.startswith("qwen_tokens"):
         corners = ",".join(f"({x},{y})" for x, y in zip(place[::2], place[1::2], strict=True))
         return f"<|box_start|>{corners}<|box_end|>"
+    if box_format == BIN_FORMAT:
+        return f"<|box_start|>{''.join(coordinate_token(int(value)) for value in place)}<|box_end|>"
     return json.dumps([int(value) if float(value).is_integer() else value for value in place])

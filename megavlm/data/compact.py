@@ -53,7 +53,7 @@ class CompactSample:
         frames_F: int32 their numbers, video by video.
         intervals_L: float64 `VideoClip.interval` of each video.
         uses_U: int32, which image each sequence shows in its order, one sequence behind the other; empty where there
-            is one, which shows each once.
+            is one, which shows each once. How many of them a sequence shows, its visual tokens say.
     """
 
     target: float
@@ -153,7 +153,7 @@ def expand(kept: CompactSample, sample: Sample, grids: tuple[Grid, ...], cut: Cu
     )
     if not encoded.part_lengths:
         return dataclasses.replace(encoded, position_ids_3S=sample_positions(tokens_S, images, grids, inputs))
-    shown = kept.uses_U.reshape(len(encoded.part_lengths), -1).tolist()
+    shown = _by_sequence(kept.uses_U.tolist(), encoded, inputs)
     positions = [
         sample_positions(tokens_S[part], [images[use] for use in uses], [grids[use] for use in uses], inputs)
         for part, uses in zip(encoded.parts, shown, strict=True)
@@ -186,10 +186,21 @@ def _uses(encoded: EncodedSample, inputs: InputSpec) -> list[int]:
     while at < len(encoded.feature_rows_V):
         uses.append(int(np.searchsorted(starts_G, encoded.feature_rows_V[at])))
         at += int(counts_G[uses[-1]])
-    each = np.array(uses).reshape(len(encoded.part_lengths), -1)
-    visual = [int((encoded.tokens_S[part] == inputs.image_token_id).sum()) for part in encoded.parts]
-    assert counts_G[each].sum(1).tolist() == visual, "the sequences of a row show equally many images"
+    assert list(itertools.chain(*_by_sequence(uses, encoded, inputs))) == uses
     return uses
+
+
+def _by_sequence(uses: Sequence[int], encoded: EncodedSample, inputs: InputSpec) -> list[list[int]]:
+    """Uses of images, shared out to the sequences that show them."""
+    rest, shared = list(uses), []
+    for part in encoded.parts:
+        num_visual, shown = int((encoded.tokens_S[part] == inputs.image_token_id).sum()), []
+        while num_visual > 0:
+            shown.append(rest.pop(0))
+            num_visual -= inputs.num_image_tokens(encoded.grids_thw[shown[-1]])
+        assert num_visual == 0, "an image is shown whole"
+        shared.append(shown)
+    return shared
 
 
 def _images(kept: CompactSample, sample: Sample) -> tuple[Media | VideoClip, ...]:

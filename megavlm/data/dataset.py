@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 from megavlm.data.compact import expand
 from megavlm.data.encode import NUM_PARTS, SampleEncoder
@@ -58,6 +59,10 @@ class Dataset:
         self._index: RowIndex | None = None
         self.references: np.ndarray | None = None
         """What a reference model says of every row that is left, once it is known: float32, a row each."""
+        self.task_names: tuple[str, ...] = ()
+        """Of tasks that are told apart; empty: none are."""
+        self.tasks: np.ndarray | None = None
+        """Numbers of the tasks of the rows that are left: int64; None: each row names its own, or none of these."""
 
     def __getstate__(self) -> dict[str, Any]:
         """To a data worker goes nothing that was encoded."""
@@ -124,6 +129,15 @@ class Dataset:
     def is_cut(self, index: int) -> bool:
         """Whether only a part of a row is left, because it is too long."""
         return bool(self.index.cuts_N[index])
+
+    def tasks_of(self, indices: Sequence[int]) -> torch.Tensor | None:
+        """Numbers of the tasks of rows that are left, int64; a row of none of them has the number behind the last."""
+        if not self.task_names:
+            return None
+        if self.tasks is not None:
+            return torch.from_numpy(self.tasks[list(indices)])
+        numbers = {name: number for number, name in enumerate(self.task_names)}
+        return torch.tensor([numbers.get(self.sample(index).task, len(numbers)) for index in indices])
 
     def encoded(self, index: int) -> EncodedSample:
         """The tokens of a row that is left: as the index has kept them, or else encoded anew.

@@ -13,10 +13,13 @@ import numpy as np
 
 from megavlm.config.inputs import Grid, InputSpec
 from megavlm.config.schema import DataConfig
+from megavlm.config.tasks import BIN_FORMAT
 from megavlm.data.boxes import write_boxes
+from megavlm.data.coordinates import coordinate_token_ids
 from megavlm.data.cut import TooLongRule, cut_row
 from megavlm.data.encode_video import Inset, VideoEncoder
 from megavlm.data.image_loading import BY_PIL, ImageLoading, check_resample
+from megavlm.data.image_text import ImageTextPrompts, encode_image_text
 from megavlm.data.images import ImageSpec, read_image_size, read_image_spec, target_grid
 from megavlm.data.marked import encode_marked
 from megavlm.data.media import media_name
@@ -26,16 +29,24 @@ from megavlm.data.pairs import PAIR_PARTS, encode_pair
 from megavlm.data.positions import sample_positions
 from megavlm.data.readers import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 from megavlm.data.sample import EncodedSample, FrameFiles, Media, Sample, Turn
+from megavlm.data.steps import BY_LINES, StepRule, step_ends, with_steps
 from megavlm.data.token_weights import DEFAULT_SCHEDULE, READ, RESPONSE, TokenSchedule
 from megavlm.data.tokens import EncodedChat, Tokenizer
 from megavlm.data.video_spec import VideoLimits, VideoSpec, read_video_spec
 from megavlm.errors import UseError, use_error
 
-RowKind = Literal["conversation", "pair", "marked"]
-"""What a row is for a stage: something to learn, a better and a worse answer (`pairs.py`), or an answer that is marked
-good or bad (`marked.py`)."""
-NUM_PARTS: dict[RowKind, int] = {"conversation": 1, "pair": PAIR_PARTS, "marked": PAIR_PARTS}
+RowKind = Literal["conversation", "pair", "marked", "steps", "image_text"]
+"""What a row is for a stage: something to learn, a better and a worse answer (`pairs.py`), an answer that is marked
+good or bad (`marked.py`), one whose steps are (`steps.py`), or images and their text apart (`image_text.py`)."""
+NUM_PARTS: dict[RowKind, int] = {
+    "conversation": 1,
+    "pair": PAIR_PARTS,
+    "marked": PAIR_PARTS,
+    "steps": 1,
+    "image_text": PAIR_PARTS,
+}
 """Sequences of a row."""
+NO_PROMPTS = ImageTextPrompts()
 
 
 class TooLong(Exception):  # noqa: N818 - not an error: the row is dropped and counted
@@ -68,6 +79,8 @@ def open_encoder(
     schedule: TokenSchedule = DEFAULT_SCHEDULE,
     loading: ImageLoading = BY_PIL,
     row_kind: RowKind = "conversation",
+    step_rule: StepRule = BY_LINES,
+    prompts: ImageTextPrompts = NO_PROMPTS,
 ) -> "SampleEncoder":
     """The encoder of a Hugging Face directory.
 
@@ -85,10 +98,14 @@ def open_encoder(
         schedule: weights of the kinds of tokens.
         loading: how images are decoded.
         row_kind: what becomes of a row.
+        step_rule: how its steps are told apart, where it has some.
+        prompts: of rows of images and their text.
 
     Raises:
         UseError: one of them is missing, or unlike the model.
     """
+    if box_format == BIN_FORMAT:
+        coordinate_token_ids(Path(hf_dir))  # or they would become several tokens each, and nobody would notice
     image_spec = read_image_spec(hf_dir, inputs, min_pixels, max_pixels)
     check_resample(loading, image_spec.resample)
     tokenizer = Tokenizer(hf_dir, inputs.image_token_id, inputs.has_borders, template, schedule.reads_prompts)
@@ -105,6 +122,8 @@ def open_encoder(
         schedule=schedule,
         loading=loading,
         row_kind=row_kind,
+        step_rule=step_rule,
+        prompts=prompts,
     )
 
 
@@ -125,6 +144,8 @@ class SampleEncoder:
         schedule: TokenSchedule = DEFAULT_SCHEDULE,
         loading: ImageLoading = BY_PIL,
         row_kind: RowKind = "conversation",
+        step_rule: StepRule = BY_LINES,
+        prompts: ImageTextPrompts = NO_PROMPTS,
     ) -> None:
         """Put the parts together.
 
@@ -140,6 +161,8 @@ class SampleEncoder:
             schedule: weights of the kinds of tokens over a training.
             loading: how its images are decoded.
             row_kind: what becomes of a row.
+            step_rule: how its steps are told apart, where it has some.
+            prompts: of rows of images and their text.
         """
         assert tokenizer.image_token_id == inputs.image_token_id
         self.inputs = inputs
@@ -153,6 +176,8 @@ class SampleEncoder:
         self.token_schedule = schedule
         self.loading = loading
         self.row_kind = row_kind
+        self.step_rule = step_rule
+        self.prompts = prompts
         video = VideoEncoder(inputs, video_spec, tokenizer) if video_spec is not None else None
         self.video = video if video is not None and video.token else None
 
@@ -170,6 +195,8 @@ class SampleEncoder:
             self.too_long,
             self.token_schedule,
             self.row_kind,
+            *([self.step_rule] if self.row_kind == "steps" else []),
+            *((self.prompts,) if self.row_kind == "image_text" else ()),
         )
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
@@ -186,8 +213,12 @@ class SampleEncoder:
         """
         if self.row_kind == "pair":
             return encode_pair(sample, self.encode_conversation, self.inputs.num_image_tokens)
+        if self.row_kind == "steps":
+            return self.encode_conversation(with_steps(sample, self.step_rule), grids)
         if self.row_kind == "marked":
             return encode_marked(sample, self.encode_conversation, self.inputs.num_image_tokens)
+        if self.row_kind == "image_text":
+            return encode_image_text(sample, self._encode_whole_prompt, self.inputs.num_image_tokens, self.prompts)
         return self.encode_conversation(sample, grids)
 
     def encode_conversation(self, sample: Sample, grids: Sequence[Grid] = ()) -> EncodedSample:
@@ -213,12 +244,7 @@ class SampleEncoder:
             if num_tokens <= self.max_length:
                 return encoded
             if self.too_long == "stop":
-                raise use_error(
-                    "the row",
-                    f"{num_tokens} tokens",
-                    f"at most data.max_length {self.max_length}",
-                    "raise data.max_length, or let data.too_long drop or cut such rows",
-                )
+                raise self._too_long(num_tokens)
             cut = cut_row(sample, self.max_length, self.too_long, lambda part: self._encode(part, names))
         except UseError as error:
             raise UseError(f"{sample.sample_id}: {error}") from error
@@ -228,6 +254,8 @@ class SampleEncoder:
 
     def learns(self, encoded: EncodedSample) -> bool:
         """Whether anything of a row, of a pair both answers, is learned at some time of the training."""
+        if self.row_kind == "image_text":
+            return True  # not by its tokens
         each = [encoded.loss_weights_S(weights) for weights in self.token_schedule.all]
         return any(all(weights_S[part][1:].any() for part in encoded.parts) for weights_S in each)
 
@@ -254,8 +282,26 @@ class SampleEncoder:
             raise TooLong(sample.sample_id, len(encoded.tokens_S), self.max_length)
         return encoded
 
+    def _encode_whole_prompt(self, sample: Sample) -> EncodedSample:
+        """The row without its final answer; one that is too long may be an error."""
+        try:
+            return self.encode_prompt(sample)
+        except TooLong as error:
+            if self.too_long == "stop":
+                raise UseError(f"{sample.sample_id}: {self._too_long(error.num_tokens)}") from error
+            raise
+
+    def _too_long(self, num_tokens: int) -> UseError:
+        return use_error(
+            "the row",
+            f"{num_tokens} tokens",
+            f"at most data.max_length {self.max_length}",
+            "raise data.max_length, or let data.too_long drop or cut such rows",
+        )
+
     def _encode(self, sample: Sample, names: Sequence[str], grids: Sequence[Grid] = ()) -> EncodedSample:
-        encoded = self._finish(sample, self.tokenizer.encode_chat(sample.turns, sample.tools, names), grids)
+        steps = step_ends(sample, self.step_rule) if self.row_kind == "steps" else None
+        encoded = self._finish(sample, self.tokenizer.encode_chat(sample.turns, sample.tools, names, steps), grids)
         return dataclasses.replace(encoded, scales_S=encoded.scales_S * np.float32(sample.weight))
 
     def with_boxes(self, sample: Sample) -> Sample:

@@ -1,5 +1,6 @@
-"""Give a text-only model's tokenizer and chat template an image placeholder."""
+"""Give a text-only model's tokenizer and chat template an image placeholder, or any tokenizer further tokens."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,3 +74,28 @@ def extend_tokens(language_dir: Path, out_dir: Path, image_token: str) -> Extend
     image_token_id = tokenizer.convert_tokens_to_ids(image_token)
     assert isinstance(image_token_id, int), "a token has one id"
     return ExtendedTokens(image_token_id, len(tokenizer), before)
+
+
+def add_tokens(source_dir: Path, out_dir: Path, tokens: Sequence[str]) -> tuple[int, int]:
+    """Write a tokenizer with further tokens, which stay in a text when special tokens are left out of it.
+
+    Args:
+        source_dir: Hugging Face directory with a fast tokenizer.
+        out_dir: an existing directory.
+        tokens: those that are there already stay what they are.
+
+    Returns:
+        Ids in use before, and now.
+
+    Raises:
+        UseError: no tokenizer, or it has all of them.
+    """
+    tokenizer = load_tokenizer(source_dir)
+    before = len(tokenizer)
+    tokenizer.add_tokens(list(dict.fromkeys(tokens)))
+    if len(tokenizer) == before:
+        raise use_error(str(source_dir), "a tokenizer that has these tokens", "new ones", "use the directory as it is")
+    ids = tokenizer.convert_tokens_to_ids(list(tokenizer.get_added_vocab()))
+    assert max(ids) < len(tokenizer), "new tokens have the ids behind the old ones"
+    tokenizer.save_pretrained(out_dir)
+    return before, len(tokenizer)

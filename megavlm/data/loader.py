@@ -65,6 +65,7 @@ class _MicrobatchBuilder(torch.utils.data.Dataset):
         )
         if self.dataset.references is not None:
             batch.references_NQ = torch.from_numpy(self.dataset.references[list(order.indices)])
+        batch.tasks_N = self.dataset.tasks_of(order.indices)
         if order.step >= 0:
             batch.noise_seeds_N = torch.tensor([order.step << 40 | index for index in order.indices])
         if order.filler:

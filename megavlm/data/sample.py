@@ -116,6 +116,8 @@ class Sample:
         rejected_images: images of the conversation that is worse; None: the same.
         margin: by how much the chosen answer is better (reward models), where the row says so.
         label: whether the answer is good (KTO rows), where the row says so.
+        steps: that the answer is made of, where the row lists them.
+        step_labels: whether each of them is right.
         boxes: what the placeholders in the texts stand for: the i-th `<ref-object>` for the name of the i-th, the
             i-th `<bbox>` for its corners; counted anew in the rejected conversation. `boxes.py` writes them.
         tools: JSON descriptions of functions that the template shows to the model; empty: none.
@@ -132,10 +134,18 @@ class Sample:
     rejected_images: tuple[Media, ...] | None = None
     margin: float | None = None
     label: bool | None = None
+    steps: tuple[str, ...] = ()
+    step_labels: tuple[bool, ...] = ()
     boxes: tuple[Box, ...] = ()
     tools: str = ""
     channel: str = ""
     weight: float = 1.0
+
+    @property
+    def task(self) -> str:
+        """The row's own name of its task or source; empty: none."""
+        task = self.extra.get("task")
+        return self.channel or (task if isinstance(task, str) else "")
 
 
 Cut = Literal["", "turns", "answer"]
@@ -194,16 +204,19 @@ class Batch:
     `grid_thw_N3` are the grids of all its images; `patches_PC` their patches, where pixels travel with the row.
 
     `labels_T[i]` is the token after i in the same sample, `loss_weights_T[i]` the weight of predicting it
-    (0 at a sample's end and on padding). `cu_seqlens` (int32) holds the sample borders after padding, from 0 to T;
-    padding at the very end is a segment of its own. `position_ids_3T` were computed per sample.
+    (0 at a sample's end and on padding; less than 0 of a token that speaks for a wrong step, see `steps.py`).
+    `cu_seqlens` (int32) holds the sample borders after padding, from 0 to T; padding at the very end is a segment of
+    its own. `position_ids_3T` were computed per sample.
     `real_T` (bool) is False on padding, and everywhere in a row that only fills up a round.
     `patches_PC` may have 0 rows. Nothing here is cut by context parallelism yet.
 
     Where a sample is several sequences (`num_parts`), each has borders of its own; `feature_rows_V` then says which
     feature of the row's images each visual token takes (None: one after the other). `targets_N` (float32) are what the
     samples' rows say beside their tokens, `references_NQ` (float32) what a reference model says of their sequences.
-    `ahead` is what the stage found out about the whole global batch before its step (`LookAhead`).
+    `ahead` is what the stage found out about the whole global batch before its step (`LookAhead`), and `first_number`
+    the number, in the global batch, of the row's first sample; it is known where the stage looks ahead.
     `noise_seeds_N` (int64) tell steps and rows of training apart, for what is drawn at random.
+    `tasks_N` (int64) are numbers of the samples' tasks, where tasks are told apart; those of none have the next number.
     """
 
     tokens_T: torch.Tensor
@@ -222,7 +235,9 @@ class Batch:
     targets_N: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     references_NQ: torch.Tensor | None = None
     noise_seeds_N: torch.Tensor | None = None
+    tasks_N: torch.Tensor | None = None
     ahead: torch.Tensor | None = None
+    first_number: int = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """Small tensors leave a data worker as bytes: to share each as a file of memory costs more than to copy it."""

@@ -1,8 +1,8 @@
 """Chat templates that a recipe can choose instead of the model directory's own.
 
 The built-in ones follow the formats' public descriptions (ChatML; Vicuna 1.5's and Llama 2's prompts; the first stage
-of LLaVA), and each ends an answer with a token, so that a tuned model learns to stop: LLaVA-1.5's public template
-prints none.
+of LLaVA; documents as they are), and each ends an answer with a token, so that a tuned model learns to stop:
+LLaVA-1.5's public template prints none.
 """
 
 import json

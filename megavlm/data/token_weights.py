@@ -11,23 +11,24 @@ import numpy as np
 from megavlm.config.schema import DataConfig, TokenWeights
 
 # Kinds of tokens, as they are kept with a sample.
-READ, SPECIAL, INSTRUCTION, RESPONSE, BOX, ENTITY = range(6)
+READ, SPECIAL, INSTRUCTION, RESPONSE, BOX, ENTITY, RIGHT_STEP, WRONG_STEP = range(8)
 
 DEFAULT_WEIGHTS = TokenWeights()
 """Answers only."""
 
 
 def loss_weights(classes_S: np.ndarray, scales_S: np.ndarray, weights: TokenWeights = DEFAULT_WEIGHTS) -> np.ndarray:
-    """The weight of predicting each token: float32 [S].
+    """The weight of predicting each token: float32 [S]; of a token that speaks for a wrong step, minus its weight.
 
     Args:
         classes_S: int8, kinds of tokens.
         scales_S: float32, what a turn and its row multiply the weight by.
         weights: of the kinds.
     """
-    table = np.zeros(6, dtype=np.float32)
+    table = np.zeros(8, dtype=np.float32)
     table[SPECIAL], table[INSTRUCTION], table[RESPONSE] = weights.special, weights.instruction, weights.response
     table[BOX], table[ENTITY] = weights.response + weights.box, weights.response + weights.entity
+    table[RIGHT_STEP], table[WRONG_STEP] = 1, -1
     product_S: np.ndarray = table[classes_S] * scales_S
     return product_S
 

@@ -23,6 +23,7 @@ from megavlm.config.tokens import BUILT_IN_TEMPLATES
 from megavlm.data.messages import Spoken, parse_tools, spoken, text_part
 from megavlm.data.sample import Turn
 from megavlm.data.spans import Marks, Span, answer_end, box_spans, entity_spans
+from megavlm.data.steps import StepEnds, step_classes
 from megavlm.data.templates import template_text
 from megavlm.data.token_weights import BOX, ENTITY, INSTRUCTION, READ, RESPONSE, SPECIAL
 from megavlm.errors import UseError, use_error
@@ -137,7 +138,9 @@ class Tokenizer:
         self._packed = self._packed or pickle.dumps(self._tokenizer)
         return {**self.__dict__, "_loaded": None}
 
-    def encode_chat(self, turns: Sequence[Turn], tools: str = "", entities: Sequence[str] = ()) -> EncodedChat:
+    def encode_chat(
+        self, turns: Sequence[Turn], tools: str = "", entities: Sequence[str] = (), steps: StepEnds | None = None
+    ) -> EncodedChat:
         """Tokenise a conversation.
 
         An answer and its end-of-turn marker are of the kinds RESPONSE, BOX and ENTITY. What is not an answer is READ;
@@ -147,6 +150,7 @@ class Tokenizer:
             turns: of a row.
             tools: `Sample.tools`.
             entities: names that are of the kind ENTITY in answers.
+            steps: of the last answer, where nothing but their marks is learned.
 
         Raises:
             UseError: the template is not prefix-stable, does not print an answer or a tool, or refuses the
@@ -186,6 +190,10 @@ class Tokenizer:
         for kind, spans in ((ENTITY, entity_spans(text, answer_spans, entities)), (BOX, box_spans(text, answer_spans))):
             for start, end in spans:
                 classes_S[(first_S < end) & (last_S > start) & (classes_S >= RESPONSE)] = kind
+        if steps is not None:
+            return EncodedChat(
+                tokens_S, step_classes(text, answers[-1][0], steps, first_S, last_S), np.ones_like(scales_S)
+            )
         return EncodedChat(tokens_S, classes_S, scales_S)
 
     def encode_prompt(self, turns: Sequence[Turn], tools: str = "") -> np.ndarray:

@@ -53,9 +53,27 @@ def regularised_cross_entropy(
     Returns:
         As `cross_entropy`; metrics: the sums of the negative log-likelihood and of log(sum of exp(logits))^2.
     """
+    losses_T, nll_T, squares_T = regularised_token_losses(
+        logits_TW, labels_T, group, vocabulary_size, label_smoothing, z_loss_weight
+    )
+    metrics = {"nll": (nll_T * weights_T).detach().sum(), "z": (squares_T * weights_T).detach().sum()}
+    return (losses_T * weights_T).sum(), weights_T.sum(), metrics
+
+
+def regularised_token_losses(
+    logits_TW: Logits,
+    labels_T: torch.Tensor,
+    group: dist.ProcessGroup,
+    vocabulary_size: int,
+    label_smoothing: float = 0.0,
+    z_loss_weight: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `regularised_cross_entropy` adds up, of every token and without its weight: three times fp32 [T].
+
+    Returns:
+        The loss, -log p(label), and log(sum_v exp(logit_v))^2.
+    """
     logprobs_T, means_T, normalisers_T = token_statistics(logits_TW, labels_T, vocabulary_size, group)
     smoothed_T = (1 - label_smoothing) * logprobs_T + label_smoothing * means_T
     squares_T = normalisers_T**2
-    loss_sum = ((z_loss_weight * squares_T - smoothed_T) * weights_T).sum()
-    metrics = {"nll": -(logprobs_T * weights_T).detach().sum(), "z": (squares_T * weights_T).detach().sum()}
-    return loss_sum, weights_T.sum(), metrics
+    return z_loss_weight * squares_T - smoothed_T, -logprobs_T, squares_T

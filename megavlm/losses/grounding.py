@@ -1,9 +1,13 @@
 """Losses on boxes, masks and coordinates, for models that point at things.
 
-Shape suffixes: B boxes or masks, K bins of a coordinate, H and W height and width of a mask.
+Shape suffixes: B boxes or masks, K bins of a coordinate, H and W height and width of a mask; where
+coordinates are tokens, W is this rank's part of the vocabulary.
 """
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 _TINY = 1e-9
@@ -102,3 +106,51 @@ def expected_coordinate(logits_BK: torch.Tensor) -> torch.Tensor:
     """
     values_K = torch.linspace(0, 1, logits_BK.shape[1], device=logits_BK.device)
     return logits_BK.float().softmax(dim=1) @ values_K
+
+
+class _VocabularyParallelMean(torch.autograd.Function):
+    """sum_k p_k value_k, with p the softmax over some ids, whose logits lie on several ranks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits_BW: torch.Tensor, ids_K: torch.Tensor, values_K: torch.Tensor, group: dist.ProcessGroup
+    ) -> torch.Tensor:
+        width, is_shared = logits_BW.shape[1], group.size() > 1 and len(logits_BW) > 0
+        local_K = ids_K - group.rank() * width
+        here_K = (local_K >= 0) & (local_K < width)
+        columns, values = local_K[here_K], values_K[here_K]
+        picked = logits_BW[:, columns].float()
+        # a rank may have none of the ids
+        largest_B = torch.cat((picked, picked.new_full((len(picked), 1), -torch.inf)), dim=1).max(dim=1).values
+        if is_shared:
+            dist.all_reduce(largest_B, op=dist.ReduceOp.MAX, group=group)
+        exponents = (picked - largest_B[:, None]).exp()
+        sums_2B = torch.stack((exponents.sum(1), exponents @ values))
+        if is_shared:
+            dist.all_reduce(sums_2B, group=group)
+        mean_B = sums_2B[1] / sums_2B[0]
+        ctx.save_for_backward(exponents / sums_2B[0][:, None], columns, values, mean_B)
+        ctx.width = width
+        return mean_B
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        shares, columns, values, mean_B = ctx.saved_tensors
+        grad_BW = shares.new_zeros(len(mean_B), ctx.width)
+        grad_BW[:, columns] = grads[0][:, None] * shares * (values - mean_B[:, None])
+        return grad_BW, None, None, None
+
+
+def expected_coordinate_of_vocabulary(
+    logits_BW: torch.Tensor, ids_K: torch.Tensor, group: dist.ProcessGroup
+) -> torch.Tensor:
+    """`expected_coordinate` of the logits of K coordinate tokens out of a sharded vocabulary: fp32 [B], on every rank.
+
+    Args:
+        logits_BW: this rank's part of the logits of some tokens; rank r holds ids r * W to (r + 1) * W - 1.
+        ids_K: int64 ids of the coordinate tokens; the k-th stands for k / (K - 1).
+        group: the ranks that share the vocabulary (tensor parallel).
+    """
+    values_K = torch.linspace(0, 1, len(ids_K), device=logits_BW.device)
+    mean_B: torch.Tensor = _VocabularyParallelMean.apply(logits_BW, ids_K, values_K, group)
+    return mean_B

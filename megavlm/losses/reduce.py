@@ -12,7 +12,7 @@ def global_sums(local: torch.Tensor, counts: bool) -> torch.Tensor:
     """Add up sums and counts over the ranks that saw different tokens; every rank of the world calls this.
 
     Args:
-        local: 1-D float64 tensor.
+        local: vector or matrix, in float64 where what is added up has different sizes.
         counts: whether this rank's is counted: one of the ranks that computed the same loss.
 
     Returns:

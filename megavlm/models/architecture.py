@@ -11,19 +11,29 @@ class RopeScaling:
     """Rotary frequencies that are stretched for contexts longer than those of pretraining.
 
     Attributes:
-        kind: `linear` divides all by `factor`; `llama3` (Llama 3.1) divides slow ones, leaves fast ones, and blends
-            those between.
+        kind: `linear` divides all by `factor`; `llama3` (Llama 3.1) and `yarn` divide slow ones, leave fast ones, and
+            blend those between: llama3 by their turns, yarn by their number.
         factor: of stretching.
-        low_frequency_factor: wavelengths above original_max_positions / this are slow.
-        high_frequency_factor: wavelengths below original_max_positions / this are fast.
+        low_frequency_factor: wavelengths above original_max_positions / this are slow (yarn's beta_slow).
+        high_frequency_factor: wavelengths below original_max_positions / this are fast (yarn's beta_fast).
         original_max_positions: context length of pretraining, in tokens.
+        attention_factor: what cosines and sines are multiplied by (yarn).
+        truncate: whether the ends of yarn's ramp are whole numbers.
     """
 
-    kind: Literal["linear", "llama3"]
+    kind: Literal["linear", "llama3", "yarn"]
     factor: float
     low_frequency_factor: float = 1.0
     high_frequency_factor: float = 1.0
     original_max_positions: int = 0
+    attention_factor: float = 1.0
+    truncate: bool = True
+
+    def __repr__(self) -> str:
+        """Fields that the kind reads: checkpoints are compared by this text, also those from before there was yarn."""
+        names = ["kind", "factor", "low_frequency_factor", "high_frequency_factor", "original_max_positions"]
+        names += ["attention_factor", "truncate"] if self.kind == "yarn" else []
+        return f"RopeScaling({', '.join(f'{name}={vars(self)[name]!r}' for name in names)})"
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,10 @@ class ExpertsArchitecture:
     num_experts: int
     top_k: int
     ffn_hidden_size: int
+
+
+Head = Literal["words", "scores", "embeddings"]
+"""What a model ends in: an output layer over words, a reward model's scores, or embeddings."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +80,18 @@ class LanguageArchitecture:
     experts: ExpertsArchitecture | None = None
     has_score_head: bool = field(default=False, repr=False)
     """Of a reward model: one number a token in place of logits. Not in the text by which checkpoints are compared."""
+    embedding_dim: int = field(default=0, repr=False)
+    """Of an embedding model: so many numbers a token in place of logits; 0: it is none. Not in that text either."""
+
+    @property
+    def head(self) -> Head:
+        """What stands behind the last layer."""
+        return "scores" if self.has_score_head else "embeddings" if self.embedding_dim else "words"
 
     @property
     def shares_embeddings(self) -> bool:
         """Whether the output layer is the embedding."""
-        return self.tied_embeddings and not self.has_score_head
+        return self.tied_embeddings and self.head == "words"
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """From an architecture and a layout to the parts of the model that this rank holds."""
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -41,7 +42,7 @@ def transformer_config(
     """
     language, dtype = architecture.language, DTYPES[precision]
     interleaved = parallel.virtual_pipeline_model_parallel_size > 1
-    return TransformerConfig(
+    config = TransformerConfig(
         num_layers=language.num_layers,
         hidden_size=language.hidden_size,
         ffn_hidden_size=language.ffn_hidden_size,
@@ -85,6 +86,13 @@ def transformer_config(
         **_recompute(parallel),
         **fp8,
     )
+    if language.rope_scaling is not None and language.rope_scaling.attention_factor != 1:
+        # What Megatron-Core's attention multiplies cosines and sines by is made of these: 1 + mscale ln(factor) / 10.
+        attention_factor = language.rope_scaling.attention_factor
+        vars(config).update(
+            yarn_rotary_scaling_factor=math.e, yarn_mscale=10 * (attention_factor - 1), yarn_mscale_all_dim=0.0
+        )
+    return config
 
 
 def _experts(language: LanguageArchitecture, model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:

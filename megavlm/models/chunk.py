@@ -86,7 +86,8 @@ class LanguageChunk(MegatronModule):
 
         Returns:
             Logits [L, W] on the last chunk (where the loss computes them, what they are computed from: [L, H]; of a
-            reward model scores [L, 1]), hidden states [S, K, H] elsewhere.
+            reward model scores [L, 1]; of an embedding model what `EmbeddingHead` gives), hidden states [S, K, H]
+            elsewhere.
         """
         borders = cu_seqlens.to(torch.int32)
         longest = int((borders[1:] - borders[:-1]).max())

@@ -4,6 +4,7 @@ Shape suffixes: T tokens of the whole packed row, N samples, H hidden size.
 Source: Jain et al., arXiv 2310.05914, algorithm 1.
 """
 
+import numpy as np
 import torch
 
 
@@ -33,7 +34,13 @@ def embedding_noise(
     ):
         length = int(real_T[start:end].sum())
         if length:
-            generator = torch.Generator().manual_seed(hash((seed, sample_seed)) % 2**63)
+            generator = torch.Generator().manual_seed(_mixed(seed, sample_seed))
             drawn = torch.rand(length, hidden_size, generator=generator)
             noise_TH[start : start + length] = (2 * drawn - 1) * (alpha / (length * hidden_size) ** 0.5)
     return noise_TH
+
+
+def _mixed(seed: int, sample_seed: int) -> int:
+    """One seed of two, the same with every version of Python (whose own hash of a pair is not) and of numpy."""
+    high, low = np.random.SeedSequence([seed, sample_seed]).generate_state(2).tolist()
+    return (high << 31) ^ low

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megavlm.models.architecture import LanguageArchitecture
+from megavlm.models.embedding_head import EmbeddingHead
 from megavlm.models.experts import experts_spec, finish_experts
 from megavlm.models.gated import GatedLayer
 from megavlm.models.rope import RotaryAngles
@@ -94,5 +95,7 @@ def build_language_model(
     )
     if architecture.has_score_head and post_process:
         model.output_layer = ScoreHead(config, groups.tp)
+    if architecture.embedding_dim and post_process:
+        model.output_layer = EmbeddingHead(config, groups.tp, architecture.embedding_dim)
     finish_experts(model, groups)
     return model

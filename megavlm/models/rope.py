@@ -31,9 +31,8 @@ class RotaryAngles(nn.Module):
         scaling: RopeScaling | None = None,
     ) -> None:
         super().__init__()
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
         # a plain attribute: it must stay fp32 in a bf16 model, and is no part of the state
-        self.inverse_frequencies_F = scale_frequencies(1.0 / base**exponents, scaling)
+        self.inverse_frequencies_F = inverse_frequencies(head_dim, base, device, scaling)
         self.section = section
         self.interleaved = interleaved
 
@@ -56,21 +55,41 @@ class RotaryAngles(nn.Module):
         return mixed_TF
 
 
-def scale_frequencies(inverse_F: torch.Tensor, scaling: RopeScaling | None) -> torch.Tensor:
-    """Inverse frequencies, stretched.
+def inverse_frequencies(
+    head_dim: int, base: float, device: torch.device, scaling: RopeScaling | None = None
+) -> torch.Tensor:
+    """Inverse frequencies [F] in fp32, stretched.
 
-    Source: position interpolation, Chen et al., arXiv 2306.15595 (`linear`); Llama 3.1's model code (`llama3`).
+    Source: position interpolation, Chen et al., arXiv 2306.15595 (`linear`); Llama 3.1's model code (`llama3`); YaRN,
+    Peng et al., arXiv 2309.00071, section 3.2 (`yarn`), with the ramp over the number of the frequency, as in the
+    authors' code (jquesnelle/yarn) and in transformers.
     """
+    frequencies_F = base ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    inverse_F = 1.0 / frequencies_F
     if scaling is None:
         return inverse_F
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    if scaling.kind == "yarn":
+        first, last = (_number_of_turns(turns, head_dim, base, scaling.original_max_positions) for turns in (high, low))
+        if scaling.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, head_dim - 1)
+        last += 0.001 if first == last else 0  # a step
+        numbers_F = torch.arange(len(inverse_F), dtype=torch.float32, device=device)
+        weight_F = 1 - ((numbers_F - first) / (last - first)).clamp(0, 1)
+        return (1.0 / (scaling.factor * frequencies_F)) * (1 - weight_F) + inverse_F * weight_F
     stretched_F = inverse_F / scaling.factor
     if scaling.kind == "linear":
         return stretched_F
-    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
     # turns within the context of pretraining: 0 where slow, 1 where fast
     turns_F = scaling.original_max_positions * inverse_F / (2 * math.pi)
     weight_F = ((turns_F - low) / (high - low)).clamp(0, 1)
     return (1 - weight_F) * stretched_F + weight_F * inverse_F
+
+
+def _number_of_turns(turns: float, head_dim: int, base: float, num_positions: int) -> float:
+    """The (broken) number of the frequency that turns so often within some positions."""
+    return head_dim * math.log(num_positions / (turns * 2 * math.pi)) / (2 * math.log(base))
 
 
 def axial_angles(rows_P: torch.Tensor, columns_P: torch.Tensor, head_dim: int, base: float = 10000.0) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """The text part of a Hugging Face config: what Llama- and Qwen-like decoders have in common."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,15 +19,19 @@ def rope_settings(text: Mapping[str, Any]) -> dict[str, Any]:
         found["rope_theta"] = text["rope_theta"]
     kind = found.get("rope_type", found.get("type", "default"))
     # Qwen2-VL's checkpoints on the hub call plain multimodal RoPE `mrope`
-    if kind not in ("default", "mrope", "linear", "llama3"):
+    # dynamic scaling begins behind max_position_embeddings, where no row gets to
+    if kind not in ("default", "mrope", "linear", "llama3", "yarn", "dynamic"):
         raise use_error(
-            "text_config rope_type", kind, "default, linear or llama3", "no other RoPE scaling is supported"
+            "text_config rope_type",
+            kind,
+            "default, linear, llama3, yarn or dynamic",
+            "no other RoPE scaling is supported",
         )
     return found
 
 
-def rope_scaling(settings: Mapping[str, Any]) -> RopeScaling | None:
-    """The scaling that `rope_settings` speak of; None: plain RoPE."""
+def rope_scaling(settings: Mapping[str, Any], max_positions: int) -> RopeScaling | None:
+    """The scaling that `rope_settings` of a model for so many positions speak of; None: plain RoPE."""
     kind = settings.get("rope_type", settings.get("type", "default"))
     if kind == "linear":
         return RopeScaling("linear", float(settings["factor"]))
@@ -38,7 +43,29 @@ def rope_scaling(settings: Mapping[str, Any]) -> RopeScaling | None:
             float(settings["high_freq_factor"]),
             int(settings["original_max_position_embeddings"]),
         )
+    if kind == "yarn":
+        original = int(settings.get("original_max_position_embeddings") or max_positions)
+        factor = float(settings.get("factor") or max_positions / original)
+        attention_factor = settings.get("attention_factor")
+        if attention_factor is None:
+            over, under = (settings.get(name) for name in ("mscale", "mscale_all_dim"))
+            ratio = _concentration(factor, over) / _concentration(factor, under) if over and under else None
+            attention_factor = _concentration(factor) if ratio is None else ratio
+        return RopeScaling(
+            "yarn",
+            factor,
+            float(settings.get("beta_slow") or 1),
+            float(settings.get("beta_fast") or 32),
+            original,
+            float(attention_factor),
+            bool(settings.get("truncate", True)),
+        )
     return None
+
+
+def _concentration(factor: float, weight: float = 1.0) -> float:
+    """Of yarn: the square root of 1/t, arXiv 2309.00071, section 3.4."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def read_language(
@@ -68,6 +95,6 @@ def read_language(
         max_positions=text["max_position_embeddings"],
         rotary_base=settings["rope_theta"],
         tied_embeddings=tied,
-        rope_scaling=rope_scaling(settings),
+        rope_scaling=rope_scaling(settings, text["max_position_embeddings"]),
         **traits,
     )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.enums import Fp8Recipe
-from megatron.core.fp8_utils import get_fp8_context
+from megatron.core.fp8_utils import get_fp8_align_size, get_fp8_context
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -155,6 +155,10 @@ def run_layers(
     # As in TransformerBlock.forward: with delayed scales one context for all layers, else one each.
     is_delayed = bool(block.config.fp8) and block.config.fp8_recipe == Fp8Recipe.delayed
     hidden_P1D = ready_for_recompute(hidden_P1D, block)
+    num_patches = len(hidden_P1D)
+    if block.config.fp8:
+        multiple = get_fp8_align_size(block.config.fp8_recipe)
+        hidden_P1D, packing, angles = _filled_up(hidden_P1D, packing, angles, multiple)
     kept: dict[int, torch.Tensor] = {}
     with get_fp8_context(block.config) if is_delayed else contextlib.nullcontext():
         for local_number, layer in enumerate(block.layers):
@@ -172,5 +176,19 @@ def run_layers(
 
             hidden_P1D = tensor_parallel.checkpoint(run, False, hidden_P1D) if recompute else run(hidden_P1D)
             if layer.layer_number - 1 in taps:
-                kept[layer.layer_number - 1] = hidden_P1D
-    return hidden_P1D, [kept[number] for number in taps if number in kept]
+                kept[layer.layer_number - 1] = hidden_P1D[:num_patches]
+    return hidden_P1D[:num_patches], [kept[number] for number in taps if number in kept]
+
+
+def _filled_up(
+    hidden_P1D: torch.Tensor, packing: Sequence[PackedSeqParams], angles: torch.Tensor | None, multiple: int
+) -> tuple[torch.Tensor, list[PackedSeqParams], torch.Tensor | None]:
+    """Patches with zeros behind them, which are an attention segment of their own: FP8 products take whole blocks."""
+    missing = -len(hidden_P1D) % multiple
+    if not missing:
+        return hidden_P1D, list(packing), angles
+    hidden_P1D = torch.nn.functional.pad(hidden_P1D, (0, 0, 0, 0, 0, missing))
+    if angles is not None:
+        angles = torch.nn.functional.pad(angles, (0, 0, 0, 0, 0, 0, 0, missing))
+    filled = {id(one): pack_params([*one.cu_seqlens_q.diff().tolist(), missing], hidden_P1D.device) for one in packing}
+    return hidden_P1D, [filled[id(one)] for one in packing], angles

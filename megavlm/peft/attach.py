@@ -88,7 +88,10 @@ def _attach_prefixes(part: Part, plan: TuningPlan, seed: int, dtype: torch.dtype
         name = global_name(part, f"{local_name}.adapter")
         tuning = plan.of(component_of(name), layer_of(name))
         if tuning.method == "prefix":
-            module.adapter = Prefix(module, tuning.size, dtype)
+            # The module's own config counts a head for each tensor rank where there are fewer heads than ranks.
+            num_heads = part.get_submodule(local_name.rpartition(".")[0]).config.num_query_groups
+            assert isinstance(num_heads, int)
+            module.adapter = Prefix(module, num_heads, tuning.size, dtype)
             module.adapter.initialise(name, seed)
             counts[component_of(name)] += 1
 

@@ -25,10 +25,18 @@ _DEVIATION = 0.02
 class Prefix(PrefixModule):
     """Keys and values of one layer, all heads of them on every rank."""
 
-    def __init__(self, attention: PackedAttention, num_virtual_tokens: int, dtype: torch.dtype) -> None:
+    def __init__(self, attention: PackedAttention, num_heads: int, num_virtual_tokens: int, dtype: torch.dtype) -> None:
+        """Make room for both.
+
+        Args:
+            attention: in front of whose keys and values they will stand.
+            num_heads: key/value heads of the layer, of all tensor ranks together.
+            num_virtual_tokens: P.
+            dtype: of the model.
+        """
         super().__init__()
-        config, self.group = attention.config, attention.tensor_group
-        shape = (num_virtual_tokens, config.num_query_groups, config.kv_channels)
+        self.group = attention.tensor_group
+        shape = (num_virtual_tokens, num_heads, attention.config.kv_channels)
         device = torch.cuda.current_device()
         self.key = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
         self.value = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))

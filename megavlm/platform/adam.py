@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch.optim.adam import adam
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """AdamW (adam_w_mode) or Adam with L2, as torch foreach operations."""
+    """AdamW (adam_w_mode) or Adam with L2, by torch's fused kernel: one pass over the weights."""
 
     def __init__(
         self,
@@ -30,6 +31,7 @@ class FusedAdam(torch.optim.Optimizer):
             params,
             {"lr": lr, "bias_correction": bias_correction, "betas": betas, "eps": eps, "weight_decay": weight_decay},
         )
+        assert bias_correction, "torch's kernel has no Adam without bias correction"
         self.adam_w_mode = adam_w_mode
 
     @torch.no_grad()
@@ -43,22 +45,24 @@ class FusedAdam(torch.optim.Optimizer):
                 self._update(group, params)
 
     def _update(self, group: dict[str, Any], params: list[torch.Tensor]) -> None:
-        (beta1, beta2), step, weight_decay = group["betas"], group["step"], group["weight_decay"]
         for param in params:
             if not self.state[param]:
                 self.state[param].update(exp_avg=torch.zeros_like(param), exp_avg_sq=torch.zeros_like(param))
-        averages = [self.state[p]["exp_avg"] for p in params]
-        squares = [self.state[p]["exp_avg_sq"] for p in params]
-        grads: Any = [p.grad for p in params]
-        if weight_decay and self.adam_w_mode:
-            torch._foreach_mul_(params, 1 - group["lr"] * weight_decay)
-        elif weight_decay:
-            grads = torch._foreach_add(grads, params, alpha=weight_decay)
-        torch._foreach_lerp_(averages, grads, 1 - beta1)
-        torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
-        correction1, correction2 = (1 - beta1**step, 1 - beta2**step) if group["bias_correction"] else (1.0, 1.0)
-        denominator = torch._foreach_sqrt(squares)
-        torch._foreach_div_(denominator, correction2**0.5)
-        torch._foreach_add_(denominator, group["eps"])
-        torch._foreach_addcdiv_(params, averages, denominator, -group["lr"] / correction1)
+        adam(
+            params,
+            [param.grad for param in params if param.grad is not None],
+            [self.state[param]["exp_avg"] for param in params],
+            [self.state[param]["exp_avg_sq"] for param in params],
+            [],
+            # Of updates before this one; the kernel counts on in place, each parameter for itself.
+            list(torch.full((len(params),), group["step"] - 1.0, device=params[0].device).unbind()),
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+            decoupled_weight_decay=self.adam_w_mode,
+        )

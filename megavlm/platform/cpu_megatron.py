@@ -4,7 +4,9 @@ These touch private names, so each says the versions it was checked with, and fa
 """
 
 import contextlib
+import functools
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ def apply() -> None:
     _define_missing_gemm()
     _snapshot_before_async_save()
     _use_fused_adam()
+    _leave_out_collectives_of_one_rank()
 
 
 def _skip_fp8_state() -> None:
@@ -82,3 +85,27 @@ def _use_fused_adam() -> None:
         optimizer.USING_PYTORCH_OPTIMIZER = False
         distributed_optimizer.HAVE_APEX_OR_TE = True
         distributed_optimizer.USING_APEX_OPTIMIZER = True
+
+
+def _leave_out_collectives_of_one_rank() -> None:
+    """Gloo copies buffers to scratch memory and back where one rank is all there is; NCCL does nothing, in place."""
+    import megatron.core.distributed.param_and_grad_buffer as buffers
+
+    for name, original in (
+        ("dist_all_gather_func", torch.distributed.all_gather_into_tensor),
+        ("dist_reduce_scatter_func", torch.distributed.reduce_scatter_tensor),
+    ):
+        assert vars(buffers)[name] in (original, _unless_alone(original)), f"megatron-core moved {name}"
+        vars(buffers)[name] = _unless_alone(original)
+
+
+@functools.cache
+def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """The collective, left out where a single rank would send a tensor to itself."""
+
+    def call(output: torch.Tensor, input: torch.Tensor, *, group: torch.distributed.ProcessGroup, **knobs: Any) -> Any:
+        if group.size() == 1 and output.data_ptr() == input.data_ptr():
+            return None
+        return collective(output, input, group=group, **knobs)
+
+    return call

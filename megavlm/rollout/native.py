@@ -1,12 +1,14 @@
-"""Greedy answers from the model as it stands, in whatever layout it is trained in.
+"""Answers from the model as it stands, greedy or drawn, in whatever layout it is trained in.
 
 Every new token costs a forward pass over the packed prompts (no key/value cache): meant for the few samples of a
 report and for looking at a checkpoint, not for serving; export the model and use an inference engine for that.
 
-Shape suffixes: T tokens of the packed row, L those of a context-parallel rank, W this rank's part of the vocabulary.
+Shape suffixes: T tokens of the packed row, L those of a context-parallel rank, W this rank's part of the vocabulary,
+N answers.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,28 @@ RunForward = Callable[[Batch, Callable[[Any, Batch], torch.Tensor]], torch.Tenso
 """Forward pass of one packed row: (row, what to do with the last stage's logits) to that result, None elsewhere."""
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn.
+
+    Attributes:
+        temperature: above 0; logits are divided by it.
+        seeds: for each prompt the numbers that its draws come from, whatever else is answered beside it.
+    """
+
+    temperature: float
+    seeds: Sequence[tuple[int, ...]]
+
+    def noise(self, prompt: int, position: int, size: int) -> torch.Tensor:
+        """Gumbel noise of a token's whole vocabulary, float32 [size], the same under every layout.
+
+        The largest of logits with such noise is a draw from their softmax (Maddison et al., arXiv 1411.0030, 2).
+        """
+        mixed = np.random.SeedSequence([*self.seeds[prompt], position]).generate_state(2).tolist()
+        generator = torch.Generator().manual_seed((mixed[0] << 31) ^ mixed[1])
+        return -torch.empty(size).exponential_(generator=generator).clamp_(min=1e-37).log()
+
+
 def greedy_answers(
     prompts: Sequence[EncodedSample],
     encoder: SampleEncoder,
@@ -34,14 +58,12 @@ def greedy_answers(
     total_multiple: int,
     max_new_tokens: int,
 ) -> list[str]:
-    """`greedy_tokens`, decoded without special tokens."""
-    answers = greedy_tokens(
-        prompts, encoder, groups, run_forward, sample_multiple, total_multiple, max_new_tokens=max_new_tokens
-    )
+    """`answer_tokens`, the likeliest each, decoded without special tokens."""
+    answers = answer_tokens(prompts, encoder, groups, run_forward, sample_multiple, total_multiple, max_new_tokens)
     return [encoder.tokenizer.decode(answer).strip() for answer in answers]
 
 
-def greedy_tokens(
+def answer_tokens(
     prompts: Sequence[EncodedSample],
     encoder: SampleEncoder,
     groups: Groups,
@@ -49,6 +71,7 @@ def greedy_tokens(
     sample_multiple: int,
     total_multiple: int,
     max_new_tokens: int,
+    sampling: Sampling | None = None,
 ) -> list[list[int]]:
     """Answer prompts together, one packed row, until all have ended.
 
@@ -60,6 +83,7 @@ def greedy_tokens(
         sample_multiple: see `data.packing.pack`.
         total_multiple: see `data.packing.pack`.
         max_new_tokens: of each answer.
+        sampling: how tokens are drawn; None: the likeliest is taken.
 
     Returns:
         The answers' tokens, that which ends one included, on every rank.
@@ -68,7 +92,7 @@ def greedy_tokens(
     open_ones = list(range(len(prompts)))
     pixels = {i: load_sample_patches(prompts[i], encoder) for i in open_ones}
     ends = set(encoder.tokenizer.eos_token_ids)
-    for _ in range(max_new_tokens):
+    for position in range(max_new_tokens):
         rows = [_extended(prompts[i], answers[i]) for i in open_ones]
         batch = pack(
             rows,
@@ -80,7 +104,8 @@ def greedy_tokens(
         )
         starts = batch.cu_seqlens.tolist()
         last = torch.tensor([starts[n] + len(row.tokens_S) - 1 for n, row in enumerate(rows)])
-        chosen = _next_tokens(run_forward, batch, last, groups, len(rows), encoder.inputs.image_token_id)
+        draw = None if sampling is None else _Draw(sampling, tuple(open_ones), position)
+        chosen = _next_tokens(run_forward, batch, last, groups, draw, encoder.inputs.image_token_id)
         for i, token in zip(open_ones, chosen, strict=True):
             answers[i].append(token)
         open_ones = [i for i, token in zip(open_ones, chosen, strict=True) if token not in ends]
@@ -105,10 +130,26 @@ def _extended(prompt: EncodedSample, answer: list[int]) -> EncodedSample:
     )
 
 
+@dataclass(frozen=True)
+class _Draw:
+    """How the next tokens of some prompts are drawn."""
+
+    sampling: Sampling
+    prompts: tuple[int, ...]
+    position: int
+
+    def __call__(self, logits_NW: torch.Tensor, rank: int, size: int) -> torch.Tensor:
+        """With noise, of which a tensor rank has its part."""
+        width = logits_NW.shape[1]
+        noise = [self.sampling.noise(prompt, self.position, width * size) for prompt in self.prompts]
+        noise_NW = torch.stack(noise)[:, rank * width : (rank + 1) * width].to(logits_NW.device)
+        return logits_NW / self.sampling.temperature + noise_NW
+
+
 def _next_tokens(
-    run_forward: RunForward, batch: Batch, last: torch.Tensor, groups: Groups, num_rows: int, image_token_id: int
+    run_forward: RunForward, batch: Batch, last: torch.Tensor, groups: Groups, draw: _Draw | None, image_token_id: int
 ) -> list[int]:
-    """The likeliest token after position `last[n]` of the packed row, for each n, on every rank.
+    """The likeliest, or a drawn, token after position `last[n]` of the packed row, for each n, on every rank.
 
     Never the placeholder of an image: there would be no image for it.
     """
@@ -125,6 +166,8 @@ def _next_tokens(
         column = image_token_id - groups.tensor.rank() * logits_LW.shape[1]
         if 0 <= column < logits_LW.shape[1]:
             rows[:, column] = float("-inf")
+        if draw is not None:
+            rows = draw(rows, groups.tensor.rank(), groups.tensor.size())
         best, index = rows.max(dim=1)
         index = index + groups.tensor.rank() * logits_LW.shape[1]
         best = best.masked_fill(~mine, float("-inf"))
@@ -132,7 +175,7 @@ def _next_tokens(
 
     chosen: Any = run_forward(batch, choose)
     if chosen is None:
-        chosen = torch.zeros(num_rows, dtype=torch.int64, device=torch.cuda.current_device())
+        chosen = torch.zeros(len(last), dtype=torch.int64, device=torch.cuda.current_device())
     # Every pipeline has the same rows; ranks that only encode are in none. The last rank is on a last stage.
     dist.broadcast(chosen, src=dist.get_world_size() - 1)
     return [int(token) for token in chosen]

@@ -1,7 +1,7 @@
 """The report's samples: held-out questions answered before and after training."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +10,31 @@ import torch
 from megavlm.config.numerics import row_multiples
 from megavlm.data.media import shown_file
 from megavlm.data.readers import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
-from megavlm.data.sample import Batch, Sample
-from megavlm.rollout.native import greedy_answers
+from megavlm.data.sample import Batch, EncodedSample, Sample
+from megavlm.rollout.native import Sampling, answer_tokens
+from megavlm.train.passes import run_schedule
 from megavlm.train.pipeline_work import Rows
 from megavlm.train.scheduling import evaluation_schedule
 from megavlm.train.shares import StepShares, share_step
 from megavlm.train.stages.registry import STAGES
 from megavlm.train.state import TrainState
-from megavlm.train.step import run_schedule
 
 SAMPLES_NAME = "samples.json"
 
 
-@torch.no_grad()
 def answer(state: TrainState, samples: list[Sample]) -> list[str]:
     """Greedy answers of the model as it stands; every rank calls this."""
     encoder = state.train_set.encoder
+    prompts = [encoder.encode_prompt(sample) for sample in samples]
+    answers = answer_prompts(state, prompts, state.recipe.observe.report_max_new_tokens)
+    return [encoder.tokenizer.decode(tokens).strip() for tokens in answers]
+
+
+@torch.no_grad()
+def answer_prompts(
+    state: TrainState, prompts: Sequence[EncodedSample], max_new_tokens: int, sampling: Sampling | None = None
+) -> list[list[int]]:
+    """Tokens of the answers of the model as it stands (see `rollout.native.answer_tokens`); every rank calls this."""
     topology = state.groups.topology
     sample_multiple, total_multiple = row_multiples(state.recipe)
 
@@ -41,14 +50,15 @@ def answer(state: TrainState, samples: list[Sample]) -> list[str]:
         return results[0] if results else None
 
     state.set_training(False)
-    answers = greedy_answers(
-        [encoder.encode_prompt(sample) for sample in samples],
-        encoder,
+    answers = answer_tokens(
+        prompts,
+        state.train_set.encoder,
         state.groups,
         run_forward,
         sample_multiple,
         total_multiple,
-        state.recipe.observe.report_max_new_tokens,
+        max_new_tokens,
+        sampling,
     )
     state.set_training(True)
     return answers
@@ -67,8 +77,8 @@ def _own_patches(state: TrainState, batch: Batch, shares: StepShares) -> torch.T
 def report_samples(state: TrainState) -> list[Sample]:
     """The held-out samples that the report shows: spread evenly over the held-out rows."""
     number = state.recipe.observe.num_report_samples
-    is_reward_model = STAGES[state.recipe.train.stage].is_reward_model
-    if not state.recipe.observe.report or state.eval_set is None or not number or is_reward_model:
+    has_words = STAGES[state.recipe.train.stage].head == "words"
+    if not state.recipe.observe.report or state.eval_set is None or not number or not has_words:
         return []
     # A row that was cut may be too long as a question, too.
     whole = [index for index in range(len(state.eval_set)) if not state.eval_set.is_cut(index)]

@@ -1,7 +1,8 @@
 """The experts' load-balancing loss in a training step: its scale beside the main loss, and its figure.
 
-Routers attach sums over tokens. Gradients of everything are divided by the weight of the global batch's predicted
-tokens, so that these sums are scaled by that weight over the number of tokens: what is left is a mean.
+Routers attach sums over tokens. Gradients of everything are divided by the stage's count over the global batch (weights
+of predicted tokens, or pairs, or answers), so that these sums are scaled by that count over the number of tokens: what
+is left is a mean.
 """
 
 from collections.abc import Sequence
@@ -15,20 +16,21 @@ from megavlm.models.experts import set_balance_scale, take_balance
 from megavlm.train.state import TrainState
 
 
-def prepare(state: TrainState, batches: Sequence[Batch]) -> None:
-    """Set the scale for a step, before its first forward pass.
+def prepare(state: TrainState, batches: Sequence[Batch]) -> float | None:
+    """Set the scale for a step, before its first forward pass; returns the count that it was made of, where known.
 
     Args:
         state: the run.
         batches: this data rank's packed rows.
     """
     if state.groups.place is None:  # only encodes
-        return
-    weights = sum(float(batch.loss_weights_T.double().sum()) for batch in batches)
-    sums = torch.tensor([weights, _num_tokens(batches)], dtype=torch.float64, device=state.device)
+        return None
+    count = sum(state.stage.count(batch) for batch in batches)
+    sums = torch.tensor([count, _num_tokens(batches)], dtype=torch.float64, device=state.device)
     dist.all_reduce(sums, group=state.groups.data)
     scale = torch.tensor(float(sums[0] / sums[1]), device=state.device)
     set_balance_scale(state.optimizer.scale_loss(scale))
+    return float(sums[0])
 
 
 def measure(state: TrainState, batches: Sequence[Batch]) -> float:

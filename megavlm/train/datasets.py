@@ -9,14 +9,17 @@ import numpy as np
 from megavlm.checkpoint.hf_io import HFDirectory
 from megavlm.config.inputs import InputSpec
 from megavlm.config.schema import DataConfig, Recipe
+from megavlm.config.tasks import task_names
 from megavlm.data.augment import Augmentation
 from megavlm.data.dataset import Dataset
 from megavlm.data.encode import SampleEncoder, open_encoder
 from megavlm.data.image_loading import ImageLoading, choose_backend
+from megavlm.data.image_text import ImageTextPrompts
 from megavlm.data.index_files import Builders, build_index, fingerprint, index_beside, is_complete
 from megavlm.data.row_options import RowOptions, row_options
 from megavlm.data.rows import Rows
 from megavlm.data.sources import expand_paths
+from megavlm.data.steps import StepRule
 from megavlm.data.token_weights import token_schedule
 from megavlm.data.video_spec import VideoLimits
 from megavlm.train.stages.registry import STAGES
@@ -49,6 +52,8 @@ def encoder_of(recipe: Recipe, inputs: InputSpec) -> SampleEncoder:
         schedule=token_schedule(data),
         loading=image_loading(recipe),
         row_kind=STAGES[recipe.train.stage].row_kind,
+        step_rule=StepRule(recipe.reward.step_separator, recipe.reward.train_on_last_step_only),
+        prompts=ImageTextPrompts(recipe.contrastive.image_prompt, recipe.contrastive.text_prompt),
     )
 
 
@@ -91,7 +96,9 @@ def build_dataset(
     Raises:
         UseError: naming the row at fault.
     """
-    return _dataset(Rows.open(paths, options_of_rows(recipe)), recipe, encoder, builders)
+    dataset = _dataset(Rows.open(paths, options_of_rows(recipe)), recipe, encoder, builders)
+    dataset.task_names = task_names(recipe)
+    return dataset
 
 
 def build_train_set(
@@ -107,7 +114,17 @@ def build_train_set(
     dataset = _dataset(rows, recipe, encoder, builders)
     first_files = np.cumsum([0, *(len(files) for files in files_each)])
     first_rows = np.concatenate(([0], np.cumsum(rows.num_rows_each_file)))[first_files]
-    return dataset, tuple(np.diff(np.searchsorted(dataset.index.kept_N, first_rows)).tolist())
+    sizes = np.diff(np.searchsorted(dataset.index.kept_N, first_rows))
+    dataset.task_names = task_names(recipe)
+    if dataset.task_names:
+        dataset.tasks = np.repeat(_tasks_of_sources(recipe, dataset.task_names), sizes)
+    return dataset, tuple(sizes.tolist())
+
+
+def _tasks_of_sources(recipe: Recipe, names: tuple[str, ...]) -> list[int]:
+    """The number of each source's task."""
+    has_tasks = bool(recipe.data.mixture_tasks)
+    return [names.index(source.task if has_tasks else source.name) for source in recipe.data.mixture]
 
 
 def _dataset(rows: Rows, recipe: Recipe, encoder: SampleEncoder, builders: Builders | None) -> Dataset:

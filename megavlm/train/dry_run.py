@@ -106,7 +106,7 @@ def dry_run(recipe: Recipe, world_size: int, model_dir: Path) -> DryRun:
     """
     validate_recipe(recipe, check_paths=False)
     validate_layout(recipe, world_size)
-    architecture = read_architecture(model_dir)
+    architecture = read_architecture(model_dir, recipe.model)
     validate_model(recipe, facts_of(architecture))
     if not recipe.gpu:
         raise use_error("gpu", "nothing", "the GPU that the recipe is meant for", "e.g. gpu: h100")

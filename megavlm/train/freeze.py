@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from megavlm.config.tuning import COMPONENTS, TuningPlan
+from megavlm.models.embedding_head import HF_NAMES as EMBEDDING_NAMES
 from megavlm.models.names import Part, component_of, is_adapter, layer_of, named_parameters
 from megavlm.models.score import NATIVE_NAME
 
@@ -15,11 +16,13 @@ def learning_components(plan: TuningPlan) -> list[str]:
 def freeze(models: Iterable[Part], plan: TuningPlan) -> None:
     """Freeze what the plan does not let learn; adapters learn, and a reward model's head with the language model.
 
+    A head for embeddings always learns: a frozen language model is how a tower alone is trained by what texts say.
+
     Call before DDP wraps the model: it makes gradient buffers for what learns only.
     """
     for model in models:
         for name, parameter in named_parameters(model):
             learns = is_adapter(name) or plan.of(component_of(name), layer_of(name)).method == "full"
             is_head = name == NATIVE_NAME and model.architecture.language.has_score_head
-            if not learns and not (is_head and plan.learns("language")):
+            if not learns and not (is_head and plan.learns("language")) and name not in EMBEDDING_NAMES:
                 parameter.requires_grad_(False)

@@ -65,6 +65,14 @@ def _row_by_row(recipe: Recipe, num_rows: int) -> Recipe:
             recipe.train, train_iters=num_rows, num_train_epochs=0.0, global_batch_size=1, micro_batch_size=1
         ),
         optimizer=dataclasses.replace(
-            recipe.optimizer, lr=0.0, vit_lr=-1.0, aligner_lr=-1.0, min_lr=0.0, weight_decay=0.0, clip_grad=0.0
+            recipe.optimizer,
+            lr=0.0,
+            vit_lr=-1.0,
+            aligner_lr=-1.0,
+            min_lr=0.0,
+            unfreeze="",
+            unfreeze_warmup_iters=0,
+            weight_decay=0.0,
+            clip_grad=0.0,
         ),
     )

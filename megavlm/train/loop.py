@@ -232,7 +232,7 @@ def _run(state: TrainState, observer: _Observer, request: _StopRequest, resumed_
     saver = Saver(state, lambda folder, seconds: observer.saved(str(folder), seconds))
     stopping = False
     while state.step < state.total_steps and not stopping and not state.early_stopping.stops:
-        rates = learning_rates(state.scheduler, state.recipe.optimizer, state.learning_components)
+        rates = learning_rates(state.scheduler, state.learning, state.learning_components, state.step)
         recordings: list[Recording] | None = [] if state.step + 1 == state.recipe.observe.timeline_step else None
         result = train_step(state, state.step, recordings)
         state.step += 1

@@ -1,12 +1,13 @@
-"""AdamW by component, its schedule, and the step with gradient norms per component.
+"""AdamW by component and layer, its schedule, and the step with gradient norms per component.
 
-Megatron-Core's optimizers do the work. Each component is a parameter group of its own; groups are told apart by
+Megatron-Core's optimizers do the work. What learns alike (`learning.py`) is a parameter group; groups are told apart by
 Megatron-Core's `lr_mult` key, which its checkpoints match groups by and which nothing else reads.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,28 +21,21 @@ from megatron.core.transformer.module import param_is_not_shared
 
 from megavlm.checkpoint.native import named_optimizers
 from megavlm.config.numerics import compute_dtype
-from megavlm.config.schema import OptimizerConfig as OptimizerRecipe
 from megavlm.config.schema import Recipe
+from megavlm.errors import use_error
 from megavlm.models.build import DTYPES
-from megavlm.models.names import COMPONENTS, component_of, is_adapter
+from megavlm.models.names import is_adapter
+from megavlm.train.learning import Learning, LearningGroup, peak_learning_rates
 from megavlm.train.parts import Parts
 
-# Values of `lr_mult`; never a factor of anything. LoRA's matrices B, whose rate is another one, have half a tag more.
-TAGS: dict[str, float] = {name: float(number) for number, name in enumerate(COMPONENTS, 1)}
-_OF_B = 0.5
+_RUN = 256
+"""Elements of a gradient whose squares are added up in fp32."""
 
 
-def peak_learning_rates(recipe: OptimizerRecipe) -> dict[str, float]:
-    """Peak learning rate of each component."""
-
-    def either(value: float) -> float:
-        return recipe.lr if value < 0 else value
-
-    return {"vision": either(recipe.vit_lr), "projector": either(recipe.aligner_lr), "language": recipe.lr}
-
-
-def build_optimizer(recipe: Recipe, parts: Parts, total_steps: int) -> tuple[ChainedOptimizer, OptimizerParamScheduler]:
-    """AdamW with per-component learning rates, no decay of 1-D parameters and of adapters, and its schedule.
+def build_optimizer(
+    recipe: Recipe, parts: Parts, learning: Learning, total_steps: int
+) -> tuple[ChainedOptimizer, OptimizerParamScheduler]:
+    """AdamW with the rates of each group, no decay of 1-D parameters and of adapters, and its schedule.
 
     Language model and encoder have an optimizer each, chained: their weights have copies on different sets of ranks,
     over which a distributed optimizer shards its state. Every rank has both, one perhaps without parameters.
@@ -49,7 +43,11 @@ def build_optimizer(recipe: Recipe, parts: Parts, total_steps: int) -> tuple[Cha
     Args:
         recipe: reads `optimizer`, `parallel` and the precision.
         parts: wrapped, frozen parameters already marked.
+        learning: groups of the run.
         total_steps: where the schedule ends.
+
+    Raises:
+        UseError: something is unfrozen later, and Adam's kernel counts steps for all parameters together.
     """
     knobs, precision = recipe.optimizer, compute_dtype(recipe)
     peaks = peak_learning_rates(knobs)
@@ -77,10 +75,17 @@ def build_optimizer(recipe: Recipe, parts: Parts, total_steps: int) -> tuple[Cha
     inner: list[MegatronOptimizer] = []  # in the order of `native.OPTIMIZERS`
     for chunks, collection in ((parts.chunks, parts.groups.language), ((parts.encoder_chunk,), parts.groups.vision)):
         made = get_megatron_optimizer(
-            config, list(chunks), _overrides(recipe), use_gloo_process_groups=False, pg_collection=collection
+            config, list(chunks), _overrides(learning), use_gloo_process_groups=False, pg_collection=collection
         )
         inner += made.chained_optimizers  # that of the experts, where this rank has any, behind the language model's
     optimizer = ChainedOptimizer(inner)
+    if len(learning.first_steps) > 1 and any(isinstance(one.optimizer, torch.optim.AdamW) for one in inner):
+        raise use_error(
+            "optimizer.unfreeze",
+            f"`{knobs.unfreeze}` with torch's AdamW, whose checkpoints count steps for all parameters together",
+            "the fused Adam of Transformer Engine or apex",
+            "install one of them, or start a run for each stage",
+        )
     warmup = knobs.lr_warmup_iters or math.ceil(knobs.lr_warmup_fraction * total_steps)
     scheduler = OptimizerParamScheduler(
         optimizer,
@@ -100,37 +105,39 @@ def build_optimizer(recipe: Recipe, parts: Parts, total_steps: int) -> tuple[Cha
     return optimizer, scheduler
 
 
-def _overrides(recipe: Recipe) -> dict[ParamKey, Any]:
-    """Learning rates of each component, those of LoRA's matrices B apart; what is not decayed."""
-    knobs, ratio = recipe.optimizer, recipe.peft.lorap_lr_ratio
+def _overrides(learning: Learning) -> dict[ParamKey, Any]:
+    """Rates of each group that this rank has parameters of, and what is not decayed."""
     overrides: dict[ParamKey, Any] = {}
 
     def add(name: str, holds: Callable[[torch.nn.Parameter, str], bool], values: dict[str, float]) -> None:
         overrides[ParamKey(with_name_predicate=ParamWithNamePredicate(name, holds))] = values
 
-    for name, peak in peak_learning_rates(knobs).items():
-        rates = {"max_lr": peak, "min_lr": min(knobs.min_lr, peak), "lr_mult": TAGS[name]}
-        # LoRA+ (arXiv 2402.12354): B learns faster than A, all along the schedule.
-        faster = {"max_lr": ratio * peak, "min_lr": ratio * rates["min_lr"], "lr_mult": TAGS[name] + _OF_B}
-        add(name, _belongs_to(name, is_b=False), rates)
-        add(f"{name}, LoRA's B", _belongs_to(name, is_b=True), faster)
+    held = set(learning.of.values())
+    for group, tag in learning.tags.items():
+        if group in held:
+            rates = {"max_lr": group.max_lr, "min_lr": group.min_lr, "lr_mult": tag}
+            add(f"group {tag:g}", _belongs_to(learning, group), rates)
     add("not decayed", lambda parameter, name: parameter.dim() <= 1 or is_adapter(name), {"wd_mult": 0.0})
     return overrides
 
 
-def _belongs_to(component: str, is_b: bool) -> Callable[[torch.nn.Parameter, str], bool]:
-    return lambda _parameter, name: component_of(name) == component and name.endswith(".lora_B") == is_b
+def _belongs_to(learning: Learning, group: LearningGroup) -> Callable[[torch.nn.Parameter, str], bool]:
+    return lambda parameter, _name: learning.of[parameter] == group
 
 
 @dataclass(frozen=True)
 class GradientNorms:
     """Norms of a step's gradients before clipping, the same on every rank.
 
-    `by_component` names the components that learn.
+    Attributes:
+        total: of all of them.
+        by_component: of the components that learn, now or later.
+        by_unit: of what is clipped together (`LearningGroup.unit`).
     """
 
     total: float
     by_component: dict[str, float]
+    by_unit: dict[str, float] = field(default_factory=dict)
 
 
 def _live_groups(optimizer: ChainedOptimizer) -> list[dict[str, Any]]:
@@ -140,14 +147,24 @@ def _live_groups(optimizer: ChainedOptimizer) -> list[dict[str, Any]]:
         for inner in optimizer.chained_optimizers
         if inner.optimizer is not None
         for group in inner.optimizer.param_groups
+        if group["params"]
     ]
 
 
+def _sum_of_squares(gradient: torch.Tensor) -> torch.Tensor:
+    """float64. Short runs are added up in fp32, whose rounding averages out: a float64 copy takes ten times as long."""
+    flat = gradient.flatten()
+    whole = len(flat) // _RUN * _RUN
+    runs = torch.linalg.vector_norm(flat[:whole].view(-1, _RUN), dim=1).double()
+    return runs.square().sum() + flat[whole:].double().square().sum()
+
+
 @torch.no_grad()
-def gradient_norms(optimizer: ChainedOptimizer, parts: Parts, components: Sequence[str]) -> GradientNorms:
+def gradient_norms(
+    optimizer: ChainedOptimizer, parts: Parts, learning: Learning, components: Sequence[str]
+) -> GradientNorms:
     """Norms after `prepare_grads`; each gradient counts once, however many ranks hold it."""
-    by_tag = {tag: number for number, (name, tag) in enumerate(TAGS.items())}
-    squares = torch.zeros(len(TAGS), dtype=torch.float64, device=torch.cuda.current_device())
+    squares = torch.zeros(len(learning.groups), dtype=torch.float64, device=torch.cuda.current_device())
     for name, inner in named_optimizers(optimizer).items():
         groups = parts.groups.vision if name == "encoder" else parts.groups.language
         copies, tensor = (groups.expt_dp, groups.expt_tp) if name == "experts" else (groups.dp_cp, groups.tp)
@@ -160,29 +177,65 @@ def gradient_norms(optimizer: ChainedOptimizer, parts: Parts, components: Sequen
                     parameter, tensor
                 )
                 if counts and parameter.grad is not None:
-                    squares[by_tag[math.floor(group["lr_mult"])]] += parameter.grad.double().square().sum()
+                    squares[int(group["lr_mult"]) - 1] += _sum_of_squares(parameter.grad)
     dist.all_reduce(squares)
-    roots = dict(zip(TAGS, squares.sqrt().tolist(), strict=True))
-    return GradientNorms(float(squares.sum().sqrt()), {name: roots[name] for name in components})
+    by_component = dict.fromkeys(components, 0.0)
+    by_unit: dict[str, float] = {}
+    for group, square in zip(learning.groups, squares.tolist(), strict=True):
+        by_unit[group.unit] = by_unit.get(group.unit, 0.0) + square
+        if group.component in by_component:
+            by_component[group.component] += square
+    return GradientNorms(float(squares.sum().sqrt()), _roots(by_component), _roots(by_unit))
+
+
+def _roots(squares: dict[str, float]) -> dict[str, float]:
+    return {name: math.sqrt(square) for name, square in squares.items()}
 
 
 @torch.no_grad()
-def clip_and_update(optimizer: ChainedOptimizer, norms: GradientNorms, clip_grad: float) -> None:
-    """Scale gradients to the norm `clip_grad` (0: never) and update the weights."""
-    if clip_grad > 0:
-        parameters = [parameter for group in _live_groups(optimizer) for parameter in group["params"]]
-        if parameters:
-            clip_grad_by_total_norm_fp32(parameters, max_norm=clip_grad, total_norm=norms.total)
-    updated = optimizer.step_with_ready_grads()
+def clip_and_update(
+    optimizer: ChainedOptimizer,
+    scheduler: OptimizerParamScheduler,
+    learning: Learning,
+    norms: GradientNorms,
+    step: int,
+) -> None:
+    """Scale each unit's gradients to its limit, and update the weights that learn in a step (from 0)."""
+    for group in _live_groups(optimizer):
+        own = learning.tagged(group["lr_mult"])
+        if own.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(group["params"], max_norm=own.clip_grad, total_norm=norms.by_unit[own.unit])
+        if learning.warmup_iters:
+            group["lr"] = scheduler.get_lr(group) * learning.rate_factor(own, step)
+    with _only_learning(optimizer, learning, step):
+        updated = optimizer.step_with_ready_grads()
     assert updated, "the optimizer skipped a step although gradients are finite"
 
 
+@contextlib.contextmanager
+def _only_learning(optimizer: ChainedOptimizer, learning: Learning, step: int) -> Iterator[None]:
+    """Keep from Adam the groups that do not learn yet: it would count their steps and decay their weights."""
+    held = [inner.optimizer for inner in optimizer.chained_optimizers if inner.optimizer is not None]
+    whole = [one.param_groups for one in held]
+    for one, groups in zip(held, whole, strict=True):
+        one.param_groups = [group for group in groups if learning.tagged(group["lr_mult"]).first_step <= step]
+    try:
+        yield
+    finally:
+        for one, groups in zip(held, whole, strict=True):
+            one.param_groups = groups
+
+
 def learning_rates(
-    scheduler: OptimizerParamScheduler, recipe: OptimizerRecipe, components: Sequence[str]
+    scheduler: OptimizerParamScheduler, learning: Learning, components: Sequence[str], step: int
 ) -> dict[str, float]:
-    """Learning rate of each component in the next step; also of components that this rank has no parameter of."""
-    peaks = peak_learning_rates(recipe)
-    return {
-        name: float(scheduler.get_lr({"max_lr": peaks[name], "min_lr": min(recipe.min_lr, peaks[name])}))
-        for name in components
-    }
+    """Largest rate that any layer of each component has in a step (from 0); 0: it does not learn yet.
+
+    Also of components that this rank has no parameter of, and without LoRA's B.
+    """
+    rates = dict.fromkeys(components, 0.0)
+    for group in learning.groups:
+        if group.component in rates and not group.is_lora_b:
+            rate = float(scheduler.get_lr({"max_lr": group.max_lr, "min_lr": group.min_lr}))
+            rates[group.component] = max(rates[group.component], rate * learning.rate_factor(group, step))
+    return rates

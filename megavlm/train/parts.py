@@ -18,6 +18,7 @@ from megavlm.data.sample import Batch
 from megavlm.models.architecture import Architecture
 from megavlm.models.build import build_encoder, build_language_chunks, transformer_config, unwrap
 from megavlm.models.chunk import LanguageChunk
+from megavlm.models.embedding_head import clamp_logit_scale, initialise_embeddings
 from megavlm.models.embedding_noise import embedding_noise
 from megavlm.models.encoder import VisionEncoder
 from megavlm.models.fp8 import EmulatedFp8, fp8_settings
@@ -121,6 +122,11 @@ class Parts:
         for model in self.all:
             model.set_is_first_microbatch()
 
+    def bound_weights(self) -> None:
+        """Bring weights that have a limit back to it; behind every update."""
+        for model in self.models:
+            clamp_logit_scale(named_parameters(model))
+
     def scale_gradients(self, factor: float) -> None:
         """Multiply all gradients."""
         for chunk in self.wrapped:
@@ -140,9 +146,8 @@ def build_parts(recipe: Recipe, directory: HFDirectory, groups: Groups, bucket_s
     )
     held: list[Part] = [*models, encoder] if encoder is not None else [*models]
     load_weights(directory, held)
-    if directory.has_new_score_head:
-        for part in held:
-            initialise_scores(named_parameters(part), recipe.train.seed)
+    if directory.new_names:
+        _initialise_head(recipe, held)
     plan = tuning_plan(recipe)
     quantise_frozen(held, directory.entries, plan, recipe.peft, directory.read_parts, config.params_dtype)
     attach(held, directory.entries, plan, recipe.peft, recipe.train.seed, config.params_dtype)
@@ -167,6 +172,16 @@ def build_parts(recipe: Recipe, directory: HFDirectory, groups: Groups, bucket_s
     for chunk in parts.wrapped:
         chunk.train()
     return parts
+
+
+def _initialise_head(recipe: Recipe, parts: Sequence[Part]) -> None:
+    knobs = recipe.contrastive
+    temperature = knobs.temperature or {"softmax": 0.07, "sigmoid": 0.1}[knobs.loss_type]
+    for part in parts:
+        if part.architecture.language.head == "scores":
+            initialise_scores(named_parameters(part), recipe.train.seed)
+        else:
+            initialise_embeddings(named_parameters(part), recipe.train.seed, temperature, knobs.logit_bias)
 
 
 def _emulated(recipe: Recipe, architecture: Architecture, parts: Sequence[Part], groups: Groups) -> EmulatedFp8:

@@ -16,7 +16,7 @@ from megavlm.data.packing import pack
 from megavlm.data.pixels import load_sample_patches
 from megavlm.data.sample import Batch, Sample
 from megavlm.evaluate.probe import Activations
-from megavlm.rollout.native import greedy_tokens
+from megavlm.rollout.native import answer_tokens
 from megavlm.train.single import build_single
 
 
@@ -71,5 +71,5 @@ def probe_native(directory: HFDirectory, folder: Path | None, sample: Sample, ma
     def run_forward(batch: Batch, choose: Callable[[torch.Tensor, Batch], torch.Tensor]) -> torch.Tensor:
         return choose(model.logits(batch, device), batch)
 
-    (answer,) = greedy_tokens([row], encoder, model.groups, run_forward, 1, 1, max_new_tokens)
+    (answer,) = answer_tokens([row], encoder, model.groups, run_forward, 1, 1, max_new_tokens)
     return Activations(row.tokens_S.tolist(), stages, answer)

@@ -17,65 +17,100 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megavlm.checkpoint.hf_io import weight_files
+from megavlm.checkpoint import native
 from megavlm.config.numerics import row_multiples
+from megavlm.config.schema import Recipe
 from megavlm.data.dataset import Dataset
 from megavlm.data.loader import BatchLoader, evaluation_rows
 from megavlm.data.pairs import PAIR_PARTS
 from megavlm.data.sample import Batch
-from megavlm.errors import RunError
+from megavlm.errors import RunError, use_error
 from megavlm.train.inputs import step_inputs
+from megavlm.train.passes import run_schedule
 from megavlm.train.pipeline_work import Rows
 from megavlm.train.scheduling import evaluation_schedule
 from megavlm.train.stages.preference import answer_logprobs
 from megavlm.train.stages.registry import STAGES
+from megavlm.train.starting_point import checkpoint_to_load, imported_weights, load_imported, starting_point
 from megavlm.train.state import TrainState, is_main_rank, run_path
-from megavlm.train.step import run_schedule
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "reference"
 
 
-def prepare_references(state: TrainState) -> None:
-    """Give training and held-out rows what the model says of them as it is now, if the stage needs it.
+def keeps_references(recipe: Recipe) -> bool:
+    """Whether the rows of a run carry what a reference says of them."""
+    return STAGES[recipe.train.stage].needs_reference and recipe.preference.reference == "cached"
 
-    Called before a checkpoint is loaded; what an earlier attempt of the run has written is used.
+
+def prepare_references(state: TrainState) -> None:
+    """Give training and held-out rows what the model says of them before training, if the stage needs it.
+
+    Called before a checkpoint is loaded; what an earlier attempt of the run has written is used. Imported weights that
+    a run starts from are loaded here, when something is computed.
 
     Raises:
         RunError: a log-probability is not finite.
+        UseError: it would have to be computed again, and the weights that the run started from are not there.
     """
-    if not STAGES[state.recipe.train.stage].needs_reference:
+    if not keeps_references(state.recipe):
         return
-    for rows in (state.train_set, state.eval_set):
-        if rows is not None:
-            rows.references = _references(state, rows)
+    here = starting_point(state)
+    known, folder = _known_starting_point(state)
+    state.starting_point = known or here
+    rows_each = [rows for rows in (state.train_set, state.eval_set) if rows is not None]
+    missing = [rows for rows in rows_each if not _take_written(state, rows)]
+    if not missing:
+        return
+    if state.starting_point != here:
+        raise use_error(
+            str(_path(state, missing[0])),
+            "no such file, and another model to compute it with (model.hf_dir, checkpoint.load_dir or peft)",
+            f"the model that the run of {folder} started from, whose reference it goes on with",
+            "keep what the run started from, or copy the folder `reference` of its run folder",
+        )
+    imported = imported_weights(state)
+    if imported is not None:
+        load_imported(state, imported)
+    for rows in missing:
+        logger.info("reference: what the model says of %d rows before training", len(rows))
+        rows.references = reference_logprobs(state, rows)
+        if is_main_rank():
+            _write(_path(state, rows), rows.references)
 
 
-def _references(state: TrainState, rows: Dataset) -> np.ndarray:
-    path = run_path(state.recipe) / FOLDER / f"{_digest(state, rows)}.npy"
+def _known_starting_point(state: TrainState) -> tuple[str, Path | None]:
+    """What the checkpoint that the run goes on from says (nothing in those of earlier versions), and its folder."""
+    folder = checkpoint_to_load(state)
+    if folder is None:
+        return "", None
+    return native.read_common(folder)["common"].get("starting_point", ""), folder
+
+
+def _take_written(state: TrainState, rows: Dataset) -> bool:
+    """Take what an earlier attempt has written; whether it has."""
+    path = _path(state, rows)
     found = [np.load(path) if is_main_rank() and path.is_file() else None]
     dist.broadcast_object_list(found)
-    if found[0] is not None:
-        logger.info("reference: %s", path)
-        return found[0]
-    logger.info("reference: what the model says of %d rows before training", len(rows))
-    references_NQ = reference_logprobs(state, rows)
-    if is_main_rank():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".tmp.npy")
-        np.save(unfinished, references_NQ)
-        unfinished.rename(path)
-    return references_NQ
+    if found[0] is None:
+        return False
+    logger.info("reference: %s", path)
+    rows.references = found[0]
+    return True
 
 
-def _digest(state: TrainState, rows: Dataset) -> str:
-    """Name of the file: another model, other rows or other weights of tokens need another."""
-    directory = state.directory.path
-    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in weight_files(directory)]
-    facts = (str(Path(directory).absolute()), files, rows.index.digest, rows.encoder.fingerprint,
-             state.recipe.train.precision)  # fmt: skip
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+def _write(path: Path, references_NQ: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp.npy")
+    np.save(unfinished, references_NQ)
+    unfinished.rename(path)
+
+
+def _path(state: TrainState, rows: Dataset) -> Path:
+    """Of the file: another model, other rows or other weights of tokens need another."""
+    facts = (state.starting_point, rows.index.digest, rows.encoder.fingerprint, state.recipe.train.precision)
+    return run_path(state.recipe) / FOLDER / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.npy"
 
 
 @torch.no_grad()

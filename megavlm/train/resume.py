@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,22 @@ import torch
 import torch.distributed as dist
 
 from megavlm.checkpoint import native, writing
+from megavlm.config.learning import unfrozen_by
 from megavlm.config.load import dump_recipe, recipe_from_dict
 from megavlm.config.tuning import COMPONENTS, describe_tuning, tuning_plan
 from megavlm.errors import use_error
 from megavlm.train.freeze import learning_components
 from megavlm.train.loss_scale import restore_scalers, scaler_state
-from megavlm.train.state import TrainState, is_main_rank, run_path
+from megavlm.train.starting_point import (
+    check_model,
+    checkpoint_root,
+    checkpoint_to_load,
+    embedding_of,
+    load_imported,
+)
+from megavlm.train.state import TrainState, is_main_rank
 
 logger = logging.getLogger(__name__)
-
-
-def checkpoint_root(state: TrainState) -> Path:
-    """Where the run's checkpoints are."""
-    return run_path(state.recipe) / "checkpoints"
 
 
 def _layout(state: TrainState) -> dict[str, Any]:
@@ -42,9 +46,13 @@ def _common(state: TrainState) -> dict[str, Any]:
         "rows": state.train_set.index.digest,
         "family": state.directory.family.model_type,
         "architecture": repr(state.directory.architecture),
+        "text_changes": state.directory.text_changes,
         "has_score_head": state.directory.architecture.language.has_score_head,
+        "embedding": embedding_of(state),
         "stage": state.recipe.train.stage,
+        "starting_point": state.starting_point,
         "early_stopping": state.early_stopping.state(),
+        "stage_memory": {} if state.stage.memory is None else state.stage.memory.state(),
         "use_distributed_optimizer": state.recipe.parallel.use_distributed_optimizer,
         "frozen": _frozen(state),
         # with adapters, what does not learn is not in the checkpoint, but in this directory
@@ -54,6 +62,8 @@ def _common(state: TrainState) -> dict[str, Any]:
         "layout": _layout(state),
         "scheduler": state.scheduler.state_dict(),
         "num_skipped": state.num_skipped,
+        "num_updates": dict(state.num_updates),
+        "unfrozen": unfrozen_by(state.recipe, state.total_steps, state.step),
         "loss_scaler": scaler_state(state.optimizer),
         "fp8": {} if state.parts.fp8 is None else state.parts.fp8.state(),
         "chat_template": tokenizer.chosen_template,
@@ -85,6 +95,8 @@ def save(state: TrainState) -> Path:
 def begin_save(state: TrainState, copy: bool) -> writing.PendingSave:
     """Begin to write a checkpoint; `copy`: of the run as it stands now, while it goes on."""
     sharded = _model_state(state)
+    if state.num_updates:
+        native.allocate_moments(state.optimizer)
     sharded["optimizer"] = native.optimizer_state(state.optimizer, sharded, state.parts.learns, is_loading=False)
     sharded["random_state"] = native.random_state(state.groups)
     sharded["common"] = _common(state)
@@ -117,27 +129,13 @@ def resume(state: TrainState) -> Path | None:
     Raises:
         UseError: the checkpoint belongs to another model, or its optimizer state has another form.
     """
-    knobs = state.recipe.checkpoint
-    folder = None
-    if knobs.resume:
-        folder = native.find_checkpoint(checkpoint_root(state), required=False)
-    if folder is None and knobs.load_dir:
-        folder = native.find_checkpoint(Path(knobs.load_dir), required=True)
+    folder = checkpoint_to_load(state)
     if folder is None:
         return None
     common = native.read_common(folder)["common"]
-    _check_model(state, common, folder)
+    check_model(state, common, folder)
     if common.get("weights_only"):
-        if _learned_only(state):
-            raise use_error(
-                "checkpoint.load_dir",
-                f"{folder}, weights without adapters, with peft",
-                "adapters beside the weights of model.hf_dir, so that they can be put together again",
-                "set model.hf_dir to what was imported, and remove load_dir",
-            )
-        loaded = native.load_sharded(folder, native.model_state(state.models, state.groups), knobs.save_timeout_s)
-        native.restore_models(state.models, loaded)
-        state.optimizer.reload_model_params()
+        load_imported(state, folder)
         return None
     _check_run(state, common, folder)
     if common.get("rows", state.train_set.index.digest) != state.train_set.index.digest and is_main_rank():
@@ -145,20 +143,25 @@ def resume(state: TrainState) -> Path | None:
         logger.warning("the training rows, or what they become, are not those that %s was trained on", folder)
     # checkpoints from before there was fp16 have skipped nothing
     state.step, state.num_skipped = common["step"], common.get("num_skipped", 0)
-    num_updates = state.step - state.num_skipped
+    # those from before anything could be unfrozen later have one number for all
+    done = state.step - state.num_skipped
+    state.num_updates = common.get("num_updates", {0: done} if done else {})
     state.early_stopping.restore(common.get("early_stopping", {}))
+    if state.stage.memory is not None:
+        state.stage.memory.restore(common.get("stage_memory", {}), folder)
     sharded = _model_state(state)
-    if num_updates:  # before the first, an optimizer has nothing to save, and weights are what they were
+    if state.num_updates:  # before the first, an optimizer has nothing to save, and weights are what they were
         sharded["optimizer"] = native.optimizer_state(state.optimizer, sharded, state.parts.learns, is_loading=True)
     same_layout = common["layout"] == _layout(state)
     if same_layout:
         sharded["random_state"] = native.random_state(state.groups)
-    loaded = native.load_sharded(folder, sharded, knobs.save_timeout_s)
+    loaded = native.load_sharded(folder, sharded, state.recipe.checkpoint.save_timeout_s)
     weights = _model_state(state)
-    native.restore_optimizer(state.optimizer, weights, loaded.get("optimizer", {}), num_updates)
+    native.restore_optimizer(state.optimizer, weights, loaded.get("optimizer", {}), _updates_of(state))
     native.restore_models(state.models, loaded, _learned_only(state))
-    if not num_updates:
+    if not state.num_updates:
         state.optimizer.reload_model_params()
+    state.parts.weights_changed()  # the reference may have been computed before
     restore_scalers(state.optimizer, common.get("loss_scaler", {}))
     if state.parts.fp8 is not None:
         state.parts.fp8.restore(common.get("fp8", {}))
@@ -171,23 +174,13 @@ def resume(state: TrainState) -> Path | None:
     return folder
 
 
-def _check_model(state: TrainState, common: dict[str, Any], folder: Path) -> None:
-    ours = repr(state.directory.architecture)
-    if common.get("has_score_head", False) != state.directory.architecture.language.has_score_head:
-        raise use_error(
-            str(folder),
-            f"a checkpoint that {'ends' if common.get('has_score_head') else 'does not end'} in a head for scores",
-            f"one that train.stage={state.recipe.train.stage} can go on from",
-            "export it with `megavlm convert`, and set model.hf_dir to that",
-        )
-    if common["architecture"] != ours:
-        what = common["family"] if common["family"] != state.directory.family.model_type else "other sizes"
-        raise use_error(
-            str(folder),
-            f"a checkpoint of another model ({what})",
-            f"one of {state.recipe.model.hf_dir} ({state.directory.family.model_type})",
-            "set model.hf_dir to the model of the checkpoint, or choose another run name",
-        )
+def _listed(unfrozen: list[list[str | int]]) -> str:
+    return ", ".join(f"{what} from step {step} on" for step, what in unfrozen) or "nothing"
+
+
+def _updates_of(state: TrainState) -> Callable[[Mapping[str, Any]], int]:
+    """Adam's steps of a parameter group."""
+    return lambda group: state.num_updates.get(state.learning.tagged(group["lr_mult"]).first_step, 0)
 
 
 def _check_run(state: TrainState, common: dict[str, Any], folder: Path) -> None:
@@ -216,6 +209,14 @@ def _check_run(state: TrainState, common: dict[str, Any], folder: Path) -> None:
             "export the checkpoint with `megavlm convert` and start a new run from it",
         )
     _check_tuning(state, common, folder)
+    ours, theirs = unfrozen_by(state.recipe, state.total_steps, common["step"]), common.get("unfrozen", [])
+    if ours != theirs:
+        raise use_error(
+            "optimizer.unfreeze",
+            f"{_listed(ours)} before step {common['step']}",
+            f"{_listed(theirs)}, as {folder} was written",
+            "keep what has been unfrozen; only later points may change",
+        )
     expected = state.plan.num_consumed(common["step"])
     if common["consumed_samples"] != expected:
         raise use_error(

@@ -3,7 +3,7 @@
 import functools
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megavlm.checkpoint.adapters import weights_digest
-from megavlm.checkpoint.hf_io import HFDirectory
+from megavlm.checkpoint.hf_io import HFDirectory, read_rope_changes
 from megavlm.config.layout import layers_per_stage
 from megavlm.config.numerics import row_multiples
 from megavlm.config.schema import Recipe
@@ -36,6 +36,7 @@ from megavlm.train.datasets import build_dataset, build_encoder, build_train_set
 from megavlm.train.early_stopping import EarlyStopping
 from megavlm.train.freeze import learning_components
 from megavlm.train.inputs import CostModel, StepInputs, step_inputs
+from megavlm.train.learning import Learning, learning_of
 from megavlm.train.optim import build_optimizer
 from megavlm.train.order import build_plan, num_steps
 from megavlm.train.parts import Parts, build_parts
@@ -54,6 +55,7 @@ class TrainState:
     directory: HFDirectory
     groups: Groups
     parts: Parts
+    learning: Learning
     optimizer: ChainedOptimizer
     scheduler: OptimizerParamScheduler
     stage: Stage
@@ -70,6 +72,11 @@ class TrainState:
     """Those of them that changed nothing, because gradients in fp16 had overflown."""
     evaluation: tuple[int, float] | None = None
     """The last evaluation: steps done by then, loss on the held-out rows."""
+    starting_point: str = ""
+    """A digest of the model that the run's reference is, where its rows carry what that says (`starting_point.py`)."""
+
+    num_updates: dict[int, int] = field(default_factory=dict)
+    """Adam's steps of what has begun to learn, by the step at which it did."""
 
     def __post_init__(self) -> None:
         self._inputs: dict[int, StepInputs] = {}
@@ -104,6 +111,12 @@ class TrainState:
     def models(self) -> Sequence[Part]:
         """The parts of the model that this rank holds."""
         return self.parts.all
+
+    def count_update(self, step: int) -> None:
+        """Weights were updated in a step (from 0)."""
+        for first in self.learning.first_steps:
+            if first <= step:
+                self.num_updates[first] = self.num_updates.get(first, 0) + 1
 
     def set_training(self, training: bool) -> None:
         """Switch dropout and recompute on or off."""
@@ -144,7 +157,8 @@ def build_state(recipe: Recipe, bucket_size: int = OVERLAP_BUCKET_PARAMETERS) ->
     builders = Builders(dist.get_rank(), dist.get_world_size(), dist.barrier, _word_of_rank_0)
     train_set, source_sizes = build_train_set(recipe, encoder, builders)
     _check_images(recipe, train_set)
-    if is_main_rank() and not encoder.tokenizer.end_of_turn_ids():
+    has_words = STAGES[recipe.train.stage].head == "words"
+    if is_main_rank() and has_words and not encoder.tokenizer.end_of_turn_ids():
         logger.warning(
             "the chat template prints no token behind an answer, so the model does not learn to stop; "
             "data.template=vicuna, or a .jinja file, does"
@@ -164,13 +178,15 @@ def build_state(recipe: Recipe, bucket_size: int = OVERLAP_BUCKET_PARAMETERS) ->
         microbatches_multiple=groups.topology.pipeline if layout.num_chunks > 1 else 1,
     )
     total_steps = num_steps(recipe, plan)
-    optimizer, scheduler = build_optimizer(recipe, parts, total_steps)
+    learning = learning_of(recipe, directory.architecture, parts.all, total_steps)
+    optimizer, scheduler = build_optimizer(recipe, parts, learning, total_steps)
     parts.config.grad_scale_func = optimizer.scale_loss
     return TrainState(
         recipe=recipe,
         directory=directory,
         groups=groups,
         parts=parts,
+        learning=learning,
         optimizer=optimizer,
         scheduler=scheduler,
         stage=STAGES[recipe.train.stage].build(recipe, directory.architecture, groups),
@@ -188,18 +204,29 @@ def open_directory(recipe: Recipe) -> HFDirectory:
     """The model that a recipe starts from, as its stage needs it.
 
     Raises:
-        UseError: a reward model is given to a stage that needs words.
+        UseError: a reward model is given to another stage, or the directory's embeddings have another width.
     """
-    is_reward_model = STAGES[recipe.train.stage].is_reward_model
-    directory = HFDirectory(recipe.model.hf_dir, reward_model=is_reward_model)
-    if directory.architecture.language.has_score_head and not is_reward_model:
+    head = STAGES[recipe.train.stage].head
+    changes = read_rope_changes(Path(recipe.model.hf_dir), recipe.model)
+    directory = HFDirectory(recipe.model.hf_dir, reward_model=head == "scores", text_changes=changes)
+    if directory.architecture.language.has_score_head and head != "scores":
         raise use_error(
             "model.hf_dir",
             f"a reward model with train.stage {recipe.train.stage}",
             "a model with an output layer over words",
             "give another directory, or set train.stage=rm",
         )
-    return directory
+    if head != "embeddings":
+        return directory
+    size, stored = recipe.contrastive.embedding_dim, directory.stored_embedding_dim
+    if stored and stored != size:
+        raise use_error(
+            "contrastive.embedding_dim",
+            size,
+            f"{stored}, as {directory.path} has it",
+            f"set contrastive.embedding_dim={stored}",
+        )
+    return directory.as_embedding_model(size)
 
 
 def cost_model(recipe: Recipe, directory: HFDirectory, trains_encoder: bool) -> CostModel:

@@ -3,8 +3,8 @@
 Stages return sums and counts; the only division is by the count of the whole global batch.
 """
 
-import dataclasses
 import itertools
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,15 +18,17 @@ from megavlm.errors import RunError
 from megavlm.losses.reduce import global_sums
 from megavlm.models.names import named_parameters
 from megavlm.pipeline.actions import Schedule
-from megavlm.pipeline.exchange import Exchange
-from megavlm.pipeline.runtime import Event, execute, perf_clock
+from megavlm.pipeline.runtime import Event
 from megavlm.train import balance
+from megavlm.train.ahead import rows_with_all
 from megavlm.train.inputs import StepInputs, step_inputs
+from megavlm.train.learning import hide_gradients
 from megavlm.train.loss_scale import prepare_gradients, scaler_of
 from megavlm.train.optim import GradientNorms, clip_and_update, gradient_norms
-from megavlm.train.pipeline_work import OnOutput, PartsWork, Rows
-from megavlm.train.routes import LayoutRoutes
+from megavlm.train.passes import run_schedule
+from megavlm.train.pipeline_work import Rows
 from megavlm.train.scheduling import evaluation_schedule, training_schedule
+from megavlm.train.shared_gradients import shared_gradients
 from megavlm.train.stages.stage import Stage, Sums
 from megavlm.train.state import TrainState
 
@@ -88,39 +90,6 @@ class Recording:
     pad_share: float
 
 
-def run_schedule(
-    state: TrainState, schedule: Schedule, rows: Rows, on_output: OnOutput, record: bool = False
-) -> tuple[list[Any], list[Event]]:
-    """Drive all microbatches through a schedule; gradients, where there are any, stay unreduced.
-
-    Args:
-        state: the run.
-        schedule: for this layout and number of microbatches.
-        rows: what this rank needs of the microbatches.
-        on_output: on the last stage, (logits, batch) to (sum, count, anything); the sum is what is differentiated.
-        record: whether to keep the time of each action.
-
-    Returns:
-        The third results, on the last stage, and the events.
-    """
-    num_tokens_of = state.directory.architecture.inputs.num_image_tokens
-    routes = LayoutRoutes(state.groups.topology, state.parts.rank, rows.shares, num_tokens_of)
-    exchange = Exchange(
-        state.payload_groups,
-        routes,
-        state.parts.config.params_dtype,
-        state.device,
-        state.recipe.train.distributed_timeout_s,
-    )
-    work = PartsWork(state.parts, rows, on_output, num_tokens_of)
-    clock = perf_clock(torch.cuda.synchronize) if record else None
-    if record:
-        dist.barrier()
-    with torch.set_grad_enabled(not schedule.stage_map.forward_only):
-        events = execute(schedule, state.groups.position, work, exchange, clock)
-    return work.results, events
-
-
 def load_rows(state: TrainState, step: int) -> Rows:
     """Load what this rank needs for a step."""
     loaded = list(state.loader.batches(step))
@@ -144,7 +113,8 @@ def train_step(state: TrainState, step: int, recordings: list[Recording] | None 
     waits_since_s = time.perf_counter()
     rows = load_rows(state, step)
     data_wait_s = time.perf_counter() - waits_since_s
-    rows = look_ahead(state, rows)
+    rows = rows_with_all(state, rows, training=True)
+    shared = shared_gradients(state)
     tally = Tally(
         num_tokens=sum(batch.num_real_tokens for batch in rows.batches),
         num_images=sum(len(batch.grid_thw_N3) for batch in rows.batches),
@@ -152,6 +122,8 @@ def train_step(state: TrainState, step: int, recordings: list[Recording] | None 
     )
 
     def on_output(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, None]:
+        if shared is not None:
+            shared.watch(batch)
         loss_sum, count, metrics = state.stage.loss(logits, batch)
         tally.sums.append(loss_sum.detach())
         tally.counts.append(count.detach())
@@ -160,8 +132,7 @@ def train_step(state: TrainState, step: int, recordings: list[Recording] | None 
         return loss_sum, count.to(torch.int), None
 
     balances = state.recipe.model.moe_aux_loss_coeff > 0
-    if balances:
-        balance.prepare(state, rows.batches)
+    expected_count = balance.prepare(state, rows.batches) if balances else None
     inputs = state.inputs(step)
     schedule = training_schedule(state.layout, inputs, state.costs)
     _, events = run_schedule(state, schedule, rows, on_output, record=recordings is not None)
@@ -175,19 +146,16 @@ def train_step(state: TrainState, step: int, recordings: list[Recording] | None 
     totals, metrics = _reduce(state, tally, step)
     state.parts.scale_gradients(float(1.0 / totals[1]))
     loss_sum, count, num_tokens, num_images, num_padded_tokens = totals.tolist()
+    assert expected_count is None or math.isclose(count, expected_count, rel_tol=1e-3), (count, expected_count)
     scaler = scaler_of(state.optimizer)
     loss_scale = None if scaler is None else float(scaler.scale)
-    skipped = prepare_gradients(state.optimizer)
-    if skipped:
-        norms = GradientNorms(0.0, dict.fromkeys(state.learning_components, 0.0))
-        state.num_skipped += 1
-    else:
-        norms = _checked_norms(state, step, list(itertools.chain(*(batch.sample_ids for batch in rows.batches))))
-        clip_and_update(state.optimizer, norms, state.recipe.optimizer.clip_grad)
-        state.parts.weights_changed()
-    if state.parts.fp8 is not None:
-        state.parts.fp8.end_step()
-    state.scheduler.step(increment=1)
+    norms, skipped = _update(state, step, rows)
+    sums = dict(_split(state.stage, metrics))
+    if shared is not None:
+        sums["gradient_norms"] = shared.finish(count * (loss_scale or 1.0))
+    figures = state.stage.figures(sums, count)
+    if state.stage.memory is not None and not skipped:
+        state.stage.memory.take(sums, count)
     context = state.groups.topology.context
     return StepResult(
         loss=loss_sum / count,
@@ -199,32 +167,28 @@ def train_step(state: TrainState, step: int, recordings: list[Recording] | None 
         loss_scale=loss_scale,
         skipped=skipped,
         pad_share=1 - num_tokens / num_padded_tokens,
-        figures=state.stage.figures(_split(state.stage, metrics), count),
+        figures=figures,
         load_balancing_loss=balance.measure(state, rows.batches) if balances else None,
     )
 
 
-def look_ahead(state: TrainState, rows: Rows) -> Rows:
-    """The rows with what the stage wants to know of them all before their step; without such a stage as they are."""
-    look = state.stage.look_ahead
-    if look is None:
-        return rows
-    local = torch.zeros(look.num_sums, dtype=torch.float64, device=state.device)
-
-    def on_output(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, None]:
-        sums = look.sums(logits, batch)
-        local.add_(sums)
-        return sums.sum(), torch.ones((), dtype=torch.int), None
-
-    read = Rows([look.read(batch) for batch in rows.batches], rows.patches, rows.shares)
-    was_training = state.parts.encoder_chunk.training
-    state.set_training(False)
-    run_schedule(state, evaluation_schedule(state.layout, len(rows.batches)), read, on_output)
-    state.set_training(was_training)
-    ahead = look.result(global_sums(local, state.groups.speaks))
-    return Rows(
-        [dataclasses.replace(look.remaining(batch), ahead=ahead) for batch in rows.batches], rows.patches, rows.shares
-    )
+def _update(state: TrainState, step: int, rows: Rows) -> tuple[GradientNorms, bool]:
+    """Change the weights by their gradients; (norms, whether gradients have overflown and nothing was changed)."""
+    hide_gradients(state.learning, step)
+    skipped = prepare_gradients(state.optimizer)
+    if skipped:
+        norms = GradientNorms(0.0, dict.fromkeys(state.learning_components, 0.0))
+        state.num_skipped += 1
+    else:
+        norms = _checked_norms(state, step, list(itertools.chain(*(batch.sample_ids for batch in rows.batches))))
+        clip_and_update(state.optimizer, state.scheduler, state.learning, norms, step)
+        state.count_update(step)
+        state.parts.bound_weights()
+        state.parts.weights_changed()
+    if state.parts.fp8 is not None:
+        state.parts.fp8.end_step()
+    state.scheduler.step(increment=1)
+    return norms, skipped
 
 
 def _joined(stage: Stage, metrics: Sums, device: torch.device) -> torch.Tensor:
@@ -272,7 +236,7 @@ def _finite(value: float) -> bool:
 
 
 def _checked_norms(state: TrainState, step: int, sample_ids: list[str]) -> GradientNorms:
-    norms = gradient_norms(state.optimizer, state.parts, state.learning_components)
+    norms = gradient_norms(state.optimizer, state.parts, state.learning, state.learning_components)
     if _finite(norms.total):
         return norms
     where = [
@@ -301,7 +265,7 @@ def evaluate(state: TrainState) -> dict[str, float]:
     inputs = step_inputs(topology, state.parts.rank, state.eval_set, rows_D, state.costs, weights)
     loaded = list(state.loader.eval_batches(state.eval_set, inputs.orders))
     rows = Rows([one.batch for one in loaded], [one.pixels for one in loaded], inputs.shares)
-    rows = look_ahead(state, rows)
+    rows = rows_with_all(state, rows, training=False)
     local = torch.zeros(2 + sum(state.stage.metric_sizes.values()), dtype=torch.float64, device=state.device)
 
     def on_output(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, None]:

@@ -179,6 +179,8 @@ class _WatchedStage:
     def __init__(self, stage: Any, saved: SavedBytes) -> None:
         self._stage, self._saved = stage, saved
         self.look_ahead, self.metric_sizes, self.figures = stage.look_ahead, stage.metric_sizes, stage.figures
+        self.census, self.memory, self.split_gradients = stage.census, stage.memory, stage.split_gradients
+        self.count = stage.count
 
     def loss(self, *arguments: Any) -> Any:
         before, self._saved.part = self._saved.part, "logits"

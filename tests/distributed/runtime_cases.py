@@ -13,10 +13,11 @@ from megavlm.data.packing import pad_to
 from megavlm.data.sample import Batch
 from megavlm.errors import RunError
 from megavlm.pipeline.actions import Receive, Schedule
+from megavlm.train.passes import run_schedule
 from megavlm.train.pipeline_work import Rows, run_chunk
 from megavlm.train.scheduling import training_schedule
 from megavlm.train.state import TrainState, build_state
-from megavlm.train.step import load_rows, run_schedule
+from megavlm.train.step import load_rows
 
 
 def _setup(recipe: Recipe, bucket_size: int | None) -> tuple[TrainState, Rows, Schedule]:

@@ -34,6 +34,9 @@ NUM_ROWS = 24
 GLOBAL_BATCH_SIZE = 8
 FULL_MATRIX = os.environ.get("MEGAVLM_FULL_MATRIX") == "1"
 
+# The model with tokens for coordinates, and how rows with boxes are written for it.
+BOXES, BOX_FORMAT = "qwen3_vl_boxes", "bin_tokens_1000"
+
 # Factors on the matrices of a model: by what a tensor's name contains, the first match counts.
 SENSITIVITY: dict[str, dict[str, float]] = {
     "qwen3_vl": {"merger": 5.0, "visual": 2.0, "embed_tokens": 4.0, "layers": 4.0},
@@ -57,6 +60,7 @@ def write_inputs(root: Path) -> None:
     from tests.parity.composed import ComposedReference
     from tests.tiny import write_tiny_llava, write_tiny_qwen3vl, write_tiny_qwen3vl_moe
     from tests.tiny_anyres import write_tiny_llava_next, write_tiny_llava_onevision
+    from tests.tiny_boxes import write_tiny_boxes
     from tests.tiny_internvl import write_tiny_internvl, write_tiny_internvl_6b
     from tests.tiny_qwen2_5_vl import write_tiny_qwen2_5_vl
 
@@ -72,6 +76,7 @@ def write_inputs(root: Path) -> None:
     }
     for family, write in writers.items():
         _sharpen(write(root / family), SENSITIVITY[family])
+    _sharpen(write_tiny_boxes(root / BOXES), SENSITIVITY["qwen3_vl"])
     for kind in ("perceiver", "qformer", "gated_cross_attention"):
         _sharpen(ComposedReference(kind).write(root / kind), SENSITIVITY[kind])
     write_rows(root)
@@ -79,12 +84,19 @@ def write_inputs(root: Path) -> None:
 
 def write_rows(root: Path) -> None:
     """Write the images and rows, in several files."""
+    from tests.tiny_boxes import with_boxes
+
     random = np.random.RandomState(7)
     rows = [_row(root, number, random) for number in range(NUM_ROWS)]
     random = np.random.RandomState(11)
     pairs = [_pair(row, number, random) for number, row in enumerate(rows)]
     parts = {"rows": rows, "first": rows[:5], "second": rows[5:16], "third": rows[16:], "pairs": pairs}
+    random = np.random.RandomState(13)
+    parts["boxes"] = [with_boxes(row, number, random) for number, row in enumerate(rows)]
+    parts["captions"] = [row for row in rows if row["images"]]
     parts["marked"] = [row | {"label": number % 3 != 1} for number, row in enumerate(rows)]
+    random = np.random.RandomState(13)
+    parts["steps"] = [_in_steps(row, random) for row in rows]
     for name, part in parts.items():
         (root / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)) + "\n")
 
@@ -128,6 +140,13 @@ def _pair(row: dict[str, Any], number: int, random: np.random.RandomState) -> di
     return pair
 
 
+def _in_steps(row: dict[str, Any], random: np.random.RandomState) -> dict[str, Any]:
+    """The question of a row, answered in one to five steps, of which some are wrong."""
+    steps = [" ".join(random.choice(_WORDS, random.randint(1, 6))) for _ in range(random.randint(1, 6))]
+    labels = [bool(random.randint(3)) for _ in steps]
+    return {"prompt": row["messages"][:1], "completions": steps, "labels": labels, "images": row["images"]}
+
+
 def mixed_rows(root: Path) -> dict[str, Any]:
     """The same rows as three sources whose weights change twice, once before and once after a resume at half-time."""
     sources = (
@@ -141,6 +160,12 @@ def mixed_rows(root: Path) -> dict[str, Any]:
         CurriculumPhase(start_fraction=0.7, weights=(0.0, 2.0, 1.0)),
     )
     return {"train": (), "mixture": sources, "mixture_temperature": 2.0, "curriculum": phases}
+
+
+def tasks_of_sources(root: Path) -> dict[str, Any]:
+    """The same rows as three tasks of unlike size, without phases."""
+    sources = tuple(MixtureSource(name, (str(root / f"{name}.jsonl"),)) for name in ("first", "second", "third"))
+    return {"train": (), "mixture": sources}
 
 
 def recipe(root: Path, family: str = "qwen3_vl", **changes: dict[str, Any]) -> Recipe:
@@ -170,8 +195,13 @@ def recipe_of(root: Path, reference: Reference, **changes: dict[str, Any]) -> Re
         "train": {"stage": reference.stage},
         "data": mixed_rows(root) if reference.mixed else {},
     } | reference.objective
+    if "task_weighting" in reference.objective.get("sft", {}):
+        sections["data"] = tasks_of_sources(root)
+    if reference.family == BOXES:
+        sections["data"] = {"train": (str(root / "boxes.jsonl"),), "box_format": BOX_FORMAT}
     if reference.stage != "sft":
-        sections["data"] = {"train": (str(root / ("marked.jsonl" if reference.stage == "kto" else "pairs.jsonl")),)}
+        special = {"kto": "marked", "prm": "steps", "contrastive": "captions"}
+        sections["data"] = {"train": (str(root / f"{special.get(reference.stage, 'pairs')}.jsonl"),)}
     for name, values in changes.items():
         sections[name] = sections.get(name, {}) | values
     return recipe(root, reference.family, **sections)

@@ -13,7 +13,7 @@ from tests import evidence
 class StepRow:
     """Figures of one step, as every rank reports them. `norms` holds `total` and each component that learns.
 
-    `figures` are the stage's own; ranks must agree on them, and at step 0 they are one process's.
+    `figures` are the stage's own, on which ranks must agree; between layouts they are not compared.
     """
 
     loss: float
@@ -91,4 +91,6 @@ def broken(measured: dict[str, float], limits: dict[str, float] = LIMITS) -> dic
 
 
 def _relative(value: float, expected: float) -> float:
+    if expected == 0.0:  # of a component that does not learn yet
+        return 0.0 if value == 0.0 else math.inf
     return (value - expected) / expected

@@ -8,7 +8,7 @@ from typing import Any
 class Reference:
     """A single-process run: a family, what is frozen, and knobs of the model; `mixed`: rows by `canon.mixed_rows`.
 
-    A `stage` other than sft learns from pairs of answers; `objective` are its knobs, by section.
+    A `stage` other than sft learns from pairs of answers, or of image and text; `objective` are its knobs, by section.
     """
 
     family: str
@@ -27,14 +27,48 @@ _SFT_KNOBS = {
 }
 
 
+def _tasks(way: str, **knobs: Any) -> Reference:
+    """Three tasks, whose weights move far in a few steps."""
+    return Reference("qwen3_vl", objective={"sft": {"task_weighting": way, **knobs}})
+
+
 def _rewards(family: str, score_at: str) -> Reference:
     """Scores are kept so close to 0 that the loss stays far from it: relative distances of it mean something then."""
     reward = {"center_rewards_coefficient": 0.3, "score_at": score_at}
     return Reference(family, {"lr": 3e-4}, stage="rm", objective={"reward": reward})
 
 
+# At half-time, where runs are resumed, some layers have learned from the start, some since a while, some for one step,
+# and some not at all.
+_SCHEDULES = {
+    "vit_layer_decay": 0.8,
+    "llm_layer_decay": 0.9,
+    "unfreeze": "0: projector, vision[-2:]; 0.25: language[2:]; 0.45: vision; 12: language",
+    "unfreeze_warmup_iters": 3,
+    "clip_grad_by": "layer",
+    "clip_grad": 0.5,
+    "vit_clip_grad": 0.1,
+}
+_EXPERT_SCHEDULES = _SCHEDULES | {
+    "clip_grad_by": "component",
+    "unfreeze": "0: projector, vision; 0.25: language[2:]; 12: language",
+}
+
+
+def _contrastive(family: str, **knobs: Any) -> Reference:
+    return Reference(
+        family, {"lr": 3e-4}, stage="contrastive", objective={"contrastive": {"embedding_dim": 24} | knobs}
+    )
+
+
 def _tuned(lr: float = 1e-3, **peft: Any) -> Reference:
     return Reference("qwen3_vl", {"lr": lr}, objective={"peft": peft})
+
+
+def _compared(reference: str) -> Reference:
+    """DPO of adapters, which begin at 0: without them the model is what it was."""
+    objective = {"preference": {"reference": reference}, "peft": {"tuner_type": "lora"}}
+    return Reference("qwen3_vl", stage="dpo", objective=objective)
 
 
 REFERENCES: dict[str, Reference] = {
@@ -52,14 +86,23 @@ REFERENCES: dict[str, Reference] = {
     "qformer": Reference("qformer"),
     "mixture": Reference("qwen3_vl", mixed=True),
     "sft with every knob": Reference("qwen3_vl", objective={"sft": _SFT_KNOBS}),
+    "boxes": Reference("qwen3_vl_boxes", objective={"sft": {"box_loss_coeff": 1.0}}),
+    "tasks by uncertainty": _tasks("uncertainty", task_weight_lr=0.2, z_loss_coeff=1e-3, loss_reduction="square"),
+    "tasks by gradnorm": _tasks("gradnorm", task_weight_lr=0.1),
+    "tasks by loss ratio": _tasks("loss_ratio", task_weight_temperature=0.2, task_weight_momentum=0.5),
     "rm": _rewards("qwen3_vl", "last_token"),
     "rm, untied": _rewards("llava", "end_of_answer"),
+    "prm": Reference("qwen3_vl", {"lr": 3e-4}, stage="prm"),
     "dpo": Reference("qwen3_vl", stage="dpo", objective={"preference": {"rpo_alpha": 0.1}}),
     "simpo": Reference("qwen3_vl", stage="simpo"),
     "orpo": Reference("qwen3_vl", stage="orpo"),
     "kto": Reference(
         "qwen3_vl", {"lr": 3e-4}, stage="kto", objective={"preference": {"undesirable_weight": 1.5, "beta": 0.3}}
     ),
+    "dpo, LoRA": _compared("cached"),
+    "dpo, adapters off": _compared("adapter_off"),
+    "contrastive": _contrastive("qwen3_vl", temperature=0.3),
+    "contrastive, sigmoid": _contrastive("llava", loss_type="sigmoid", logit_bias=-2.0, text_prompt="in one word"),
     "LoRA": _tuned(tuner_type="lora", lorap_lr_ratio=4.0),
     "DoRA": _tuned(tuner_type="lora", use_dora=True),
     "QLoRA": _tuned(tuner_type="lora", bnb_4bit_quant_type="nf4"),
@@ -73,6 +116,8 @@ REFERENCES: dict[str, Reference] = {
         "qwen3_vl_moe",
         objective={"peft": {"components": "vision: lora alpha=64, projector: lora, language: lora"}},
     ),
+    "schedules": Reference("qwen3_vl", _SCHEDULES),
+    "schedules, experts": Reference("qwen3_vl_moe", _EXPERT_SCHEDULES),
     "frozen vision": Reference("qwen3_vl", {"freeze_vit": True}),
     "frozen encoder": Reference("qwen3_vl", {"freeze_vit": True, "freeze_aligner": True}),
     "frozen language": Reference("qwen3_vl", {"freeze_llm": True}),

@@ -1,5 +1,6 @@
 """What the pool runs: training, its first gradients, and saving and resuming, under the layout of a recipe."""
 
+import dataclasses
 from typing import Any
 from unittest.mock import patch
 
@@ -12,8 +13,7 @@ from megavlm.models.encoder import VisionEncoder
 from megavlm.models.names import Part, named_parameters
 from megavlm.parallel.wrap import OVERLAP_BUCKET_PARAMETERS
 from megavlm.train import resume
-from megavlm.train.references import reference_logprobs
-from megavlm.train.stages.registry import STAGES
+from megavlm.train.references import keeps_references, reference_logprobs
 from megavlm.train.state import TrainState, build_state
 from megavlm.train.step import train_step
 from tests.invariant.measure import StepRow
@@ -65,6 +65,28 @@ def train_with_broken_adapters(recipe: Recipe, num_steps: int, mistake: str) -> 
         "gradient of A not summed, TP": patch.object(lora, "copy_to_tensor_model_parallel_region", lambda x, group: x),
         "gradients not summed, SP": patch.object(splits.Splits, "mark", unmarked),
         "A drawn by each rank for itself": patch.object(lora, "seed_of", own_seed),
+    }[mistake]
+    with changed:
+        return _steps(_build(recipe), num_steps)
+
+
+def train_with_broken_schedules(recipe: Recipe, num_steps: int, mistake: str) -> list[StepRow]:
+    """Train with one thing about rates, times and limits of layers made wrong."""
+    from megavlm.train import learning, optim, step
+
+    def local_names(part: Part) -> Any:
+        return part.named_parameters()
+
+    def own_norms(*arguments: Any) -> Any:
+        with patch.object(dist, "all_reduce"):
+            own = norms_of(*arguments)
+        return dataclasses.replace(norms_of(*arguments), by_unit=own.by_unit)
+
+    norms_of = optim.gradient_norms
+    changed = {
+        "layers counted on each rank": patch.object(learning, "named_parameters", local_names),
+        "norms of a rank's own part": patch.object(step, "gradient_norms", own_norms),
+        "frozen gradients counted": patch.object(step, "hide_gradients", lambda *_: None),
     }[mistake]
     with changed:
         return _steps(_build(recipe), num_steps)
@@ -122,7 +144,7 @@ def num_buckets(recipe: Recipe, bucket_size: int) -> int:
 def _build(recipe: Recipe, bucket_size: int | None = None) -> TrainState:
     validate_recipe(recipe)
     state = build_state(recipe, bucket_size or OVERLAP_BUCKET_PARAMETERS)
-    if STAGES[recipe.train.stage].needs_reference:  # computed under this layout, not taken from another's run folder
+    if keeps_references(recipe):  # computed under this layout, not taken from another's run folder
         state.train_set.references = reference_logprobs(state, state.train_set)
     return state
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from tests.invariant.members import EP2, EP2_TP2, PACKED, PLAIN, Member, experts, layout
+from tests.invariant.members import EP2, EP2_TP2, PACKED, PACKED_PAIRS, PLAIN, Member, experts, layout
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,30 @@ _LORA_TP4_PLAIN = Member("TP4 with 2 key-value heads", 4, layout(tp=4) | PLAIN, 
 _MIXTURE_DP2 = Member("DP2", 2, against="mixture", micro_batch_size=2)
 _MIXTURE_PACKED = Member("packed by cost, PP2", 2, layout(pp=2), against="mixture", data=PACKED)
 
+_TIMED_VPP2 = Member("PP2 x VPP2", 2, layout(pp=2, vpp=2), against="schedules")
+_TIMED_DP2 = Member("DP2", 2, against="schedules")
+_TIMED_TP2_PLAIN = Member("TP2", 2, layout(tp=2) | PLAIN, against="schedules")
+_TIMED_PP2_PLAIN = Member("PP2", 2, layout(pp=2) | PLAIN, against="schedules")
+_TIMED_EP2 = Member("EP2", 2, EP2, against="schedules, experts")
+_TIMED_TP2_EXPERTS = Member("TP2+SP", 2, layout(tp=2, sp=True), against="schedules, experts")
+_TASKS_DP2 = Member("DP2", 2, against="tasks by gradnorm")
+_TASKS_TP2 = Member("TP2+SP", 2, layout(tp=2, sp=True), against="tasks by gradnorm", micro_batch_size=2)
+_UNCERTAIN_ONE = Member("one process", 1, against="tasks by uncertainty")
+_UNCERTAIN_PP2 = Member("PP2", 2, layout(pp=2), against="tasks by uncertainty")
+_RATIO_ONE = Member("one process", 1, against="tasks by loss ratio", data=PACKED)
+_RATIO_CP2 = Member("CP2", 2, layout(cp=2), against="tasks by loss ratio", micro_batch_size=4)
+_PAIRED_TP2 = Member("TP2+SP", 2, layout(tp=2, sp=True), against="contrastive", micro_batch_size=4)
+_PAIRED_DP2 = Member("DP2, packed by cost", 2, against="contrastive", data=PACKED_PAIRS)
+
 SWITCHES: tuple[Switch, ...] = (
+    Switch("schedules: PP2 x VPP2 to DP2", _TIMED_VPP2, _TIMED_DP2, quick=True),
+    Switch("schedules: TP2 to PP2, optimizer not distributed", _TIMED_TP2_PLAIN, _TIMED_PP2_PLAIN, quick=True),
+    Switch("schedules: EP2 to TP2+SP", _TIMED_EP2, _TIMED_TP2_EXPERTS),
     Switch("mixture with a curriculum: DP2 to packed by cost, PP2", _MIXTURE_DP2, _MIXTURE_PACKED, quick=True),
+    Switch("tasks by gradnorm: DP2 to TP2+SP", _TASKS_DP2, _TASKS_TP2, quick=True),
+    Switch("tasks by uncertainty: one process to PP2", _UNCERTAIN_ONE, _UNCERTAIN_PP2, quick=True),
+    Switch("tasks by loss ratio: packed by cost to CP2", _RATIO_ONE, _RATIO_CP2),
+    Switch("contrastive: TP2+SP to DP2, packed by cost", _PAIRED_TP2, _PAIRED_DP2),
     Switch("gated cross-attention: TP2+SP x PP2 to one process", _GATED_FOUR, _GATED_ONE, quick=True),
     Switch("InternVL 6B: TP2 to one process", _HEADS_TP2, _HEADS_ONE, quick=True),
     Switch("InternVL 6B: one process to TP2, optimizer not distributed", _HEADS_ONE_PLAIN, _HEADS_TP2PLAIN),

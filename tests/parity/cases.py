@@ -247,7 +247,8 @@ def train_step_against(
 def round_trip(hf_dir: Path, out_dir: Path, max_shard_bytes: int) -> dict[str, Any]:
     """Load a directory, write it again, load that: names that are on one side only, and tensors that differ."""
     from megavlm.checkpoint.hf_io import HFDirectory, copy_companions, make_empty
-    from megavlm.checkpoint.stream import MemoryReader, export_stream
+    from megavlm.checkpoint.stream import MemoryReader
+    from megavlm.checkpoint.stream_export import export_stream
     from megavlm.checkpoint.weight_formats import OneType
     from megavlm.parallel.groups import initialize
     from megavlm.platform.seeds import seed_everything

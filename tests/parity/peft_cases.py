@@ -124,8 +124,8 @@ def train_and_export(
     resume.save(state)
 
 
-def export(hf_dir: Path, out_dir: Path) -> None:
-    """Export what `train_and_export` has saved, as an adapter and merged."""
+def export(hf_dir: Path, out_dir: Path, merged: bool = True) -> None:
+    """Export what `train_and_export` has saved, as an adapter and (where it can be) merged."""
     from megavlm.checkpoint.convert import export_adapter, export_checkpoint
     from megavlm.checkpoint.hf_io import HFDirectory
     from megavlm.checkpoint.native import find_checkpoint
@@ -133,7 +133,8 @@ def export(hf_dir: Path, out_dir: Path) -> None:
     folder = find_checkpoint(out_dir / "native" / "checkpoints", required=True)
     assert folder is not None
     export_adapter(folder, HFDirectory(hf_dir), out_dir / "adapter", None)
-    export_checkpoint(folder, HFDirectory(hf_dir), out_dir / "merged", "float32")
+    if merged:
+        export_checkpoint(folder, HFDirectory(hf_dir), out_dir / "merged", "float32")
 
 
 def logits_of(

@@ -114,10 +114,12 @@ def model_inputs(model: PreTrainedModel, item: Item) -> dict[str, Any]:
     return arguments
 
 
-def processor_inputs(hf_dir: Path, messages: list[dict[str, Any]], images: Sequence[Path]) -> dict[str, Any]:
-    """A conversation as transformers' own template, tokenizer and image processor make it."""
+def processor_inputs(
+    hf_dir: Path, messages: list[dict[str, Any]], images: Sequence[Path], asks: bool = False
+) -> dict[str, Any]:
+    """A conversation as transformers' own template, tokenizer and image processor make it; `asks` for an answer."""
     tokenizer = AutoTokenizer.from_pretrained(hf_dir)
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
     pixels = [Image.open(path) for path in images]
     config = json.loads((hf_dir / "config.json").read_text())
     if config["model_type"] in ("llava", "llava_next"):

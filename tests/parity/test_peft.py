@@ -212,6 +212,44 @@ def test_peft_and_transformers_load_what_was_trained(case, model_dirs, rows_file
     assert min(largest(base[name], ours[name]) for name in rows) > 1e-2  # training changed something
 
 
+PREFIX = {"components": "vision: frozen, projector: frozen, language: prefix tokens=5"}
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+def test_peft_loads_a_prefix_that_was_trained(family, model_dirs, rows_file, tmp_path, workers):
+    """As a cache in front of a row; so Qwen3-VL has to be told its positions, which it would guess otherwise."""
+    hf_dir = model_dirs[family]
+    parallel = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
+    words = {"hf_dir": hf_dir, "out_dir": tmp_path}
+    workers(4).run(
+        peft_cases.train_and_export, timeout_s=200, rows_file=rows_file, peft=PREFIX, parallel=parallel, **words
+    )
+    workers(1).run(peft_cases.export, merged=False, **words)
+    (spec,) = workers(1).run(cases.input_spec, hf_dir=hf_dir)
+    rows = synthetic_rows(spec)
+    adapted = PeftModel.from_pretrained(load_reference(hf_dir), tmp_path / "adapter")
+    theirs = their_logits(adapted, rows, with_positions=family == "qwen3_vl")
+    base = their_logits(load_reference(hf_dir), rows)
+    trained = PREFIX | {"adapters": str(tmp_path / "adapter")}
+    (ours,) = workers(1).run(peft_cases.logits_of, hf_dir=hf_dir, rows=rows, peft=trained)
+    difference = max(largest(theirs[name], ours[name]) for name in rows)
+    record(
+        "parity",
+        [
+            row(
+                f"prefix trained here, {family}: adapter in peft",
+                difference,
+                unit="largest difference of logits",
+                required="<= 1e-5",
+                reference="ours, with the exported adapter",
+                command=COMMAND,
+            )
+        ],
+    )
+    assert difference <= 1e-5
+    assert min(largest(base[name], ours[name]) for name in rows) > 1e-2
+
+
 def test_adapters_can_be_switched_off_and_merged(model_dirs, theirs, workers):
     reference = theirs("qwen3_vl", "LoRA")
     rows = {name: reference.items[name] for name in list(reference.items)[:2]}
@@ -227,11 +265,14 @@ def test_adapters_can_be_switched_off_and_merged(model_dirs, theirs, workers):
 
 
 @torch.no_grad()
-def their_logits(model, rows):
-    return {
-        name: torch.cat([model(**model_inputs(model, item)).logits[0].float() for item in items])
-        for name, items in rows.items()
-    }
+def their_logits(model, rows, with_positions=False):
+    def logits(item):
+        arguments = model_inputs(model, item)
+        if with_positions:
+            arguments["position_ids"] = torch.from_numpy(item.encoded.position_ids_3S)[:, None]
+        return model(**arguments).logits[0].float()
+
+    return {name: torch.cat([logits(item) for item in items]) for name, items in rows.items()}
 
 
 def largest(a, b):

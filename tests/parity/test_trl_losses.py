@@ -13,6 +13,7 @@ import torch
 
 from megavlm.losses.kto import KtoOptions, kl_estimate, kl_sums, kto_loss
 from megavlm.losses.preference import PAIR_LOSSES, PairLogprobs, PreferenceOptions, preference_loss
+from megavlm.losses.process_reward import process_reward_loss
 from megavlm.losses.reference_free import ReferenceFreeOptions, reference_free_loss
 from megavlm.losses.reward import reward_loss
 from megavlm.losses.sequences import length_desensitised_weights, samples_of_tokens, sums_per_sample
@@ -260,3 +261,26 @@ def test_reward_model(trl, with_margin, coefficient):
     assert_equal(loss_sum / count, theirs, scores)
     assert float(metrics["rewards/accuracies"] / count) == fake._metrics["train"]["accuracy"][-1]
     assert float(metrics["rewards/margins"] / count) == pytest.approx(fake._metrics["train"]["margin"][-1], rel=1e-5)
+
+
+@pytest.mark.parametrize("batch_items", [None, 20])
+def test_process_reward_model(batch_items):
+    """TRL's PRMTrainer has no loss of its own: it is transformers' of token classification, over two labels."""
+    from transformers.loss.loss_utils import ForTokenClassification
+
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, NUM_TOKENS, 2, generator=generator).mul(3).requires_grad_()
+    labels = torch.randint(-3, 2, (4, NUM_TOKENS), generator=generator).clamp(min=-1)
+    counted = labels >= 0
+    theirs = ForTokenClassification(
+        logits, labels.where(counted, -100), SimpleNamespace(num_labels=2), num_items_in_batch=batch_items
+    )
+    scores = logits[..., 1] - logits[..., 0]
+    loss_sum, weight, metrics = process_reward_loss(scores.flatten(), torch.where(counted, 2 * labels - 1, 0).flatten())
+    assert float(weight) == int(counted.sum()) > 5
+    assert_equal(loss_sum / (batch_items or weight), theirs, logits)
+    # PRMTrainer's compute_accuracy: the larger logit against the label, over all that has one
+    right = (logits.argmax(-1) == labels)[counted]
+    assert float(metrics["agrees/right"] + metrics["agrees/wrong"]) == int(right.sum())
+    assert float(metrics["count/right"]) == int((labels == 1).sum())
+    assert float(metrics["agrees/right"]) == int(right[labels[counted] == 1].sum())

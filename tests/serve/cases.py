@@ -18,7 +18,7 @@ def answer_with_logprobs(
     from megavlm.data.sample import Batch
     from megavlm.data.tokens import Tokenizer
     from megavlm.evaluate.probe import probe_sample
-    from megavlm.rollout.native import greedy_tokens
+    from megavlm.rollout.native import answer_tokens
     from megavlm.train.single import build_single
 
     directory = HFDirectory(hf_dir)
@@ -38,5 +38,5 @@ def answer_with_logprobs(
         return choose(logits, batch)
 
     with torch.no_grad():
-        (tokens,) = greedy_tokens([row], encoder, model.groups, run_forward, 1, 1, num_tokens)
+        (tokens,) = answer_tokens([row], encoder, model.groups, run_forward, 1, 1, num_tokens)
     return tokens, logprobs

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megavlm.data.formats import caption, llava, preference, reward, sharegpt, swift
+from megavlm.data.formats import caption, document, llava, preference, reward, sharegpt, steps, swift
 from megavlm.data.formats.columns import Columns
 from megavlm.data.formats.turns import row_error
 from megavlm.data.references import References
@@ -34,8 +34,10 @@ FORMATS = {
     "llava": Format("`conversations`", llava.fits, llava.read),
     "sharegpt": Format("`conversations` with `chosen` and `rejected`", sharegpt.fits, sharegpt.read),
     "preference": Format("`prompt`, `chosen` and `rejected`", preference.fits, preference.read),
+    "steps": Format("`prompt`, `completions` and `labels`", steps.fits, steps.read),
     "reward": Format("`problem` and `answer`", reward.fits, reward.read),
     "caption": Format("`txt`", caption.fits, caption.read),
+    "document": Format("`text`", document.fits, document.read),
 }
 
 

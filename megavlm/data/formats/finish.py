@@ -23,6 +23,8 @@ def finish(
     require_answer: bool,
     rejected: Conversation | None = None,
     rejected_images: Any = None,
+    steps: tuple[str, ...] = (),
+    step_labels: tuple[bool, ...] = (),
 ) -> Sample:
     """Check the conversations against images, videos and boxes, and read the other columns.
 
@@ -33,6 +35,8 @@ def finish(
         require_answer: whether it must end with an answer; that of a preference row must anyway.
         rejected: of a preference row the whole conversation that is worse; None where only its images are.
         rejected_images: what the row lists as images of that conversation; None: the same.
+        steps: that the answer is made of.
+        step_labels: whether each of them is right.
 
     Raises:
         UseError: anything that does not fit together.
@@ -63,6 +67,8 @@ def finish(
         rejected_images=worse_images,
         margin=columns.margin() if is_preference else None,
         label=columns.label(),
+        steps=steps,
+        step_labels=step_labels,
         boxes=boxes,
         tools=columns.tools(),
         channel=columns.text("channel"),

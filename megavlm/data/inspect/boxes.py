@@ -16,17 +16,18 @@ Size = tuple[int, int]
 
 _NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
 _QWEN = re.compile(rf"<\|box_start\|>\({_NUMBER},{_NUMBER}\),\({_NUMBER},{_NUMBER}\)<\|box_end\|>")
+_BINS = re.compile(r"<\|box_start\|>" + r"<\|(\d{1,3})\|>" * 4 + r"<\|box_end\|>")
 _TAGGED = re.compile(r"<box>(.*?)</box>", re.DOTALL)
 _JSON_BOX = re.compile(rf'"bbox(?:_2d)?"\s*:\s*\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]')
 _FOUR = re.compile(rf"{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}")
 
 
 def written_boxes(text: str) -> Iterator[tuple[float, ...]]:
-    """(x1, y1, x2, y2) of boxes in a text: `<box>[[..]]</box>`, Qwen's box tokens, JSON with `bbox_2d` or `bbox`."""
+    """(x1, y1, x2, y2) of boxes in a text: `<box>[[..]]</box>`, box tokens, JSON with `bbox_2d` or `bbox`."""
     for match in _TAGGED.finditer(text):
         for numbers in _FOUR.findall(match.group(1)):
             yield tuple(map(float, numbers))
-    for pattern in (_QWEN, _JSON_BOX):
+    for pattern in (_QWEN, _BINS, _JSON_BOX):
         for match in pattern.finditer(text):
             yield tuple(map(float, match.groups()))
 

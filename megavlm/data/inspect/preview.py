@@ -103,7 +103,7 @@ def show_row(samples: Sequence[Sample], row: int, encoder: SampleEncoder, max_le
     except UseError as error:
         return ShownRow(sample.sample_id, "", problem=str(error))
     num_visual = int((encoded.tokens_S == encoder.inputs.image_token_id).sum())
-    num_learned = int((encoded.loss_weights_S(encoder.token_schedule.last) > 0).sum())
+    num_learned = int((encoded.loss_weights_S(encoder.token_schedule.last) != 0).sum())
     facts = f"{len(encoded.tokens_S):,} tokens, {num_visual:,} of them visual, {num_learned:,} learned"
     if len(encoded.tokens_S) > max_length:
         facts += f"; longer than max_length {max_length:,}: training leaves it out"

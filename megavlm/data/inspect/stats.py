@@ -150,7 +150,7 @@ def measure(samples: Sequence[Sample], encoder: SampleEncoder | None, row: int) 
             encoded = encoder.encode(sample)
             tokens_S, weights_S = encoded.tokens_S, encoded.loss_weights_S(encoder.token_schedule.last)
             visual = int((tokens_S == encoder.inputs.image_token_id).sum())
-            tokens = (len(tokens_S), int((weights_S > 0).sum()), visual)
+            tokens = (len(tokens_S), int((weights_S != 0).sum()), visual)
     except UseError as error:
         return RowFigures(problem=str(error))
     return RowFigures(
@@ -159,17 +159,11 @@ def measure(samples: Sequence[Sample], encoder: SampleEncoder | None, row: int) 
         answer_characters=tuple(map(len, answers)),
         image_sizes=sizes,
         num_videos=len(sample.videos),
-        channel=channel_of(sample),
+        channel=sample.task,
         num_tokens=tokens[0],
         num_learned=tokens[1],
         num_visual=tokens[2],
     )
-
-
-def channel_of(sample: Sample) -> str:
-    """The row's own name of its task or source; empty: none."""
-    task = sample.extra.get("task")
-    return sample.channel or (task if isinstance(task, str) else "")
 
 
 def padding_of(lengths_N: np.ndarray, max_length: int, packing_length: int) -> tuple[Padding, ...]:

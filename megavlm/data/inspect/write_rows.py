@@ -1,4 +1,5 @@
 """Rows back to a file: as ms-swift's `messages`, whatever they were read from, so that several spellings become one.
+Rows in steps stay TRL's.
 
 Paths of images become relative to the new file where they lie below its folder, absolute elsewhere. Images out of
 tar shards and tables are written into the row, as data URIs. A video of single pictures stays a list of them; their
@@ -58,6 +59,8 @@ def row_of(sample: Sample, folder: Path) -> dict[str, Any]:
         folder: from which paths are to be seen.
     """
     row: dict[str, Any] = {"messages": [_turn(turn) for turn in sample.turns]}
+    if sample.steps:
+        row = {"prompt": row["messages"][:-1], "completions": [*sample.steps], "labels": [*sample.step_labels]}
     if sample.rejected_turns:
         row["rejected_messages"] = [_turn(turn) for turn in sample.rejected_turns]
     if sample.images:

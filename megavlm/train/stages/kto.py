@@ -40,7 +40,6 @@ class ReferencePoint:
     groups: Groups
     image_token_id: int
     total_multiple: int
-    num_sums: ClassVar[int] = 2
 
     def read(self, batch: Batch) -> Batch:
         """The answers of other rows."""
@@ -50,10 +49,14 @@ class ReferencePoint:
         """The row's own answers."""
         return part_of(batch, OWN, self.image_token_id, self.total_multiple)
 
-    def sums(self, logits_LW: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def new_sums(self, num_samples: int, device: torch.device) -> torch.Tensor:
+        """Of log ratios, and of answers, however many there are."""
+        return torch.zeros(2, dtype=torch.float64, device=device)
+
+    def add(self, sums: torch.Tensor, logits_LW: torch.Tensor, batch: Batch) -> None:
         """Sum of log ratios, and number of answers; each context rank has its share of both."""
         policy_S, reference_S = _both(logits_LW, batch, self.groups, OTHER)
-        return torch.stack(kl_sums(policy_S, reference_S)).double() / self.groups.context.size()
+        sums += torch.stack(kl_sums(policy_S, reference_S)).double() / self.groups.context.size()
 
     def result(self, sums: torch.Tensor) -> torch.Tensor:
         """The reference point."""
@@ -67,6 +70,9 @@ class MarkedAnswers:
     groups: Groups
     options: KtoOptions
     look_ahead: ReferencePoint
+    census: ClassVar[None] = None
+    split_gradients: ClassVar[None] = None
+    memory: ClassVar[None] = None
     metric_sizes: ClassVar[dict[str, int]] = dict.fromkeys(
         ("rewards/chosen", "rewards/rejected", "count/chosen", "count/rejected", "kl"), 1
     )
@@ -82,6 +88,10 @@ class MarkedAnswers:
         metrics["kl"] = kl * count
         sums = {name: value[None] / num_context for name, value in metrics.items()}
         return loss_sum / num_context, count / num_context, sums
+
+    def count(self, batch: Batch) -> float:
+        """As `Stage` says."""
+        return float(len(counting_samples(batch)))
 
     def figures(self, sums: Sums, count: float) -> dict[str, float]:
         """Means of rewards over the good and over the bad answers, and the reference point."""

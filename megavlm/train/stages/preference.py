@@ -42,6 +42,9 @@ class PreferenceTraining:
     pair_loss: PairLoss
     needs_reference: bool
     look_ahead: ClassVar[None] = None
+    census: ClassVar[None] = None
+    split_gradients: ClassVar[None] = None
+    memory: ClassVar[None] = None
     metric_sizes: ClassVar[dict[str, int]] = dict.fromkeys((*REWARD_METRICS, "logps/chosen", "logps/rejected"), 1)
 
     def loss(self, logits_LW: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, Sums]:
@@ -66,6 +69,10 @@ class PreferenceTraining:
         metrics |= dict(zip(("logps/chosen", "logps/rejected"), both_PQ.detach().sum(0).unbind(), strict=True))
         sums = {name: value[None] / num_context for name, value in metrics.items()}
         return loss_sum / num_context, count / num_context, sums
+
+    def count(self, batch: Batch) -> float:
+        """As `Stage` says."""
+        return float(len(counting_samples(batch)))
 
     def figures(self, sums: Sums, count: float) -> dict[str, float]:
         """Means over pairs."""

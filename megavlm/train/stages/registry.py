@@ -5,10 +5,12 @@ from dataclasses import dataclass
 
 from megavlm.config.schema import Recipe
 from megavlm.data.encode import RowKind
-from megavlm.models.architecture import Architecture
+from megavlm.models.architecture import Architecture, Head
 from megavlm.parallel.groups import Groups
+from megavlm.train.stages.contrastive import build_contrastive
 from megavlm.train.stages.kto import build_kto
 from megavlm.train.stages.preference import build_cpo, build_dpo, build_orpo, build_simpo
+from megavlm.train.stages.prm import build_prm
 from megavlm.train.stages.reward import build_rm
 from megavlm.train.stages.sft import build_sft
 from megavlm.train.stages.stage import Stage
@@ -21,22 +23,24 @@ class StageKind:
     Attributes:
         build: from the recipe.
         row_kind: what becomes of rows.
-        is_reward_model: whether the model ends in a score; it then cannot answer.
+        head: what the model ends in; without words it cannot answer.
         needs_reference: whether rows carry what the model said of their answers before training.
     """
 
     build: Callable[[Recipe, Architecture, Groups], Stage]
     row_kind: RowKind = "conversation"
-    is_reward_model: bool = False
+    head: Head = "words"
     needs_reference: bool = False
 
 
 STAGES: dict[str, StageKind] = {
     "sft": StageKind(build_sft),
-    "rm": StageKind(build_rm, "pair", is_reward_model=True),
+    "rm": StageKind(build_rm, "pair", head="scores"),
+    "prm": StageKind(build_prm, "steps", head="scores"),
     "dpo": StageKind(build_dpo, "pair", needs_reference=True),
     "cpo": StageKind(build_cpo, "pair"),
     "simpo": StageKind(build_simpo, "pair"),
     "orpo": StageKind(build_orpo, "pair"),
+    "contrastive": StageKind(build_contrastive, "image_text", head="embeddings"),
     "kto": StageKind(build_kto, "marked", needs_reference=True),
 }

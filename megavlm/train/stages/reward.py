@@ -4,7 +4,6 @@ Shape suffixes: T tokens of the whole row, L of this context-parallel rank, Q se
 in turn), P pairs that count.
 """
 
-import itertools
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -17,7 +16,12 @@ from megavlm.models.architecture import Architecture
 from megavlm.parallel.context import local_part
 from megavlm.parallel.groups import Groups
 from megavlm.train.stages.preference import REWARD_METRICS
-from megavlm.train.stages.sequences import counting_samples, num_sequences, predicts_answer, sequence_sums
+from megavlm.train.stages.sequences import (
+    counting_samples,
+    last_wanted_tokens,
+    predicts_answer,
+    sequence_sums,
+)
 from megavlm.train.stages.stage import Sums
 
 NUM_BINS = 10
@@ -38,6 +42,9 @@ class RewardModelling:
     center_rewards_coefficient: float
     score_at: Literal["last_token", "end_of_answer"]
     look_ahead: ClassVar[None] = None
+    census: ClassVar[None] = None
+    split_gradients: ClassVar[None] = None
+    memory: ClassVar[None] = None
     metric_sizes: ClassVar[dict[str, int]] = dict.fromkeys(REWARD_METRICS, 1) | {"calibration": 3 * NUM_BINS}
 
     def loss(self, scores_L1: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, Sums]:
@@ -51,6 +58,10 @@ class RewardModelling:
         sums = {name: value[None] / context.size() for name, value in metrics.items()}
         sums["calibration"] = calibration_sums(chosen_P, rejected_P, NUM_BINS).flatten() / context.size()
         return loss_sum / context.size(), count / context.size(), sums
+
+    def count(self, batch: Batch) -> float:
+        """As `Stage` says."""
+        return float(len(counting_samples(batch)))
 
     def figures(self, sums: Sums, count: float) -> dict[str, float]:
         """Means over pairs, and how far confidence is from accuracy."""
@@ -84,10 +95,7 @@ def scored_tokens(batch: Batch, score_at: str) -> torch.Tensor:
     wanted_T = batch.real_T
     if score_at == "end_of_answer":
         wanted_T = torch.cat((wanted_T.new_zeros(1), predicts_answer(batch)[:-1]))
-    borders = batch.cu_seqlens[: num_sequences(batch) + 1].tolist()
-    # in a row that only fills up a round no token is wanted, and any will do
-    places = [torch.nonzero(wanted_T[start:end])[:, 0].tolist() or [0] for start, end in itertools.pairwise(borders)]
-    return torch.tensor([start + place[-1] for start, place in zip(borders, places, strict=False)])
+    return last_wanted_tokens(wanted_T, batch)
 
 
 def build_rm(recipe: Recipe, architecture: Architecture, groups: Groups) -> RewardModelling:

@@ -1,8 +1,10 @@
 """From a packed row's outputs to one number for each of its sequences, over context-parallel ranks.
 
 Shape suffixes: T tokens of the whole row, L of this context-parallel rank, Q sequences of the row (the padding at its
-end left out), N samples, P samples that count.
+end left out), N samples, P samples that count, X numbers of a token's output.
 """
+
+import itertools
 
 import torch
 
@@ -25,6 +27,34 @@ def sequence_sums(values_L: torch.Tensor, batch: Batch, groups: Groups) -> torch
     samples_L = local_part(samples_T, batch.cu_seqlens, context.size(), context.rank()).to(values_L.device)
     sums = summed_over_context(sums_per_sample(values_L, samples_L, len(batch.cu_seqlens) - 1), context)
     return sums[: num_sequences(batch)]
+
+
+def sequence_rows(outputs_LX: torch.Tensor, places_Q: torch.Tensor, batch: Batch, groups: Groups) -> torch.Tensor:
+    """The outputs of one token of each sequence, fp32 [Q, X], the same on every context rank.
+
+    Args:
+        outputs_LX: of this rank's tokens.
+        places_Q: int64 position of each token in the packed row.
+        batch: the row.
+        groups: process groups.
+    """
+    context = groups.context
+    sequences_T = torch.full((len(batch.tokens_T),), -1)
+    sequences_T[places_Q] = torch.arange(len(places_Q))
+    sequences_L = local_part(sequences_T, batch.cu_seqlens, context.size(), context.rank()).to(outputs_LX.device)
+    held = torch.nonzero(sequences_L >= 0)[:, 0]
+    rows_QX = torch.zeros(len(places_Q), outputs_LX.shape[1], device=outputs_LX.device)
+    return summed_over_context(rows_QX.index_add(0, sequences_L[held], outputs_LX[held].float()), context)
+
+
+def last_wanted_tokens(wanted_T: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Position in the packed row of the last wanted token of each sequence: int64 [Q].
+
+    In a row that only fills up a round none is wanted, and any will do.
+    """
+    borders = batch.cu_seqlens[: num_sequences(batch) + 1].tolist()
+    places = [torch.nonzero(wanted_T[start:end])[:, 0].tolist() or [0] for start, end in itertools.pairwise(borders)]
+    return torch.tensor([start + place[-1] for start, place in zip(borders, places, strict=False)])
 
 
 def predicts_answer(batch: Batch) -> torch.Tensor:

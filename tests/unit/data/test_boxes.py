@@ -32,6 +32,12 @@ def written(answer, box_format, boxes=CATS, **fields):
         ),
         ("json_1000", "a cat", '[50, 200, 550, 1000], {"point_2d": [500, 250], "label": "two"}'),
         ("json_pixels", "a cat", '[22, 45, 246, 224], {"point_2d": [28, 14], "label": "two"}'),
+        (
+            "bin_tokens_1000",
+            "<|object_ref_start|>a cat<|object_ref_end|>",
+            "<|box_start|><|50|><|200|><|549|><|999|><|box_end|>, "
+            "<|object_ref_start|>two<|object_ref_end|><|box_start|><|500|><|250|><|box_end|>",
+        ),
         ("numbers", "a cat", "[10, 20, 110, 100], two[0.5, 0.25]"),
     ],
 )

@@ -225,6 +225,17 @@ def test_marked_answers(family, folder, tmp_path):
     assert [row.target for row in assert_rows_come_back(dataset)] == [1, 0, 1]
 
 
+def test_images_and_their_text(family, folder, tmp_path):
+    rows = [
+        talk("<image>?", "the dog", images=["2.png"]),
+        talk("<image>and <image> and <image>?", "b", images=["0.png", "1.png", "0.png"]),
+    ]
+    if family.inputs.video_kind != "none":
+        rows += [talk("<image>, <video>?", "a", images=["1.png"], videos=["a.mp4"])]
+    found = assert_rows_come_back(indexed(folder, family.encoder(row_kind="image_text"), rows, tmp_path))
+    assert [len(row.images) for row in found[:2]] == [1, 2]
+
+
 def test_kinds_of_tokens(qwen, folder, tmp_path):
     schedule = TokenSchedule(((0.0, TokenWeights(special=1, instruction=0.5, box=2)),))
     encoder = qwen.encoder(box_format="json_1000", schedule=schedule)

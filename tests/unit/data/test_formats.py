@@ -56,6 +56,24 @@ def test_one_question_in_many_spellings(folder, row):
     assert read(folder, row, caption_prompt="Hi").turns == turns("Hi", "Ho")
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("One <image> two <image>\nthree.", turns("One <image> two <image>", "\nthree.")),
+        ("<image><image> both", turns("<image><image>", " both")),
+    ],
+)
+def test_a_document_ends_with_what_stands_behind_its_last_image(folder, text, expected):
+    sample = read(folder, {"text": text, "images": ["a.png", "b.png"], "source": "web"})
+    assert sample.turns == expected and sample.extra == {"source": "web"}
+    assert [str(image).rpartition("/")[2] for image in sample.images] == ["a.png", "b.png"]
+
+
+def test_a_document_may_be_words_alone_and_other_rows_may_have_a_text(folder):
+    assert read(folder, {"text": "only words"}).turns == turns("", "only words")
+    assert read(folder, {**CHAT, "text": "beside"}).extra == {"text": "beside"}
+
+
 def test_a_file_may_mix_formats(folder):
     samples = read(folder, CHAT, {"problem": "1+1?", "answer": "2"}, {"prompt": "p", "chosen": "c", "rejected": "r"})
     assert [sample.turns[-1].text for sample in samples] == ["A cat.", "2", "c"]
@@ -247,6 +265,10 @@ BAD_ROWS = {
         r"the frames of one as \[\[\.\.\.\]\]",
     ),
     "caption of nothing": ({"txt": " "}, "the empty answer"),
+    "document of nothing": ({"text": " "}, "an empty `text`"),
+    "document that ends with an image": ({"text": "a <image> ", "images": ["a.png"]}, "no word behind the last image"),
+    "document no text": ({"text": ["a"]}, "`text` of type list"),
+    "document with too few images": ({"text": "a <image><image> b", "images": ["a.png"]}, "placeholder"),
     "tool without a call": (
         {"messages": [user("x"), {"role": "tool", "content": "y"}, assistant("z")]},
         "turns by user, tool, assistant",

@@ -206,6 +206,7 @@ def test_built_in_templates_end_answers_with_a_token(folders, name):
         "llama2": "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n<image>\nuser [/INST] a red square\n\n  12 \u00fc\u4e2d "
         "</s><s>[INST] and <image>\n and <image>\n? [/INST] no </s>",
         "llava_plain": "<s><image>\na red square\n\n  12 \u00fc\u4e2d</s><image>\n<image>\nno</s>",
+        "document": "<s>Be brief.<image>\nusera red square\n\n  12 \u00fc\u4e2d</s>and <image>\n and <image>\n?no</s>",
     }
     assert text == expected[name]
     end = "<|im_end|>" if name == "chatml" else "</s>"

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from transformers import SiglipConfig, SiglipModel
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
-from megavlm.losses.contrastive import clip_loss, siglip_loss
+from megavlm.losses.contrastive import clip_loss, retrieval_hits, siglip_loss
 
 WIDTH = 6
 # Pairs of each rank, by number of ranks: unequal, and none at all.
@@ -146,3 +146,20 @@ def test_nothing_of_the_size_of_all_pairs_squared_is_kept():
                 ours(name, *leaves(images, texts, scale, bias), Alone(), 8)
         sizes.append(sum(kept.values()))
     assert sizes[1] <= 2 * sizes[0]
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 4096])
+def test_a_row_is_a_hit_when_no_other_column_is_closer(block_size):
+    rows = F.normalize(torch.tensor([[1.0, 0.1], [0.1, 1.0], [1.0, 1.0], [1.0, -1.0]]), dim=1)
+    columns = F.normalize(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [2.0, 0.0]]), dim=1)
+    assert retrieval_hits(rows, columns, 0, block_size).tolist() == [1, 1, 1, 1]  # equal ones count
+    columns[3] = torch.tensor([0.8, 0.6])
+    assert retrieval_hits(rows, columns, 0, block_size).tolist() == [1, 1, 0, 0]
+    assert retrieval_hits(rows[2:], columns, 2, block_size).tolist() == [0, 0]
+    assert retrieval_hits(rows[:0], columns, 0, block_size).tolist() == []
+
+
+def test_hits_are_those_of_all_cosines():
+    images, texts, *_ = example()
+    expected = (images @ texts.T).argmax(1) == torch.arange(NUM_PAIRS)
+    assert retrieval_hits(images, texts, 0, 4).bool().tolist() == expected.tolist()

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.distributed as dist
 from transformers.loss import loss_for_object_detection as theirs
 
 from megavlm.losses.grounding import (
@@ -7,6 +8,7 @@ from megavlm.losses.grounding import (
     corners_of,
     dice,
     expected_coordinate,
+    expected_coordinate_of_vocabulary,
     focal,
     generalized_iou,
     mask_loss,
@@ -113,3 +115,40 @@ def test_expected_coordinate():
     between = torch.full((1, 5), -torch.inf)
     between[0, 1], between[0, 2] = torch.tensor(3.0).log(), 0.0
     torch.testing.assert_close(expected_coordinate(between), torch.tensor([0.75 * 0.25 + 0.25 * 0.5]))
+
+
+VOCABULARY, NUM_BINS, NUM_COORDINATES = 24, 7, 10
+
+
+def vocabulary_example(ids):
+    generator = torch.Generator().manual_seed(3)
+    logits = 4 * torch.randn(NUM_COORDINATES, VOCABULARY, generator=generator)
+    upstream = torch.randn(NUM_COORDINATES, generator=generator)
+    return logits, torch.tensor(ids), upstream
+
+
+# All on both ranks; all on the first, so that the second has none; out of order.
+@pytest.mark.parametrize("ids", [range(8, 15), range(7), (23, 0, 12, 5, 11, 20, 1)], ids=str)
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_expected_coordinate_of_a_sharded_vocabulary(num_ranks, ids, workers):
+    logits, ids, upstream = vocabulary_example(list(ids))
+    theirs = logits.double().requires_grad_()
+    expected = theirs[:, ids].softmax(1) @ (torch.arange(NUM_BINS).double() / (NUM_BINS - 1))
+    (expected * upstream).sum().backward()
+    results = workers(num_ranks).run(expected_of_part, logits=logits, ids=ids, upstream=upstream)
+    for value, _ in results:
+        torch.testing.assert_close(value, expected.detach().float(), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(value, expected_coordinate(logits[:, ids]), rtol=1e-6, atol=1e-6)
+    gradient = torch.cat([one for _, one in results], dim=1)
+    torch.testing.assert_close(gradient, theirs.grad.float(), rtol=1e-5, atol=1e-6)
+    assert not gradient[:, [number for number in range(VOCABULARY) if number not in ids]].any()
+
+
+def expected_of_part(logits, ids, upstream):
+    group = dist.group.WORLD
+    part = logits.chunk(group.size(), dim=1)[group.rank()].clone().requires_grad_()
+    value = expected_coordinate_of_vocabulary(part, ids, group)
+    (value * upstream).sum().backward()
+    empty = expected_coordinate_of_vocabulary(part[:0], ids, group)
+    assert empty.shape == (0,) and empty.requires_grad
+    return value.detach(), part.grad

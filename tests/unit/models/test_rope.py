@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from transformers import LlamaConfig, Qwen3VLConfig
@@ -6,8 +8,10 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbe
 
 from megavlm.models.architecture import RopeScaling
 from megavlm.models.rope import RotaryAngles, axial_angles
+from megavlm.models.text_config import rope_scaling
 
 CPU = torch.device("cpu")
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
 SECTIONS = [(16, (3, 3, 2)), (128, (24, 20, 20))]
 
 
@@ -91,11 +95,26 @@ def test_vision_equals_transformers(head_dim):
             | {"original_max_position_embeddings": 512},
             RopeScaling("llama3", 8.0, 1.0, 4.0, 512),
         ),
+        (YARN, RopeScaling("yarn", 4.0, 1.0, 32.0, 512, 1 + 0.1 * math.log(4))),
+        (YARN | {"beta_fast": 8, "beta_slow": 2}, RopeScaling("yarn", 4.0, 2.0, 8.0, 512, 1 + 0.1 * math.log(4))),
+        (
+            YARN | {"attention_factor": 0.9, "truncate": False},
+            RopeScaling("yarn", 4.0, 1.0, 32.0, 512, 0.9, truncate=False),
+        ),
+        (
+            YARN | {"mscale": 2.0, "mscale_all_dim": 0.5},
+            RopeScaling("yarn", 4.0, 1.0, 32.0, 512, (1 + 0.2 * math.log(4)) / (1 + 0.05 * math.log(4))),
+        ),
+        # every frequency is slow: the ramp is a step
+        (YARN | {"original_max_position_embeddings": 6}, RopeScaling("yarn", 4.0, 1.0, 32.0, 6, 1 + 0.1 * math.log(4))),
     ],
 )
 def test_stretched_frequencies_equal_transformers(keys, scaling):
-    config = LlamaConfig(hidden_size=128, num_attention_heads=2, rope_parameters={"rope_theta": 5e5, **keys})
-    theirs = LlamaRotaryEmbedding(config).inv_freq
+    settings = {"rope_theta": 5e5, **keys}
+    config = LlamaConfig(hidden_size=128, num_attention_heads=2, max_position_embeddings=2048, rope_parameters=settings)
+    assert rope_scaling(settings, 2048) == scaling
+    theirs = LlamaRotaryEmbedding(config)
+    assert scaling.attention_factor == pytest.approx(theirs.attention_scaling, rel=1e-12)
     ours = RotaryAngles(64, 5e5, None, False, CPU, scaling).inverse_frequencies_F
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours, theirs.inv_freq, rtol=1e-6, atol=0)
     assert not torch.allclose(ours, RotaryAngles(64, 5e5, None, False, CPU).inverse_frequencies_F, rtol=0.1, atol=0)

@@ -117,5 +117,57 @@ def check_fp8_contexts():
         block = SimpleNamespace(config=config, training=True, layers=[Layer(3), Layer(4)])
         seen.clear()
         with patch.object(vision, "get_fp8_context", context):
-            _, kept = vision.run_layers(block, torch.zeros(2, 1, 4), [None, None], None, [3])
+            _, kept = vision.run_layers(block, torch.zeros(16, 1, 4), [None, None], None, [3])
         assert seen == expected and len(kept) == 1
+
+
+def test_fp8_products_take_whole_blocks_of_patches(workers):
+    workers(1).run(check_filled_up_patches)
+
+
+def check_filled_up_patches():
+    """What is behind the patches changes nothing of them, nor of their gradients, and is never given out."""
+    import contextlib
+    from types import SimpleNamespace
+    from unittest.mock import patch
+
+    import torch
+    from megatron.core.enums import Fp8Recipe
+
+    from megavlm.models import vision
+    from megavlm.parallel.attention import packed_attention
+
+    seen = []
+
+    class Layer:
+        """Attention within segments, rotated by the angles."""
+
+        def __init__(self, number):
+            self.layer_number = number
+
+        def __call__(self, hidden_states, packed_seq_params, rotary_pos_emb, attention_mask):
+            borders = packed_seq_params.cu_seqlens_q.tolist()
+            assert borders[-1] == len(hidden_states) == len(rotary_pos_emb)
+            seen.append((len(hidden_states), borders))
+            turned = hidden_states * rotary_pos_emb[:, 0].cos()
+            return hidden_states + packed_attention(turned, turned, hidden_states, borders, False, 0.5)[:, None], None
+
+    frames, windows = vision.pack_params([12, 8], "cpu"), vision.pack_params([4] * 5, "cpu")
+    start, angles = torch.randn(20, 1, 4), torch.randn(20, 1, 1, 4)
+    found = []
+    for fp8, recipe in ((None, None), ("hybrid", Fp8Recipe.blockwise), ("hybrid", Fp8Recipe.mxfp8)):
+        config = SimpleNamespace(fp8=fp8, fp8_recipe=recipe, recompute_granularity=None)
+        block = SimpleNamespace(config=config, training=True, layers=[Layer(1), Layer(2)])
+        hidden = start.clone().requires_grad_()
+        with patch.object(vision, "get_fp8_context", lambda *_: contextlib.nullcontext()):
+            last, kept = vision.run_layers(block, hidden, [frames, windows], angles, [0])
+        (last.square().sum() + kept[0].sum()).backward()
+        found.append((last, kept[0], hidden.grad))
+    assert seen == [
+        (20, [0, 12, 20]),
+        (20, [0, 4, 8, 12, 16, 20]),
+        *[(32, [0, 12, 20, 32]), (32, [0, 4, 8, 12, 16, 20, 32])] * 2,
+    ]
+    for other in found[1:]:
+        for one, expected in zip(other, found[0], strict=True):
+            assert torch.equal(one, expected)

@@ -19,7 +19,7 @@ def rates_by_step(recipe: Recipe, num_steps: int) -> list[dict[str, float]]:
     state = build_state(recipe)
     rates = []
     for _ in range(num_steps):
-        rates.append(learning_rates(state.scheduler, recipe.optimizer, state.learning_components))
+        rates.append(learning_rates(state.scheduler, state.learning, state.learning_components, len(rates)))
         state.scheduler.step(increment=1)
     return rates
 
@@ -31,7 +31,7 @@ def decay_without_gradient(recipe: Recipe) -> dict[str, list[tuple[int, float, f
     _fill_gradients(state, 0.0)
     norms = _prepared_norms(state)
     assert norms.total == 0.0
-    clip_and_update(state.optimizer, norms, recipe.optimizer.clip_grad)
+    clip_and_update(state.optimizer, state.scheduler, state.learning, norms, 0)
     ratios: dict[str, list[tuple[int, float, float]]] = {}
     for name, parameter in _parameters(state):
         old, new = before[name].double(), parameter.detach().double()
@@ -52,7 +52,7 @@ def clipping(recipe: Recipe, gradient: float) -> dict[str, Any]:
     for name, parameter in _parameters(state):
         component = component_of(name)
         sizes[component] = sizes.get(component, 0) + parameter.numel()
-    clip_and_update(state.optimizer, norms, recipe.optimizer.clip_grad)
+    clip_and_update(state.optimizer, state.scheduler, state.learning, norms, 0)
     left = sum(float(vars(p)["main_grad"].double().square().sum()) for _, p in _parameters(state)) ** 0.5
     return {"total": norms.total, "by_component": norms.by_component, "sizes": sizes, "left": left}
 
@@ -115,4 +115,4 @@ def _fill_gradients(state: TrainState, value: float) -> None:
 
 def _prepared_norms(state: TrainState) -> Any:
     state.optimizer.prepare_grads()
-    return gradient_norms(state.optimizer, state.parts, state.learning_components)
+    return gradient_norms(state.optimizer, state.parts, state.learning, state.learning_components)

@@ -13,7 +13,7 @@ from megavlm.losses.reference_free import REFERENCE_FREE_LOSSES
 from megavlm.train.stages.preference import answer_lengths
 from megavlm.train.stages.registry import STAGES
 from megavlm.train.stages.reward import scored_tokens
-from megavlm.train.stages.sequences import counting_samples
+from megavlm.train.stages.sequences import counting_samples, last_wanted_tokens
 
 
 @pytest.fixture
@@ -45,6 +45,7 @@ def batch():
 
 def test_the_last_token_of_a_sequence_is_not_its_padding(batch):
     assert scored_tokens(batch, "last_token").tolist() == [4, 10, 15, 21]
+    assert last_wanted_tokens(batch.real_T, batch).tolist() == [4, 10, 15, 21]
 
 
 def test_the_end_of_an_answer_is_the_last_token_that_is_learned(batch):
@@ -69,4 +70,5 @@ def test_the_recipe_knows_the_stages_and_their_losses():
     assert set(COMPARING_STAGES) == {name for name, kind in STAGES.items() if kind.row_kind != "conversation"}
     assert set(REFERENCE_STAGES) == {name for name, kind in STAGES.items() if kind.needs_reference}
     assert set(PAIR_LOSS_TYPES["dpo"]) == set(PAIR_LOSSES) - {"aot", "aot_unpaired"}
+    assert {name for name, kind in STAGES.items() if kind.head != "words"} == {"rm", "contrastive"}
     assert set(PAIR_LOSS_TYPES) - {"dpo", "kto"} == set(REFERENCE_FREE_LOSSES)

@@ -47,8 +47,8 @@ def read_changed(family: str, changes: dict[str, Any]) -> str:
         ),
         (
             "qwen3_vl",
-            {"text_config.rope_parameters": {"rope_type": "yarn"}},
-            "rope_type: got yarn; expected default, linear",
+            {"text_config.rope_parameters": {"rope_type": "longrope"}},
+            "rope_type: got longrope; expected default, linear, llama3, yarn or dynamic",
         ),
         ("llava", {"vision_feature_layer": [-2, -5]}, "vision_feature_layer: got [-2, -5]; expected a number"),
         ("llava", {"vision_feature_select_strategy": "full"}, "got full; expected default"),

@@ -70,5 +70,5 @@ def test_the_recipe_knows_the_stages_and_their_losses():
     assert set(COMPARING_STAGES) == {name for name, kind in STAGES.items() if kind.row_kind != "conversation"}
     assert set(REFERENCE_STAGES) == {name for name, kind in STAGES.items() if kind.needs_reference}
     assert set(PAIR_LOSS_TYPES["dpo"]) == set(PAIR_LOSSES) - {"aot", "aot_unpaired"}
-    assert {name for name, kind in STAGES.items() if kind.head != "words"} == {"rm", "contrastive"}
+    assert {name for name, kind in STAGES.items() if kind.head != "words"} == {"rm", "prm", "contrastive"}
     assert set(PAIR_LOSS_TYPES) - {"dpo", "kto"} == set(REFERENCE_FREE_LOSSES)

@@ -23,6 +23,9 @@ def freeze(models: Iterable[Part], plan: TuningPlan) -> None:
     for model in models:
         for name, parameter in named_parameters(model):
             learns = is_adapter(name) or plan.of(component_of(name), layer_of(name)).method == "full"
-            is_head = name == NATIVE_NAME and model.architecture.language.has_score_head
-            if not learns and not (is_head and plan.learns("language")) and name not in EMBEDDING_NAMES:
+            # The new heads lie where the output layer over words does, under its name.
+            head = model.architecture.language.head
+            learns |= head == "scores" and name == NATIVE_NAME and plan.learns("language")
+            learns |= head == "embeddings" and name in EMBEDDING_NAMES
+            if not learns:
                 parameter.requires_grad_(False)

@@ -7,7 +7,7 @@ import pytest
 
 from tests import evidence
 from tests.invariant import canon
-from tests.invariant.members import Member, layout
+from tests.invariant.layouts import Member, layout
 from tests.invariant.references import REFERENCES, Reference
 from tests.pool import PoolKeeper
 

@@ -7,8 +7,8 @@ import pytest
 
 from tests.gpu.conftest import Figures, GpuWorkers, need
 from tests.invariant import canon
+from tests.invariant.layouts import EP2, Member, layout
 from tests.invariant.measure import LIMITS, StepRow, distances
-from tests.invariant.members import EP2, Member, layout
 from tests.invariant.references import REFERENCES
 from tests.invariant.test_gradients import BF16_LIMITS
 

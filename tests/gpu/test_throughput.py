@@ -23,7 +23,7 @@ from megavlm.config.schema import (
 )
 from megavlm.planner.hardware import PRESETS
 from tests.gpu.conftest import GpuWorkers, need
-from tests.invariant.members import layout
+from tests.invariant.layouts import layout
 from tests.tiny import write_tiny_qwen3vl
 
 pytestmark = pytest.mark.gpu

@@ -94,6 +94,10 @@ REFERENCES: dict[str, Reference] = {
     "rm, untied": _rewards("llava", "end_of_answer"),
     "prm": Reference("qwen3_vl", {"lr": 3e-4}, stage="prm"),
     "dpo": Reference("qwen3_vl", stage="dpo", objective={"preference": {"rpo_alpha": 0.1}}),
+    "dpo, experts balanced": Reference("qwen3_vl_moe", stage="dpo", model={"moe_aux_loss_coeff": 0.1}),
+    "rows alike, experts balanced": Reference(
+        "qwen3_vl_moe", model={"moe_aux_loss_coeff": 0.1}, objective={"sft": {"loss_reduction": "sample"}}
+    ),
     "simpo": Reference("qwen3_vl", stage="simpo"),
     "orpo": Reference("qwen3_vl", stage="orpo"),
     "kto": Reference(

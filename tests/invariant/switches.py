@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from tests.invariant.members import EP2, EP2_TP2, PACKED, PACKED_PAIRS, PLAIN, Member, experts, layout
+from tests.invariant.layouts import EP2, EP2_TP2, PACKED, PACKED_PAIRS, PLAIN, Member, experts, layout
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import pytest
 from megavlm.config.schema import Recipe
 from tests.contracts import TRANSFORMER_ENGINE
 from tests.invariant import canon
+from tests.invariant.layouts import EP2, EP2_TP2, PLAIN, Member, layout
 from tests.invariant.measure import StepRow, broken, distances, record
-from tests.invariant.members import EP2, EP2_TP2, PLAIN, Member, layout
 from tests.invariant.references import REFERENCES
 from tests.pool import PoolKeeper
 

@@ -9,8 +9,9 @@ import pytest
 
 from megavlm.config.schema import Recipe
 from tests.invariant import canon
+from tests.invariant.layouts import SMALL_BUCKET, Member
 from tests.invariant.measure import LIMITS, StepRow, broken, distances, record
-from tests.invariant.members import MEMBERS, SMALL_BUCKET, Member
+from tests.invariant.members import MEMBERS
 from tests.invariant.references import REFERENCES
 from tests.invariant.switches import NEXT_CORE, SWITCHES, Switch
 from tests.pool import PoolKeeper

@@ -14,8 +14,8 @@ import pytest
 from megavlm.config.schema import Recipe
 from tests import evidence
 from tests.invariant import canon
+from tests.invariant.layouts import layout
 from tests.invariant.measure import LIMITS, StepRow, broken, distances, record
-from tests.invariant.members import layout
 from tests.pool import PoolKeeper, WorkerError
 
 RUNS = "tests.invariant.fp8_runs"

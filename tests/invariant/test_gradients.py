@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.invariant import canon
+from tests.invariant.layouts import Member, layout
 from tests.invariant.measure import StepRow, broken, distances, record
-from tests.invariant.members import Member, layout
 from tests.pool import PoolKeeper
 
 Canonical = Callable[[str], list[StepRow]]

@@ -17,6 +17,7 @@ from megavlm.losses.process_reward import process_reward_loss
 from megavlm.losses.reference_free import ReferenceFreeOptions, reference_free_loss
 from megavlm.losses.reward import reward_loss
 from megavlm.losses.sequences import length_desensitised_weights, samples_of_tokens, sums_per_sample
+from tests.evidence import record, row
 
 # Of the loss, and of the largest gradient; fp32, and the order of sums differs.
 RELATIVE = 1e-5
@@ -129,15 +130,32 @@ def pairs_of(policy, reference, mask, ld_alpha=None):
     )
 
 
-def assert_equal(ours, theirs, *inputs):
-    """`ours` and `theirs` are losses; `inputs` the leaves that both came from."""
-    torch.testing.assert_close(ours, theirs, rtol=RELATIVE, atol=0)
-    ours_gradients = torch.autograd.grad(ours, inputs, retain_graph=True)
-    theirs_gradients = torch.autograd.grad(theirs, inputs)
-    for actual, expected in zip(ours_gradients, theirs_gradients, strict=True):
-        largest = expected.abs().max()
-        assert largest > 0
-        assert (actual - expected).abs().max() <= RELATIVE * largest
+def assert_equal(name, ours, theirs, values, reference="TRL 1.16"):
+    """`ours` and `theirs` are losses of what `name` says; `values` the leaf that both came from."""
+    (actual,), (expected,) = (
+        torch.autograd.grad(ours, [values], retain_graph=True),
+        torch.autograd.grad(theirs, [values]),
+    )
+    largest = expected.abs().max()
+    assert largest > 0
+    distances = {
+        "loss": float((ours - theirs).abs() / theirs.abs()),
+        "gradient": float((actual - expected).abs().max() / largest),
+    }
+    rows = [
+        row(
+            f"loss {name}: {measure}",
+            distance,
+            unit="relative difference on the same log-probabilities or scores",
+            required=f"<= {RELATIVE:g}",
+            reference=reference,
+            reference_value=0.0,
+            command="make test TESTS=tests/parity",
+        )
+        for measure, distance in distances.items()
+    ]
+    record("parity", rows)
+    assert max(distances.values()) <= RELATIVE, distances
 
 
 CASES = {name: ((name,), (1.0,), 0.0, None) for name in PAIR_LOSSES if name != "exo_pair"} | {
@@ -161,7 +179,7 @@ def test_pairs(trl, case, beta):
     )
     options = PreferenceOptions(loss_types, weights, beta=beta, label_smoothing=smoothing)
     loss_sum, count, metrics = preference_loss(pairs_of(policy, reference, mask, ld_alpha), options)
-    assert_equal(loss_sum / count, theirs, policy)
+    assert_equal(f"dpo, {case}, beta {beta}", loss_sum / count, theirs, policy)
     for name, value in metrics.items():
         assert float(value / count) == pytest.approx(logged[name], rel=RELATIVE)
 
@@ -184,7 +202,8 @@ def test_cpo_and_simpo(trl, loss_type, smoothing):
         label_smoothing=smoothing,
     )
     loss_sum, count, metrics = reference_free_loss("simpo" if is_simpo else "cpo", pairs, options)
-    assert_equal(loss_sum / count, theirs_P.mean(), policy)
+    stage = "simpo" if is_simpo else f"cpo, {loss_type}"
+    assert_equal(f"{stage}, label smoothing {smoothing}", loss_sum / count, theirs_P.mean(), policy)
     torch.testing.assert_close(metrics["rewards/chosen"], theirs_chosen_P.sum(), rtol=RELATIVE, atol=0)
     torch.testing.assert_close(metrics["rewards/rejected"], theirs_rejected_P.sum(), rtol=RELATIVE, atol=0)
 
@@ -197,7 +216,7 @@ def test_orpo(trl):
     theirs_P, *_ = trl.orpo.odds_ratio_loss(trainer(beta=0.3), means.chosen_P, means.rejected_P)
     theirs = pairs.chosen_nll_P.mean() - theirs_P.mean()
     loss_sum, count, _ = reference_free_loss("orpo", pairs, ReferenceFreeOptions(beta=0.3))
-    assert_equal(loss_sum / count, theirs, policy)
+    assert_equal("orpo", loss_sum / count, theirs, policy)
 
 
 @pytest.mark.parametrize("higher_kl", [False, True])
@@ -237,7 +256,8 @@ def test_kto(trl, loss_type, higher_kl):
     assert (kl > 0) == higher_kl
     sums = answer_sums(policy, mask), answer_sums(reference, mask)
     loss_sum, count, metrics = kto_loss(*sums, good, kl, KtoOptions(loss_type, 0.4, 1.3, 0.7))
-    assert_equal(loss_sum / count, theirs, policy)
+    where = "above" if higher_kl else "below"
+    assert_equal(f"kto, {loss_type}, KL {where} 0", loss_sum / count, theirs, policy)
     logged = fake._metrics["train"]
     for kind in ("chosen", "rejected"):
         ours = float(metrics[f"rewards/{kind}"] / metrics[f"count/{kind}"])
@@ -258,7 +278,8 @@ def test_reward_model(trl, with_margin, coefficient):
     inputs = {"attention_mask": torch.ones(2 * NUM_PAIRS, 3)} | ({"margin": margin} if with_margin else {})
     theirs = trl.reward.compute_loss(fake, model, inputs)
     loss_sum, count, metrics = reward_loss(*scores.chunk(2), margin if with_margin else None, coefficient or 0.0)
-    assert_equal(loss_sum / count, theirs, scores)
+    with_what = f"{'with' if with_margin else 'without'} margin, centring {coefficient or 0}"
+    assert_equal(f"rm, {with_what}", loss_sum / count, theirs, scores)
     assert float(metrics["rewards/accuracies"] / count) == fake._metrics["train"]["accuracy"][-1]
     assert float(metrics["rewards/margins"] / count) == pytest.approx(fake._metrics["train"]["margin"][-1], rel=1e-5)
 
@@ -278,7 +299,8 @@ def test_process_reward_model(batch_items):
     scores = logits[..., 1] - logits[..., 0]
     loss_sum, weight, metrics = process_reward_loss(scores.flatten(), torch.where(counted, 2 * labels - 1, 0).flatten())
     assert float(weight) == int(counted.sum()) > 5
-    assert_equal(loss_sum / (batch_items or weight), theirs, logits)
+    name = f"prm, {'of the step' if batch_items else 'of the batch'}"
+    assert_equal(name, loss_sum / (batch_items or weight), theirs, logits, "transformers, ForTokenClassificationLoss")
     # PRMTrainer's compute_accuracy: the larger logit against the label, over all that has one
     right = (logits.argmax(-1) == labels)[counted]
     assert float(metrics["agrees/right"] + metrics["agrees/wrong"]) == int(right.sum())

@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from megavlm.config.schema import Recipe
+from megavlm.config.stage_knobs import WORDLESS_STAGES
 from megavlm.errors import use_error
 
 FP8_PRECISIONS = ("fp8", "fp8_emulated")
@@ -146,7 +147,7 @@ def _check_transformer_engine(recipe: Recipe) -> None:
 
 
 def _check_fusions(recipe: Recipe) -> None:
-    if recipe.model.cross_entropy_loss_fusion and recipe.train.stage in ("rm", "contrastive"):
+    if recipe.model.cross_entropy_loss_fusion and recipe.train.stage in WORDLESS_STAGES:
         raise use_error(
             "model.cross_entropy_loss_fusion",
             f"true with train.stage {recipe.train.stage}",

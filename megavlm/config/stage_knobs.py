@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
+WORDLESS_STAGES = ("rm", "prm", "contrastive")
+"""Stages whose model ends in scores or embeddings, in place of words."""
+
 
 @dataclass(frozen=True)
 class TaskWeight:

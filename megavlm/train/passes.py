@@ -53,5 +53,7 @@ def not_training(state: TrainState) -> Iterator[None]:
     """Without dropout, whether it is a step's or an evaluation's pass."""
     was_training = state.parts.encoder_chunk.training
     state.set_training(False)
-    yield
-    state.set_training(was_training)
+    try:
+        yield
+    finally:
+        state.set_training(was_training)

@@ -26,6 +26,7 @@ MEMBERS: tuple[Member, ...] = (
     Member("micro batch 4", 1, micro_batch_size=4, quick=True),
     Member("micro batch 8: all rows packed into one", 1, micro_batch_size=8, quick=True),
     Member("packed by cost", 1, data=PACKED, quick=True),
+    Member("overlap with nobody", 1, OVERLAP_BOTH, True, bucket_size=SMALL_BUCKET),
     Member("LLaVA, all rows packed into one", 1, micro_batch_size=8, against="llava"),
     Member("gated cross-attention, all rows packed into one", 1, micro_batch_size=8, against="gated_cross_attention"),
     Member("gated cross-attention, recompute full", 1, FULL, True, "gated_cross_attention"),

@@ -97,6 +97,10 @@ def test_good_recipes_pass(folder: Path, overrides: list[str]) -> None:
             ["model.cross_entropy_loss_fusion", "train.stage rm"],
         ),
         (
+            ["model.cross_entropy_loss_fusion=true", "train.stage=prm"],
+            ["model.cross_entropy_loss_fusion", "train.stage prm"],
+        ),
+        (
             ["model.cross_entropy_loss_fusion=true", "train.stage=contrastive"],
             ["model.cross_entropy_loss_fusion", "train.stage contrastive", "embeddings in place of logits"],
         ),

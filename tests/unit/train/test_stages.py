@@ -7,6 +7,7 @@ import torch
 
 from megavlm.config.objectives import COMPARING_STAGES, PAIR_LOSS_TYPES, REFERENCE_STAGES
 from megavlm.config.schema import TrainConfig
+from megavlm.config.stage_knobs import WORDLESS_STAGES
 from megavlm.data.sample import Batch
 from megavlm.losses.preference import PAIR_LOSSES
 from megavlm.losses.reference_free import REFERENCE_FREE_LOSSES
@@ -70,5 +71,5 @@ def test_the_recipe_knows_the_stages_and_their_losses():
     assert set(COMPARING_STAGES) == {name for name, kind in STAGES.items() if kind.row_kind != "conversation"}
     assert set(REFERENCE_STAGES) == {name for name, kind in STAGES.items() if kind.needs_reference}
     assert set(PAIR_LOSS_TYPES["dpo"]) == set(PAIR_LOSSES) - {"aot", "aot_unpaired"}
-    assert {name for name, kind in STAGES.items() if kind.head != "words"} == {"rm", "prm", "contrastive"}
+    assert {name for name, kind in STAGES.items() if kind.head != "words"} == set(WORDLESS_STAGES)
     assert set(PAIR_LOSS_TYPES) - {"dpo", "kto"} == set(REFERENCE_FREE_LOSSES)

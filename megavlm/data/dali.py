@@ -1,8 +1,8 @@
 """NVIDIA DALI decodes and resizes images: the only place that imports it.
 
-Its dynamic mode is used, one image at a time: in a batch, one corrupt image would fail all of them. Decoded JPEG and
-PNG files equal PIL's bit for bit. Resized ones do not: at an image's borders PIL leaves out what a filter would read
-outside of it where DALI repeats the outermost pixels, and results are rounded in another order.
+Its dynamic mode is used, a few images at a time; where one of them is broken, which fails them all, each on its own.
+Decoded JPEG and PNG files equal PIL's bit for bit. Resized ones do not: at an image's borders PIL leaves out what a
+filter would read outside of it where DALI repeats the outermost pixels, and results are rounded in another order.
 
 On a CPU this is tested; on a GPU (`device="gpu"`: nvJPEG and CUDA kernels) only the calls' arguments are checked.
 
@@ -12,7 +12,7 @@ Shape suffixes: HWC image axes.
 import contextlib
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -92,12 +92,12 @@ def decode_arguments(device: Device) -> dict[str, Any]:
     return {"device": device, "adjust_orientation": False}
 
 
-def resize_arguments(size: tuple[int, int], resample: int) -> dict[str, Any]:
-    """Of `resize`, for a (width, height) and PIL's number of a filter."""
+def resize_arguments(size: tuple[int, int] | Pixels, resample: int) -> dict[str, Any]:
+    """Of `resize`, for (height, width), of one image or as a batch of tensors, and PIL's number of a filter."""
     from nvidia.dali import types
 
     filters = {number: vars(types.DALIInterpType)[name] for number, name in DALI_RESAMPLES.items()}
-    return {"size": size[::-1], "interp_type": filters[resample], "antialias": True}
+    return {"size": size, "interp_type": filters[resample], "antialias": True}
 
 
 def pad_arguments(start: list[int], side: int, colour: tuple[int, int, int]) -> dict[str, Any]:
@@ -111,25 +111,35 @@ def pad_arguments(start: list[int], side: int, colour: tuple[int, int, int]) -> 
     }
 
 
-def decode(data: bytes, orientation: int, device: Device) -> Pixels | None:
-    """Decode a file as it is to be seen; None where DALI cannot (perhaps PIL can, or says why not).
+def decode_together(files: Sequence[tuple[bytes, int]], device: Device) -> list[Pixels | None]:
+    """Decode files as they are to be seen; None where DALI cannot (perhaps PIL can, or says why not).
 
     Args:
-        data: the whole file.
-        orientation: EXIF's, 1 to 8; others are taken for 1.
+        files: (the whole file, EXIF's orientation of 1 to 8; others are taken for 1) of each.
         device: where to decode.
     """
-    swapped, mirrored, upside_down = _ORIENTATIONS.get(orientation, _ORIENTATIONS[1])
+    if not files:
+        return []
     with _at_once(device) as dynamic:
+        arrays = [np.frombuffer(data, np.uint8) for data, _ in files]
         try:
-            pixels = dynamic.decoders.image(as_pixels(np.frombuffer(data, np.uint8)), **decode_arguments(device))
-        except RuntimeError:  # nvImageCodec has no finer ones
-            return None
-        if swapped:
-            pixels = dynamic.transpose(pixels, perm=[1, 0, 2], transpose_layout=False)
-        if mirrored or upside_down:
-            pixels = dynamic.flip(pixels, horizontal=int(mirrored), vertical=int(upside_down))
-        return pixels
+            found: list[Pixels | None] = dynamic.decoders.image(
+                dynamic.as_batch(arrays), **decode_arguments(device)
+            ).tensors
+        except RuntimeError:  # nvImageCodec has no finer ones, and one broken file fails all
+            if len(files) == 1:
+                return [None]
+            return [pixels for file in files for pixels in decode_together([file], device)]
+        return [_turned(dynamic, pixels, orientation) for pixels, (_, orientation) in zip(found, files, strict=True)]
+
+
+def _turned(dynamic: Any, pixels: Pixels, orientation: int) -> Pixels:
+    swapped, mirrored, upside_down = _ORIENTATIONS.get(orientation, _ORIENTATIONS[1])
+    if swapped:
+        pixels = dynamic.transpose(pixels, perm=[1, 0, 2], transpose_layout=False)
+    if mirrored or upside_down:
+        pixels = dynamic.flip(pixels, horizontal=int(mirrored), vertical=int(upside_down))
+    return pixels
 
 
 def as_pixels(values: np.ndarray) -> Pixels:
@@ -142,30 +152,40 @@ def as_array(pixels: Pixels) -> np.ndarray:
     return np.asarray(pixels.cpu())
 
 
-def resized(pixels: Pixels, view: View, resample: int, device: Device) -> np.ndarray:
-    """An image as a view wants it: uint8 [H, W, C].
+def resized_together(images: Sequence[tuple[Pixels, View]], resample: int, device: Device) -> list[np.ndarray]:
+    """Images as views want them: uint8 [H, W, C] each.
 
     PIL rounds to bytes, which cuts off what a filter overshoots, between its horizontal and its vertical pass. Where a
     side grows that shows, so there DALI is made to do the same, in two steps.
 
     Args:
-        pixels: decoded.
-        view: what is wanted.
+        images: each decoded, and what is wanted of it.
         resample: PIL's number of the filter.
         device: where the pixels are to be resized.
     """
-    height, width, _ = pixels.shape
     with _at_once(device) as dynamic:
-        if device == "gpu":
-            pixels = pixels.gpu()
-        if view.square is not None:
-            side = max(height, width)
-            start = [-((side - height) // 2), -((side - width) // 2)]
-            pixels = dynamic.slice(pixels, **pad_arguments(start, side, view.square))
-            height = width = side
-        if (width, height) != view.size and (view.size[0] > width or view.size[1] > height):
-            pixels = dynamic.resize(pixels, **resize_arguments((view.size[0], height), resample))
-            width = view.size[0]
-        if (width, height) != view.size:
-            pixels = dynamic.resize(pixels, **resize_arguments(view.size, resample))
-        return as_array(pixels)
+        before = [_ready(dynamic, pixels, view, resample, device) for pixels, view in images]
+        sizes = [view.size[::-1] for _, view in images]
+        others = [number for number, pixels in enumerate(before) if pixels.shape[:2] != sizes[number]]
+        if others:
+            batch = dynamic.as_batch([before[number] for number in others])
+            wanted = dynamic.as_batch([np.array(sizes[number], np.float32) for number in others])
+            after = dynamic.resize(batch, **resize_arguments(wanted, resample)).tensors
+            for number, pixels in zip(others, after, strict=True):
+                before[number] = pixels
+        return [as_array(pixels) for pixels in before]
+
+
+def _ready(dynamic: Any, pixels: Pixels, view: View, resample: int, device: Device) -> Pixels:
+    """An image that one more step brings to its size, if it does not have it yet."""
+    height, width, _ = pixels.shape
+    if device == "gpu":
+        pixels = pixels.gpu()
+    if view.square is not None:
+        side = max(height, width)
+        start = [-((side - height) // 2), -((side - width) // 2)]
+        pixels = dynamic.slice(pixels, **pad_arguments(start, side, view.square))
+        height = width = side
+    if (width, height) != view.size and (view.size[0] > width or view.size[1] > height):
+        pixels = dynamic.resize(pixels, **resize_arguments((height, view.size[0]), resample))
+    return pixels

@@ -12,9 +12,10 @@ import torch
 
 from megavlm.data.augment import Draw
 from megavlm.data.encode import SampleEncoder
-from megavlm.data.image_patches import PatchFormat, PixelBytes, normalised, patch_format
-from megavlm.data.images import load_bytes
-from megavlm.data.sample import EncodedSample, VideoClip
+from megavlm.data.image_patches import PatchFormat, PixelBytes, cut_patches, normalised, patch_format
+from megavlm.data.image_request import ImageRequest
+from megavlm.data.images import load_frames
+from megavlm.data.sample import EncodedSample, Media, VideoClip
 from megavlm.data.videos import load_video_bytes
 from megavlm.errors import UseError
 
@@ -74,37 +75,41 @@ def load_pixels(
     numbers = [math.prod(image.sample.grids_thw[image.number][:3]) for image in wanted]
     sizes = [patches.patch_bytes * number for patches, number in zip(formats, numbers, strict=True)]
     values_B = empty(sum(sizes))
-    for image, out_B in zip(wanted, values_B.split(sizes), strict=True):
-        _load(image, encoder, left_to_pil, out_B)
+    stills = [_request(image) for image in wanted if not isinstance(_source(image), VideoClip)]
+    frames = load_frames(stills, encoder.image_spec, encoder.loading, left_to_pil)
+    for image, patches, out_B in zip(wanted, formats, values_B.split(sizes), strict=True):
+        if isinstance(_source(image), VideoClip):
+            _load_video(image, encoder, out_B)
+        else:
+            pixels, (_, rows, columns, *_) = next(frames)
+            cut_patches(pixels, encoder.image_spec, patches, rows, columns, out_B)
     alike = itertools.groupby(zip(formats, numbers, strict=True), key=lambda run: run[0])
     runs = tuple((patches, sum(number for _, number in group)) for patches, group in alike)
     return PixelBytes(values_B, runs, encoder.inputs.patch_channels)
 
 
+def _source(image: WantedImage) -> Media | VideoClip:
+    return image.sample.images[image.number]
+
+
+def _request(image: WantedImage) -> ImageRequest:
+    sample, source = image.sample, _source(image)
+    assert not isinstance(source, VideoClip)
+    grid = sample.grids_thw[image.number]
+    return ImageRequest(source, sample.num_images_together, grid, image.draw, sample.sample_id)
+
+
 def _format_of(image: WantedImage, encoder: SampleEncoder) -> PatchFormat:
-    if not isinstance(image.sample.images[image.number], VideoClip):
+    if not isinstance(_source(image), VideoClip):
         return patch_format(encoder.image_spec)
     assert encoder.video_spec is not None
     return patch_format(encoder.video_spec.frame, is_video=True)
 
 
-def _load(image: WantedImage, encoder: SampleEncoder, left_to_pil: list[str] | None, out_B: torch.Tensor) -> None:
-    sample = image.sample
-    source, grid = sample.images[image.number], sample.grids_thw[image.number]
+def _load_video(image: WantedImage, encoder: SampleEncoder, out_B: torch.Tensor) -> None:
+    sample, source = image.sample, _source(image)
+    assert isinstance(source, VideoClip) and encoder.video_spec is not None
     try:
-        if isinstance(source, VideoClip):
-            assert encoder.video_spec is not None
-            load_video_bytes(source, grid, encoder.video_spec, out_B)
-            return
-        load_bytes(
-            source,
-            encoder.image_spec,
-            sample.num_images_together,
-            encoder.loading,
-            grid,
-            out_B,
-            draw=image.draw,
-            left_to_pil=left_to_pil,
-        )
+        load_video_bytes(source, sample.grids_thw[image.number], encoder.video_spec, out_B)
     except UseError as error:
         raise UseError(f"{sample.sample_id}: {error}") from error

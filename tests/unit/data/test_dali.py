@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import inspect
 import logging
+import random
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from megavlm.data.augment import Draw
 from megavlm.data.dataset import Dataset
 from megavlm.data.encode import SampleEncoder
 from megavlm.data.image_loading import ImageLoading, check_resample, choose_backend
+from megavlm.data.image_request import ImageRequest
 from megavlm.data.image_spec import ImageSpec
-from megavlm.data.images import load_patches, read_image_spec
+from megavlm.data.images import load_frames, load_patches, read_image_size, read_image_spec
 from megavlm.data.loader import BatchLoader
 from megavlm.data.rows import Rows
 from megavlm.data.sample import MicrobatchOrder
@@ -31,6 +33,7 @@ from tests.pictures import PHOTO_DIR, PHOTOS, encoded, photo, write_broken, writ
 from tests.unit.data.conftest import QWEN_INPUTS, write_jsonl
 
 dali = pytest.importorskip("megavlm.data.dali")
+images_by_dali = pytest.importorskip("megavlm.data.images_by_dali")
 if not probe("nvidia-dali").available:
     pytest.skip(probe("nvidia-dali").detail, allow_module_level=True)
 
@@ -111,7 +114,7 @@ def test_decoded_pixels_equal_pils_or_are_left_to_pil(pictures: list[Path]) -> N
                 continue
             orientation = orientation or int(Image.Image.getexif(image).get(0x0112, 1))
             expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-        pixels = dali.decode(path.read_bytes(), orientation, "cpu")
+        (pixels,) = dali.decode_together([(path.read_bytes(), orientation)], "cpu")
         assert pixels is not None, path.name
         assert np.array_equal(dali.as_array(pixels), expected), path.name
     assert {"GIF P", "PNG I;16", "PNG RGB of 16 bits", "PNG with several frames", "JPEG CMYK"} <= set(left)
@@ -156,10 +159,57 @@ def test_broken_files_fail_alone_and_say_what_pil_says(tmp_path: Path) -> None:
         load_patches(PHOTO_DIR / PHOTOS[0], spec, 1, BY_DALI)  # the next one is none the worse
 
 
+@pytest.mark.parametrize("kind", ["resized", "anyres, padded", "dynamic, shrunk"])
+def test_images_decoded_together_are_as_alone(kind: str, pictures: list[Path], tmp_path: Path) -> None:
+    """Shuffled, so that formats, modes, orientations and what is left to PIL stand side by side."""
+    spec, draw = spec_of(kind), Draw(side=0.7, left=0.3, top=0.8, flip=False, brightness=1.2)
+    paths = [path for path in pictures if not narrow(path)]
+    random.Random(1).shuffle(paths)
+    requests = [ImageRequest(path, 1, None, draw if number % 5 == 0 else None) for number, path in enumerate(paths)]
+    left: list[str] = []
+    together = list(load_frames(requests, spec, BY_DALI, left))
+    left_alone: list[str] = []
+    for request, (frames, grid) in zip(requests, together, strict=True):
+        ((frames_alone, grid_alone),) = load_frames([request], spec, BY_DALI, left_alone)
+        assert grid == grid_alone and len(frames) == len(frames_alone)
+        assert all(np.array_equal(*pair) for pair in zip(frames, frames_alone, strict=True)), request.path
+    assert left == left_alone and len(left) > 20
+
+
+def test_a_broken_image_among_others_is_named_with_its_row(tmp_path: Path) -> None:
+    good = [ImageRequest(PHOTO_DIR / name, row=name) for name in PHOTOS]
+    for path in write_broken(tmp_path):
+        with pytest.raises(UseError) as alone:
+            load_patches(path, spec_of("resized"))
+        requests = [*good, ImageRequest(path, row="rows.jsonl:7"), *good]
+        with pytest.raises(UseError) as found:
+            list(load_frames(requests, spec_of("resized"), BY_DALI))
+        assert str(found.value) == f"rows.jsonl:7: {alone.value}"
+
+
+def test_large_images_are_not_held_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    decode = dali.decode_together
+    monkeypatch.setattr(dali, "decode_together", lambda files, on: (sizes.append(len(files)), decode(files, on))[1])
+    requests = [ImageRequest(PHOTO_DIR / name) for name in PHOTOS * 10]
+    assert len(list(load_frames(requests, spec_of("resized"), BY_DALI))) == 20
+    assert sizes == [8, 8, 4]
+    sizes.clear()
+    monkeypatch.setattr(images_by_dali, "MOST_PIXELS", 1)
+    assert len(list(load_frames(requests[:3], spec_of("resized"), BY_DALI))) == 3
+    assert sizes == [1, 1, 1]
+
+
+def narrow(path: Path) -> bool:
+    """Sides that `dynamic` families refuse."""
+    width, height = read_image_size(path)
+    return max(width, height) > 200 * min(width, height)
+
+
 def test_what_dali_cannot_decode_though_pil_can_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x.jpg"
     path.write_bytes(encoded(photo(0, 90, 70), "JPEG"))
-    monkeypatch.setattr(dali, "decode", lambda *_: None)
+    monkeypatch.setattr(dali, "decode_together", lambda files, _device: [None] * len(files))
     left: list[str] = []
     ours = load_patches(path, spec_of("resized"), 1, BY_DALI, left_to_pil=left)
     assert left == ["JPEG that DALI cannot decode"] and torch.equal(ours, load_patches(path, spec_of("resized")))

@@ -241,6 +241,9 @@ class DataConfig:
     packing_length: int = 0
     """Longest packed row in tokens; 0: max_length."""
     shuffle: bool = True
+    group_by: str = ""
+    """Key of the rows, as `prompt_id`: rows of one source with the same value stay together in a step, a microbatch, a
+    pack. Groups are of one size; those of another are an error, and with on_error=skip left out. Empty: no groups."""
     index_dir: str = ""
     """Where the index of the rows is kept (token counts, image sizes, what is wrong with a row); empty: what
     `megavlm data index` has put beside the rows is used, else it is made in the run folder."""

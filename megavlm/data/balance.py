@@ -135,13 +135,14 @@ def cost_of_groups(costs: SampleCosts, group_of_N: np.ndarray) -> SampleCosts:
 
     Args:
         costs: of the samples.
-        group_of_N: int64, the group of each sample, from 0.
+        group_of_N: int64, the group of each sample, from 0; less than 0 of one that belongs to none.
 
     Raises:
         UseError: a group is longer than a pack.
     """
     tokens_G, encoder_G, language_G = (
-        np.bincount(group_of_N, weights=each_N) for each_N in (costs.num_tokens_N, costs.encoder_N, costs.language_N)
+        np.bincount(group_of_N[group_of_N >= 0], weights=each_N[group_of_N >= 0])
+        for each_N in (costs.num_tokens_N, costs.encoder_N, costs.language_N)
     )
     if tokens_G.max() > costs.packing_length:
         raise use_error(

@@ -34,6 +34,7 @@ class Part:
         cuts_R: int8, 0: the row is not cut; otherwise 1 + its place in CUTS.
         num_images_R: int64 images and videos; 0 where the row is not kept.
         digests_R: uint64 of tokens, their kinds and scales, and positions; 0 where the row is not kept.
+        groups_R: uint64 of the groups that rows name; 0 where they name none, or the row is not kept.
         grids_GK: int64 grids of images and videos, row by row.
         messages: of the rows that are not kept, in order: the line for the user, of one without a mistake its id.
         record_bytes_R: int64 lengths of what is kept of their tokens (`compact.py`); 0 where a row is not kept.
@@ -46,6 +47,7 @@ class Part:
     cuts_R: np.ndarray
     num_images_R: np.ndarray
     digests_R: np.ndarray
+    groups_R: np.ndarray
     grids_GK: np.ndarray
     messages: tuple[str, ...]
     record_bytes_R: np.ndarray
@@ -71,7 +73,7 @@ def examine(
         stop_at_mistake: look no further behind a row with a mistake; the part ends with it.
         keep_tokens: keep what rows are encoded from without their texts.
     """
-    reasons, lengths, cuts, counts, digests = [], [], [], [], []
+    reasons, lengths, cuts, counts, digests, groups = [], [], [], [], [], []
     records: list[bytes] = []
     grids: list[tuple[int, ...]] = []
     messages: list[str] = []
@@ -84,6 +86,7 @@ def examine(
             cuts.append(1 + CUTS.index(encoded.cut) if encoded.cut else 0)
             counts.append(len(encoded.grids_thw))
             digests.append(digest(encoded))
+            groups.append(_group_digest(sample.group))
             grids.extend(encoded.grids_thw)
             records.append(_record(encoded, sample, encoder.inputs) if keep_tokens else b"")
             continue
@@ -92,6 +95,7 @@ def examine(
         cuts.append(0)
         counts.append(0)
         digests.append(0)
+        groups.append(0)
         records.append(b"")
         messages.append(found.message)
         if stop_at_mistake and found.reason in MISTAKES:
@@ -103,6 +107,7 @@ def examine(
         cuts_R=np.array(cuts, dtype=np.int8),
         num_images_R=np.array(counts, dtype=np.int64),
         digests_R=np.array(digests, dtype=np.uint64),
+        groups_R=np.array(groups, dtype=np.uint64),
         grids_GK=np.array(grids, dtype=np.int64).reshape(len(grids), len(grids[0]) if grids else 0),
         messages=tuple(messages),
         record_bytes_R=np.array([len(record) for record in records], dtype=np.int64),
@@ -148,6 +153,10 @@ def _record(encoded: EncodedSample, sample: Sample, inputs: InputSpec) -> bytes:
     again = expand(CompactSample.from_bytes(record), sample, encoded.grids_thw, encoded.cut, inputs)
     assert digest(again) == digest(encoded), f"{sample.sample_id}: its tokens are not what was kept of them"
     return record
+
+
+def _group_digest(group: str) -> int:
+    return int.from_bytes(hashlib.blake2b(group.encode(), digest_size=8).digest(), "little") if group else 0
 
 
 def digest(sample: EncodedSample) -> int:

@@ -63,6 +63,7 @@ class RowIndex:
         num_tokens_N: int64 their lengths, images included.
         cuts_N: int8 what was left out of them (`examine.Part.cuts_R`).
         digests_N: uint64 of what they became (`examine.digest`).
+        groups_N: uint64, equal for rows that name the same group; 0: a row names none.
         grids: of their images and videos.
         dropped: rows left out, by reason; only reasons that there are.
         tokens: what rows are encoded from without their texts; None: an index in memory, whose rows are encoded anew.
@@ -73,6 +74,7 @@ class RowIndex:
     num_tokens_N: np.ndarray
     cuts_N: np.ndarray
     digests_N: np.ndarray
+    groups_N: np.ndarray
     grids: GridTable
     dropped: dict[str, "DroppedRows"] = field(default_factory=dict)
     tokens: TokenFiles | None = None
@@ -136,6 +138,7 @@ def join(parts: Sequence[Part]) -> RowIndex:
         num_tokens_N=np.concatenate([part.num_tokens_R for part in parts])[kept_N],
         cuts_N=np.concatenate([part.cuts_R for part in parts])[kept_N],
         digests_N=np.concatenate([part.digests_R for part in parts])[kept_N],
+        groups_N=np.concatenate([part.groups_R for part in parts])[kept_N],
         grids=GridTable(
             np.concatenate(grids) if grids else np.zeros((0, 3), dtype=np.int64),
             np.concatenate([part.num_images_R for part in parts])[kept_N],

@@ -25,11 +25,20 @@ from megavlm.data.sample import Sample
 from megavlm.data.token_files import TokenFiles
 from megavlm.errors import UseError, use_error
 
-FORMAT = 3
+FORMAT = 4
 PART_ROWS = 1024
 DESCRIPTION = "index.json"
 MISTAKES_FILE = "mistakes.txt"
-_ARRAYS = ("reasons_R", "num_tokens_R", "cuts_R", "num_images_R", "digests_R", "grids_GK", "record_bytes_R")
+_ARRAYS = (
+    "reasons_R",
+    "num_tokens_R",
+    "cuts_R",
+    "num_images_R",
+    "digests_R",
+    "groups_R",
+    "grids_GK",
+    "record_bytes_R",
+)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ class GlobalBatchPlan:
         microbatches_multiple: what the number of microbatches of a step split by cost is a multiple of: the pipeline
             size, for interleaved pipelines.
         mixture: of the rows (with `groups`, of the groups), which then gives the order; None: all rows are drawn alike.
-        groups: rows that stay together: in a step, a microbatch, a pack; None: each is on its own.
+        groups: rows that stay together: in a step, a microbatch, a pack; rows of none of them are not drawn. None: each
+            is on its own.
     """
 
     num_samples: int
@@ -82,7 +83,7 @@ class GlobalBatchPlan:
             assert self.mixture.batch_size * self._rows_a_unit == self.global_batch_size
         if self.groups is None:
             return
-        assert self.groups.members_GK.size == self.num_samples
+        assert len(self.groups.group_of_N) == self.num_samples
         if self.costs is not None:
             cost_of_groups(self.costs, self.groups.group_of_N)
         sizes = {"train.global_batch_size": self.global_batch_size}
@@ -116,7 +117,7 @@ class GlobalBatchPlan:
 
     def num_steps(self, num_epochs: float) -> int:
         """Steps that see every sample `num_epochs` times; the last one reaches into the next epoch if it must."""
-        return max(1, math.ceil(num_epochs * self.num_samples / self.global_batch_size))
+        return max(1, math.ceil(num_epochs * self._num_units * self._rows_a_unit / self.global_batch_size))
 
     def num_mixture_steps(self, num_epochs: float, stop: Stop) -> int:
         """Steps of so many runs through the mixture's sources: no further than they reach for `first_exhausted`."""
@@ -147,11 +148,11 @@ class GlobalBatchPlan:
 
     @property
     def _rows_a_unit(self) -> int:
-        return 1 if self.groups is None else self.groups.members_GK.shape[1]
+        return 1 if self.groups is None else self.groups.size
 
     @property
     def _num_units(self) -> int:
-        return self.num_samples // self._rows_a_unit
+        return self.num_samples if self.groups is None else len(self.groups.members_GK)
 
     def microbatches(self, step: int, dp_rank: int) -> list[tuple[int, ...]]:
         """The sample indices of each microbatch of one data rank.
@@ -190,6 +191,6 @@ def _split_by_cost(plan: GlobalBatchPlan, step: int) -> Split:
     indices = plan.global_batch_indices(step)
     groups_N = None
     if plan.groups is not None:  # by place: over an epoch's border a group may be there twice
-        groups_N = np.arange(len(indices)) // plan.groups.members_GK.shape[1]
+        groups_N = np.arange(len(indices)) // plan.groups.size
     parts = split(plan.costs.take(indices), plan.dp_size, multiple=plan.microbatches_multiple, groups_N=groups_N)
     return tuple(tuple(tuple(int(indices[number]) for number in pack) for pack in rank) for rank in parts)

@@ -19,6 +19,7 @@ class RowOptions:
         caption_prompt: the question to a picture's caption.
         frames_fps: frames a second of a video that a row gives as a list of pictures.
         other_answers: whether each row comes with the answer of another one (`marked.py`).
+        group_by: key of what groups rows (`Sample.group`); empty: they are not grouped.
     """
 
     image_dir: str = ""
@@ -30,6 +31,7 @@ class RowOptions:
     caption_prompt: str = DataConfig.caption_prompt
     frames_fps: float = DataConfig.frames_fps
     other_answers: bool = False
+    group_by: str = ""
 
 
 def row_options(data: DataConfig, *, require_answer: bool = True) -> RowOptions:
@@ -43,4 +45,5 @@ def row_options(data: DataConfig, *, require_answer: bool = True) -> RowOptions:
         require_answer=require_answer,
         caption_prompt=data.caption_prompt,
         frames_fps=data.frames_fps,
+        group_by=data.group_by,
     )

@@ -123,6 +123,7 @@ class Sample:
         tools: JSON descriptions of functions that the template shows to the model; empty: none.
         channel: the row's own name of its task or source; empty: none.
         weight: of the row's loss.
+        group: JSON of what `data.group_by` names; rows with the same stay together. Empty: they are not grouped.
     """
 
     sample_id: str
@@ -140,6 +141,7 @@ class Sample:
     tools: str = ""
     channel: str = ""
     weight: float = 1.0
+    group: str = ""
 
     @property
     def task(self) -> str:

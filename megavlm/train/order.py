@@ -1,13 +1,19 @@
-"""The order of a run's samples, from its recipe: sources, phases, packs."""
+"""The order of a run's samples, from its recipe: sources, phases, groups, packs."""
 
+import logging
 from collections.abc import Sequence
+
+import numpy as np
 
 from megavlm.config.mixture import phase_starts
 from megavlm.config.schema import Recipe
 from megavlm.data.balance import SampleCosts
 from megavlm.data.dataset import Dataset
+from megavlm.data.groups import Groups, groups_of
 from megavlm.data.mixture import Mixture, Phase, Shares, Source
 from megavlm.data.plan import GlobalBatchPlan
+
+logger = logging.getLogger(__name__)
 
 
 def build_plan(
@@ -30,8 +36,9 @@ def build_plan(
         microbatches_multiple: see `GlobalBatchPlan`.
 
     Raises:
-        UseError: sizes that do not divide, a source without rows or with too small a share.
+        UseError: sizes that do not divide, a source without rows or with too small a share, groups of several sizes.
     """
+    groups = build_groups(recipe, train_set, source_sizes)
     return GlobalBatchPlan(
         num_samples=len(train_set),
         seed=recipe.train.seed,
@@ -41,12 +48,39 @@ def build_plan(
         shuffle=recipe.data.shuffle,
         costs=costs,
         microbatches_multiple=microbatches_multiple,
-        mixture=build_mixture(recipe, train_set, source_sizes),
+        mixture=build_mixture(recipe, train_set, source_sizes, groups),
+        groups=groups,
     )
 
 
-def build_mixture(recipe: Recipe, train_set: Dataset, source_sizes: Sequence[int]) -> Mixture | None:
+def build_groups(recipe: Recipe, train_set: Dataset, source_sizes: Sequence[int]) -> Groups | None:
+    """Rows that stay together by `data.group_by`; rows of different sources never do. None: each is on its own.
+
+    Raises:
+        UseError: they are of several sizes, and the recipe does not say that such are left out.
+    """
+    if not recipe.data.group_by:
+        return None
+    source_N = np.repeat(np.arange(len(source_sizes), dtype=np.uint64), source_sizes)
+    _, ids_N = np.unique(np.stack((source_N, train_set.index.groups_N)), axis=1, return_inverse=True)
+    groups = groups_of(ids_N, leave_out=recipe.data.on_error == "skip")
+    left_out = np.flatnonzero(groups.group_of_N < 0)
+    if len(left_out):
+        logger.info(
+            "left out %d rows: their groups (data.group_by) are not of %d rows as most are (first: %s)",
+            len(left_out),
+            groups.size,
+            train_set.sample_id(int(left_out[0])),
+        )
+    return groups
+
+
+def build_mixture(
+    recipe: Recipe, train_set: Dataset, source_sizes: Sequence[int], groups: Groups | None = None
+) -> Mixture | None:
     """What `data.mixture` and `data.curriculum` say; None where they say nothing.
+
+    With groups it draws those, each as long as its longest row.
 
     Raises:
         UseError: a source without rows or with too small a share, a phase in which a source has no row.
@@ -54,6 +88,11 @@ def build_mixture(recipe: Recipe, train_set: Dataset, source_sizes: Sequence[int
     data, train = recipe.data, recipe.train
     if not data.mixture and not data.curriculum:
         return None
+    lengths_N, rows_a_unit = train_set.num_tokens_each, 1
+    if groups is not None:
+        first_rows = np.cumsum((0, *source_sizes))
+        source_sizes = np.diff(np.searchsorted(groups.members_GK[:, 0], first_rows)).tolist()
+        lengths_N, rows_a_unit = groups.reduced(lengths_N, np.maximum), groups.size
     sources = [Source("train", size) for size in source_sizes]
     if data.mixture:
         sources = [
@@ -68,8 +107,8 @@ def build_mixture(recipe: Recipe, train_set: Dataset, source_sizes: Sequence[int
         sources,
         phases or [Phase()],
         Shares(data.mixture_temperature, tuple((task.name, task.weight) for task in data.mixture_tasks)),
-        lengths_N=train_set.num_tokens_each,
-        batch_size=train.global_batch_size,
+        lengths_N=lengths_N,
+        batch_size=train.global_batch_size // rows_a_unit,
         seed=train.seed,
         shuffle=data.shuffle,
     )

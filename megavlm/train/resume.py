@@ -43,6 +43,7 @@ def _common(state: TrainState) -> dict[str, Any]:
         "consumed_samples": state.plan.num_consumed(state.step),
         "seed": state.recipe.train.seed,
         "mixture": _mixture(state),
+        "group_by": state.recipe.data.group_by,
         "rows": state.train_set.index.digest,
         "family": state.directory.family.model_type,
         "architecture": repr(state.directory.architecture),
@@ -238,6 +239,13 @@ def _check_run(state: TrainState, common: dict[str, Any], folder: Path) -> None:
             "another mixture or curriculum (or other rows in it)",
             f"what {folder} was written with",
             "keep it: the position in the data comes from it; to change it, start a new run from exported weights",
+        )
+    if common.get("group_by", "") != state.recipe.data.group_by:  # without one in older checkpoints
+        raise use_error(
+            "data.group_by",
+            repr(state.recipe.data.group_by),
+            f"{common.get('group_by', '')!r}, as {folder} was written",
+            "keep it: the position in the data comes from it",
         )
 
 

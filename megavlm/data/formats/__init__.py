@@ -1,5 +1,7 @@
 """Formats of rows, one module each, told apart by their keys; a file may mix them."""
 
+import dataclasses
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -56,4 +58,10 @@ def read_row(row: Any, where: str, sample_id: str, references: References, optio
         if fitting:
             got += f", which fit {' and '.join(one.keys for one in fitting)}"
         raise row_error(where, got, f"exactly one of {', or '.join(one.keys for one in FORMATS.values())}")
-    return fitting[0].read(columns, sample_id, options)
+    sample = fitting[0].read(columns, sample_id, options)
+    if not options.group_by:
+        return sample
+    group = row.get(options.group_by)
+    if not isinstance(group, str | int) or group == "":
+        raise row_error(where, f"{group!r} as {options.group_by}", "words or a whole number (data.group_by)")
+    return dataclasses.replace(sample, group=json.dumps(group))

@@ -70,6 +70,19 @@ def test_members_are_in_order():
     assert groups.members_GK.tolist() == [[0, 2], [1, 3]] and groups.group_of_N.tolist() == [0, 1, 0, 1]
 
 
+def test_groups_of_another_size_are_left_out():
+    groups = groups_of(np.array([5, 1, 7, 1, 3, 7, 5, 5]), leave_out=True)
+    assert groups.members_GK.tolist() == [[1, 3], [2, 5]] and groups.size == 2
+    assert groups.group_of_N.tolist() == [-1, 0, 1, 0, -1, 1, -1, -1]
+    assert groups.reduced(np.arange(8), np.maximum).tolist() == [3, 5]
+    assert groups.reduced(np.arange(8), np.add).tolist() == [4, 7]
+    plan = GlobalBatchPlan(8, 3, 2, 2, 1, groups=groups)
+    assert plan.num_steps(1) == 2
+    assert sorted(np.concatenate([plan.global_batch_indices(step) for step in range(2)]).tolist()) == [1, 2, 3, 5]
+    packed = GlobalBatchPlan(8, 3, 4, 1, 1, costs=costs_of(8, 100), groups=groups)
+    assert sorted(index for pack in packed.microbatches(0, 0) for index in pack) == [1, 2, 3, 5]
+
+
 def test_groups_that_do_not_fit_are_refused():
     with pytest.raises(UseError, match="groups of rows: got between 1 and 2 rows .*begins with row 2"):
         groups_of(np.array([0, 0, 1, 2, 2]))

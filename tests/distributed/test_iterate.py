@@ -104,6 +104,24 @@ def test_rounds_learn_the_right_answers_and_go_on_where_they_were(
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*.jsonl")} == before
 
 
+def test_processes_that_are_started_do_the_same(
+    inputs: Inputs, rows: Path, start_dir: Path, workers: PoolKeeper, tmp_path: Path
+) -> None:
+    """Not in the pool: `sample` and `train` start processes of their own, as for a user."""
+    shared = ["parallel.pipeline_model_parallel_size=2", "--nproc", "2", "iterate.num_rounds=1"]
+    summaries = _run(_words(inputs, rows, start_dir, tmp_path / "pool", *shared), workers)
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert main(_words(inputs, rows, start_dir, tmp_path / "started", *shared)) == 0
+    assert [json.loads(line) for line in out.getvalue().splitlines() if line.startswith("{")] == summaries
+    kept = [_lines(tmp_path / where / "run" / "round_1" / "kept.jsonl") for where in ("pool", "started")]
+    assert kept[0] == kept[1]
+    exported = [tmp_path / where / "run" / "round_1" / "exported" for where in ("pool", "started")]
+    weights = [load_file(folder / "model.safetensors") for folder in exported]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
 def test_a_reward_model_scores_answers_of_another_engine(
     inputs: Inputs, rows: Path, workers: PoolKeeper, tmp_path: Path
 ) -> None:

@@ -204,14 +204,23 @@ class DataConfig:
     frames_fps: float = 2.0
     """Frames a second of videos that rows give as lists of pictures."""
     box_format: Literal[
-        "", "qwen_tokens_1000", "qwen_tokens_pixels", "json_1000", "json_pixels", "numbers", "bin_tokens_1000"
+        "",
+        "qwen_tokens_1000",
+        "qwen_tokens_pixels",
+        "json_1000",
+        "json_pixels",
+        "numbers",
+        "bin_tokens_1000",
+        "grid_tokens_32",
     ] = ""
     """How `objects` of rows are written. `qwen_tokens_1000`: <|box_start|>(x1,y1),(x2,y2)<|box_end|>, thousandths of
     the image's sides (Qwen2-VL); `qwen_tokens_pixels`: the same in pixels of the image as the model sees it;
     `json_1000` (Qwen3-VL) and `json_pixels` (Qwen2.5-VL): {"bbox_2d": [x1, y1, x2, y2], "label": ...}; `numbers`:
     [x1, y1, x2, y2] as in the row; `bin_tokens_1000`: <|box_start|><|x1|><|y1|><|x2|><|y2|><|box_end|>, each coordinate
-    one of the tokens <|0|> to <|999|>, which `megavlm add-tokens --coordinates` gives a model. Empty: rows with
-    `objects` are refused."""
+    one of the tokens <|0|> to <|999|>, which `megavlm add-tokens --coordinates` gives a model; `grid_tokens_32`:
+    <object><patch_index_0044><patch_index_0863></object>, the cells of a grid of 32 x 32 that hold the box's upper left
+    and lower right corners (Kosmos-2), which `megavlm add-tokens --grid` gives a model. Empty: rows with `objects` are
+    refused."""
     max_length: int = 4096
     """Longest sample in tokens, images included."""
     too_long: Literal["drop", "cut_turns", "cut_answer", "stop"] = "drop"

@@ -18,11 +18,21 @@ BIN_FORMAT = "bin_tokens_1000"
 NUM_COORDINATE_BINS = 1000
 BOX_MARKERS = ("<|box_start|>", "<|box_end|>", "<|object_ref_start|>", "<|object_ref_end|>")
 """What stands around coordinates and names in that notation, beside the coordinates."""
+GRID_FORMAT = "grid_tokens_32"
+GRID_SIDE = 32
+"""Cells of the grid along each side of an image, as Kosmos-2 has them."""
+GRID_MARKERS = ("<object>", "</object>", "<phrase>", "</phrase>")
+"""What stands around cells and names in that notation."""
 
 
 def coordinate_token(number: int) -> str:
     """The token of a coordinate of `number` / (NUM_COORDINATE_BINS - 1) of an image's side."""
     return f"<|{number}|>"
+
+
+def cell_token(number: int) -> str:
+    """The token of a cell of the grid, counted row by row from 0 to GRID_SIDE ** 2 - 1."""
+    return f"<patch_index_{number:04}>"
 
 
 def task_names(recipe: Recipe) -> tuple[str, ...]:
@@ -91,11 +101,14 @@ def check_boxes(recipe: Recipe) -> None:
                 )
         return
     if box_format != BIN_FORMAT:
-        found = f"data.box_format={box_format}, where a coordinate is several tokens" if box_format else "no box_format"
+        what = (
+            "where a token is a cell of a grid" if box_format == GRID_FORMAT else "where a coordinate is several tokens"
+        )
+        found = f"data.box_format={box_format}, {what}" if box_format else "no box_format"
         raise use_error(
             "sft.box_loss_coeff",
             f"{knobs.box_loss_coeff} with {found}",
-            f"data.box_format={BIN_FORMAT}, where it is one",
+            f"data.box_format={BIN_FORMAT}, where a coordinate is one token",
             f"set data.box_format={BIN_FORMAT}, and model.hf_dir to what `megavlm add-tokens --coordinates` writes",
         )
     if knobs.task_weighting == "gradnorm":

@@ -23,7 +23,7 @@ _SIDES = re.compile(
 )
 # Coordinates that a text spells out itself: <box>..., <|box_start|>..., bbox_2d, [[12, 30, 40, 80]], (12, 30).
 _COORDINATES = re.compile(
-    r"<\|?(?:box|bbox|quad|ref|point|loc)|bbox|point_2d|[\[(]\s*\d+(?:\.\d+)?\s*(?:,\s*\d+(?:\.\d+)?\s*)+[\])]",
+    r"<\|?(?:box|bbox|quad|ref|point|loc|patch_index)|bbox|point_2d|[\[(]\s*\d+(?:\.\d+)?\s*(?:,\s*\d+(?:\.\d+)?\s*)+[\])]",
     re.IGNORECASE,
 )
 

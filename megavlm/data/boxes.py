@@ -10,6 +10,8 @@ Notations, as their models were trained with them:
 - `numbers`: `[x1, y1, x2, y2]` as the row has them.
 - `bin_tokens_1000`: `<|box_start|><|x1|><|y1|><|x2|><|y2|><|box_end|>`, each coordinate one token out of 1000, of which
   the first is the left or upper edge and the last the right or lower one. Pix2Seq, arXiv:2109.10852, section 2.1.
+- `grid_tokens_32`: `<phrase>a cat</phrase><object><patch_index_0044><patch_index_0863></object>`, the cells of a grid of
+  32 x 32 that the box's upper left and lower right corners lie in. Kosmos-2, arXiv:2306.14824, section 2.1.
 
 With JSON, a `<ref-object>` right in front of a `<bbox>` is one object; elsewhere (say, in JSON that the row has
 written itself) a name is its text, and a box its list of numbers. Points have two numbers, and `point_2d`.
@@ -17,10 +19,18 @@ written itself) a name is its text, and a box its list of numbers. Points have t
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 
-from megavlm.config.tasks import BIN_FORMAT, NUM_COORDINATE_BINS, coordinate_token
+from megavlm.config.tasks import (
+    BIN_FORMAT,
+    GRID_FORMAT,
+    GRID_SIDE,
+    NUM_COORDINATE_BINS,
+    cell_token,
+    coordinate_token,
+)
 from megavlm.data.formats.columns import BOX_PLACEHOLDER, REFERENCE_PLACEHOLDER
 from megavlm.data.sample import Box, Sample, Turn
 from megavlm.errors import use_error
@@ -76,8 +86,21 @@ def _scaled(box: Box, box_format: str, sizes: Sequence[Size], seen: Sequence[Siz
     scale = seen[box.image] if box_format.endswith("pixels") else (1000, 1000)
     if box_format == BIN_FORMAT:
         scale = (NUM_COORDINATE_BINS - 1, NUM_COORDINATE_BINS - 1)
-    shares = (min(max(value / sides[at % 2], 0.0), 1.0) for at, value in enumerate(box.corners))
+    shares = tuple(min(max(value / sides[at % 2], 0.0), 1.0) for at, value in enumerate(box.corners))
+    if box_format == GRID_FORMAT:
+        return _cells(shares)
     return tuple(round(share * scale[at % 2]) for at, share in enumerate(shares))
+
+
+def _cells(shares: tuple[float, ...]) -> tuple[int, ...]:
+    """Numbers of the cells that hold a box's corners, or a point.
+
+    A lower right corner on a border between cells belongs to the cell before it, as in Kosmos-2's processor
+    (`coordinate_to_patch_index` of transformers' processing_kosmos2.py); that may not lie before the upper left one.
+    """
+    first = [min(math.floor(share * GRID_SIDE), GRID_SIDE - 1) for share in shares[:2]]
+    last = [max(math.ceil(share * GRID_SIDE - 1), low) for share, low in zip(shares[2:], first, strict=False)]
+    return tuple(y * GRID_SIDE + x for x, y in (first, last)[: len(shares) // 2])
 
 
 def _written(
@@ -109,6 +132,8 @@ def _pieces(
 
 
 def _reference(reference: str, box_format: str) -> str:
+    if box_format == GRID_FORMAT:
+        return f"<phrase>{reference}</phrase>"
     is_marked = box_format.startswith("qwen_tokens") or box_format == BIN_FORMAT
     return f"<|object_ref_start|>{reference}<|object_ref_end|>" if is_marked else reference
 
@@ -119,4 +144,6 @@ def _place(place: tuple[float, ...], box_format: str) -> str:
         return f"<|box_start|>{corners}<|box_end|>"
     if box_format == BIN_FORMAT:
         return f"<|box_start|>{''.join(coordinate_token(int(value)) for value in place)}<|box_end|>"
+    if box_format == GRID_FORMAT:
+        return f"<object>{''.join(cell_token(int(value)) for value in place)}</object>"
     return json.dumps([int(value) if float(value).is_integer() else value for value in place])

@@ -10,7 +10,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from megavlm.config.tasks import NUM_COORDINATE_BINS, coordinate_token
+from megavlm.config.tasks import (
+    GRID_FORMAT,
+    GRID_MARKERS,
+    GRID_SIDE,
+    NUM_COORDINATE_BINS,
+    cell_token,
+    coordinate_token,
+)
 from megavlm.data.tokens import load_tokenizer
 from megavlm.errors import use_error
 
@@ -35,6 +42,25 @@ def coordinate_token_ids(hf_dir: Path) -> tuple[int, ...]:
             f"`megavlm add-tokens --coordinates --hf-dir {hf_dir} --out DIR`, and set model.hf_dir=DIR",
         )
     return tuple(vocabulary[token] for token in tokens)
+
+
+def check_grid_tokens(hf_dir: Path) -> None:
+    """Check that every token that `grid_tokens_32` writes is one of the model's.
+
+    Raises:
+        UseError: the tokenizer does not have them all.
+    """
+    vocabulary = load_tokenizer(hf_dir).get_vocab()
+    tokens = [*map(cell_token, range(GRID_SIDE**2)), *GRID_MARKERS]
+    missing = [token for token in tokens if token not in vocabulary]
+    if missing:
+        raise use_error(
+            "model.hf_dir",
+            f"{hf_dir}, whose tokenizer has no token {missing[0]}",
+            f"{tokens[0]} to {cell_token(GRID_SIDE**2 - 1)} and {', '.join(GRID_MARKERS)}, which "
+            f"data.box_format={GRID_FORMAT} writes",
+            f"`megavlm add-tokens --grid --hf-dir {hf_dir} --out DIR`, and set model.hf_dir=DIR",
+        )
 
 
 @dataclass(frozen=True)

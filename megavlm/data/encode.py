@@ -13,9 +13,9 @@ import numpy as np
 
 from megavlm.config.inputs import Grid, InputSpec
 from megavlm.config.schema import DataConfig
-from megavlm.config.tasks import BIN_FORMAT
+from megavlm.config.tasks import BIN_FORMAT, GRID_FORMAT
 from megavlm.data.boxes import write_boxes
-from megavlm.data.coordinates import coordinate_token_ids
+from megavlm.data.coordinates import check_grid_tokens, coordinate_token_ids
 from megavlm.data.cut import TooLongRule, cut_row
 from megavlm.data.encode_video import Inset, VideoEncoder
 from megavlm.data.image_loading import BY_PIL, ImageLoading, check_resample
@@ -106,6 +106,8 @@ def open_encoder(
     """
     if box_format == BIN_FORMAT:
         coordinate_token_ids(Path(hf_dir))  # or they would become several tokens each, and nobody would notice
+    if box_format == GRID_FORMAT:
+        check_grid_tokens(Path(hf_dir))
     image_spec = read_image_spec(hf_dir, inputs, min_pixels, max_pixels)
     check_resample(loading, image_spec.resample)
     tokenizer = Tokenizer(hf_dir, inputs.image_token_id, inputs.has_borders, template, schedule.reads_prompts)

@@ -6,12 +6,14 @@ from collections.abc import Iterable, Sequence
 
 _NUMBER = r"\s*-?\d+(?:\.\d+)?\s*"
 _BOXES = re.compile(
-    r"<box>.*?</box>|<\|box_start\|>.*?<\|box_end\|>"
+    r"<box>.*?</box>|<object>.*?</object>|<\|box_start\|>.*?<\|box_end\|>"
     rf"|\[(?:{_NUMBER},){{3}}{_NUMBER}\]"
     rf'|(?<="point_2d": )\[{_NUMBER},{_NUMBER}\]',
     re.DOTALL,
 )
-_NAMES = re.compile(r"<ref>(.*?)</ref>|<\|object_ref_start\|>(.*?)<\|object_ref_end\|>", re.DOTALL)
+_NAMES = re.compile(
+    r"<ref>(.*?)</ref>|<phrase>(.*?)</phrase>|<\|object_ref_start\|>(.*?)<\|object_ref_end\|>", re.DOTALL
+)
 # Private-use characters: no text and no template has them for a reason.
 _MARK = re.compile("\ue000(\\d+)\ue001")
 

@@ -93,6 +93,23 @@ def test_a_model_without_coordinates_is_refused(
         code, _, err = workers(1).run(call, words=train_words(inputs, tmp_path, rows, *overrides))[0]
         assert code == 2
         the_error(err, "model.hf_dir", "no token <|0|>", "megavlm add-tokens --coordinates", only=False)
+    words = train_words(inputs, tmp_path, rows, "data.box_format=grid_tokens_32")
+    code, _, err = workers(1).run(call, words=words)[0]
+    assert code == 2
+    the_error(err, "model.hf_dir", "no token <patch_index_0000>", "megavlm add-tokens --grid", only=False)
+
+
+def test_cells_of_a_grid_are_learned(inputs: Inputs, rows: Path, workers: PoolKeeper, tmp_path: Path) -> None:
+    grown = tmp_path / "grown"
+    succeed(workers, 1, ["add-tokens", "--grid", "--hf-dir", str(inputs.model("qwen3_vl")), "--out", str(grown)])
+    words = [f"model.hf_dir={grown}", "data.box_format=grid_tokens_32", "optimizer.lr=1e-2"]
+    out = tmp_path / "run"
+    succeed(workers, 2, train_words(inputs, out, rows, *words, *TP2, "train.train_iters=4"))
+    held_out = [row["loss"] for row in log_rows(out) if row["kind"] == "eval"]
+    assert held_out[-1] < held_out[0]
+    tokens = AutoTokenizer.from_pretrained(grown)
+    (ids,) = tokens(["<object><patch_index_0044><patch_index_0863></object>"], add_special_tokens=False)["input_ids"]
+    assert len(ids) == 4
 
 
 def test_an_unknown_task_is_refused(inputs: Inputs, rows: Path, workers: PoolKeeper, tmp_path: Path) -> None:

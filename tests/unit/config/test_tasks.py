@@ -95,6 +95,14 @@ def test_boxes(folder: Path) -> None:
             ["sft.box_loss_coeff=1", "data.box_format=json_1000"],
             ("sft.box_loss_coeff", "json_1000, where a coordinate is several tokens", "megavlm add-tokens"),
         ),
+        (
+            ["sft.box_loss_coeff=1", "data.box_format=grid_tokens_32"],
+            ("sft.box_loss_coeff", "grid_tokens_32, where a token is a cell", "data.box_format=bin_tokens_1000"),
+        ),
+        (
+            ["sft.box_loss_coeff=1", "data.box_format=numbers"],
+            ("sft.box_loss_coeff", "numbers, where a coordinate is several tokens", "data.box_format=bin_tokens_1000"),
+        ),
         (["sft.box_loss_coeff=-1"], ("sft.box_loss_coeff", "at least 0")),
         (["sft.box_giou_weight=1"], ("sft.box_giou_weight", "without sft.box_loss_coeff")),
         (

@@ -1,6 +1,8 @@
 import json
 
+import numpy as np
 import pytest
+from transformers.models.kosmos2.processing_kosmos2 import coordinate_to_patch_index
 
 from megavlm.data.boxes import write_boxes
 from megavlm.data.sample import Box, Sample, Turn
@@ -38,6 +40,13 @@ def written(answer, box_format, boxes=CATS, **fields):
             "<|box_start|><|50|><|200|><|549|><|999|><|box_end|>, "
             "<|object_ref_start|>two<|object_ref_end|><|box_start|><|500|><|250|><|box_end|>",
         ),
+        (
+            "grid_tokens_32",
+            "<phrase>a cat</phrase>",
+            # rows 6 to 31, columns 1 to 17; row 8, column 16
+            "<object><patch_index_0193><patch_index_1009></object>, "
+            "<phrase>two</phrase><object><patch_index_0272></object>",
+        ),
         ("numbers", "a cat", "[10, 20, 110, 100], two[0.5, 0.25]"),
     ],
 )
@@ -64,6 +73,23 @@ def test_the_rejected_conversation_counts_anew():
 def test_what_is_in_a_text_otherwise_stays():
     sample = written("<|box_start|>(1,2),(3,4)<|box_end|><box>[[1,2,3,4]]</box> <bbox>", "json_1000", CATS[:1])
     assert sample.turns[1].text == "<|box_start|>(1,2),(3,4)<|box_end|><box>[[1,2,3,4]]</box> [50, 200, 550, 1000]"
+
+
+def test_cells_of_a_grid_are_those_of_kosmos_2():
+    random = np.random.RandomState(0)
+    corners = np.sort(random.uniform(0.001, 1, (200, 2, 2)), axis=1).reshape(200, 4).tolist()
+    # on the borders of cells, of a whole image, and of one cell
+    corners += [[0.25, 0.5, 0.75, 1.0], [0.0, 0.0, 1.0, 1.0], [0.5, 0.5, 0.53125, 0.53125]]
+    for box in corners:
+        sample = written("<bbox>", "grid_tokens_32", (Box("", tuple(box), "norm1"),))
+        first, last = coordinate_to_patch_index(box, 32)
+        assert sample.turns[1].text == f"<object><patch_index_{first:04}><patch_index_{last:04}></object>"
+
+
+def test_a_box_without_extent_is_one_cell():
+    for box, cell in (((0.0, 0.0, 0.0, 0.0), 0), ((0.5, 0.5, 0.5, 0.5), 528), ((1.0, 1.0, 1.0, 1.0), 1023)):
+        sample = written("<bbox>", "grid_tokens_32", (Box("", box, "norm1"),))
+        assert sample.turns[1].text == f"<object><patch_index_{cell:04}><patch_index_{cell:04}></object>"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from megavlm.data.examine import examine
 from megavlm.data.images import read_image_spec
 from megavlm.data.packing import pack
 from megavlm.data.sample import Box, Sample, Turn
-from megavlm.data.spans import box_spans
+from megavlm.data.spans import box_spans, entity_spans
 from megavlm.data.token_weights import (
     BOX,
     ENTITY,
@@ -100,6 +100,14 @@ def test_points_and_lists_of_other_lengths():
     text = '{"point_2d": [3, 4], "label": "x"} [1, 2] [1, 2, 3] [1, 2, 3, 4, 5] [1,2,3,4]'
     assert [text[slice(*span)] for span in box_spans(text, [(0, len(text))])] == ["[3, 4]", "[1,2,3,4]"]
     assert box_spans(text, [(0, 14)]) == []
+
+
+def test_cells_of_a_grid_and_their_names():
+    cells = "<object><patch_index_0044><patch_index_0863></object>"
+    text = f"<phrase>a cat</phrase>{cells} sits"
+    whole = [(0, len(text))]
+    assert [text[slice(*span)] for span in box_spans(text, whole)] == [cells]
+    assert [text[slice(*span)] for span in entity_spans(text, whole, ())] == ["a cat"]
 
 
 def test_images_are_never_learned(qwen_dir, tmp_path):

@@ -57,6 +57,17 @@ class SftConfig:
     """Weight of the distance of the four coordinates, as shares of the image's sides (DETR's)."""
     box_giou_weight: float = 2.0
     """Weight of 1 - generalised intersection over union (DETR's)."""
+    mask_loss_coeff: float = 0.0
+    """Weight of a loss of masks beside the cross entropy of tokens: for every token <seg> in an answer, the row's
+    `masks` have what it stands for, and a small head that is trained along tells from the token, and from the tokens of
+    the image, which of these belong to it (LISA, with MaskFormer's product). A mean over the masks of the global batch.
+    `megavlm add-tokens '<seg>'` gives a model the token."""
+    mask_bce_weight: float = 2.0
+    """Weight of the binary cross entropy, a mean over a mask's tokens (LISA's)."""
+    mask_dice_weight: float = 0.5
+    """Weight of Dice (LISA's)."""
+    mask_head_dim: int = 256
+    """Width of the vectors that the head multiplies."""
 
 
 @dataclass(frozen=True)

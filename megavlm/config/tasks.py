@@ -1,4 +1,4 @@
-"""Tasks of a mixture that weigh differently in the loss, and the loss of boxes: what a recipe says, and its checks."""
+"""Tasks that weigh differently in the loss, and losses of boxes and masks: what a recipe says, and its checks."""
 
 import math
 
@@ -28,6 +28,10 @@ GRID_MARKERS = ("<object>", "</object>", "<phrase>", "</phrase>")
 def coordinate_token(number: int) -> str:
     """The token of a coordinate of `number` / (NUM_COORDINATE_BINS - 1) of an image's side."""
     return f"<|{number}|>"
+
+
+SEGMENT_TOKEN = "<seg>"
+"""What stands for a mask in an answer; LISA's [SEG]."""
 
 
 def cell_token(number: int) -> str:
@@ -120,3 +124,32 @@ def check_boxes(recipe: Recipe) -> None:
         )
     if not any(vars(knobs)[name] for name in weights):
         raise use_error("sft.box_l1_weight", "0, as box_giou_weight", "one of them above 0", "set it, e.g. 5")
+
+
+def check_masks(recipe: Recipe) -> None:
+    """Check `sft.mask_*` against each other and against weights of tasks.
+
+    Raises:
+        UseError: the first mistake found.
+    """
+    knobs, default = recipe.sft, SftConfig()
+    weights = ("mask_bce_weight", "mask_dice_weight")
+    if not knobs.mask_loss_coeff:
+        for name in (*weights, "mask_head_dim"):
+            if vars(knobs)[name] != vars(default)[name]:
+                raise use_error(
+                    f"sft.{name}",
+                    "a value without sft.mask_loss_coeff",
+                    "sft.mask_loss_coeff above 0",
+                    "set it, e.g. 1",
+                )
+        return
+    if knobs.task_weighting == "gradnorm":
+        raise use_error(
+            "sft.mask_loss_coeff",
+            f"{knobs.mask_loss_coeff} with sft.task_weighting=gradnorm",
+            "one of the two: the loss of a mask has no weight of a task, but its gradient arrives with those that have",
+            "set sft.task_weighting=loss_ratio or uncertainty, or sft.mask_loss_coeff=0",
+        )
+    if not any(vars(knobs)[name] for name in weights):
+        raise use_error("sft.mask_bce_weight", "0, as mask_dice_weight", "one of them above 0", "set it, e.g. 2")

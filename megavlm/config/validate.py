@@ -20,7 +20,7 @@ from megavlm.config.placement import check_placement
 from megavlm.config.ranges import LEAST, check_numbers
 from megavlm.config.rope import check_rope
 from megavlm.config.schema import DataConfig, ParallelConfig, Recipe
-from megavlm.config.tasks import check_boxes, check_tasks
+from megavlm.config.tasks import check_boxes, check_masks, check_tasks
 from megavlm.config.tokens import check_tokens
 from megavlm.config.tuning import check_tuning
 from megavlm.errors import UseError, use_error
@@ -63,6 +63,7 @@ def validate_recipe(recipe: Recipe, check_paths: bool = True) -> None:
     check_objective(recipe)
     check_tasks(recipe)
     check_boxes(recipe)
+    check_masks(recipe)
     if check_paths:
         _check_paths(recipe)
 

@@ -78,8 +78,8 @@ def draw_for(augmentation: Augmentation, sample: Sample, step: int, index: int, 
 
     Args:
         augmentation: of the run.
-        sample: the row, whose text and boxes say what must not be done: a row with boxes or coordinates is neither
-            cropped nor mirrored, one that names sides is not mirrored.
+        sample: the row, whose text and boxes say what must not be done: a row with boxes, masks or coordinates is
+            neither cropped nor mirrored, one that names sides is not mirrored.
         step: of the run, from 0.
         index: of the row in its data set.
         number: of the image in the row.
@@ -89,7 +89,7 @@ def draw_for(augmentation: Augmentation, sample: Sample, step: int, index: int, 
     area, left, top, mirrored = generator.uniform(size=4).tolist()
     colours = (1 + augmentation.color_jitter * generator.uniform(-1, 1, size=3)).tolist()
     texts = list(_texts(sample))
-    placed = bool(sample.boxes) or any(_COORDINATES.search(text) for text in texts)
+    placed = bool(sample.boxes or sample.masks) or any(_COORDINATES.search(text) for text in texts)
     flip = mirrored < augmentation.flip_probability and not placed and not any(map(_SIDES.search, texts))
     side = 1.0 if placed else (1 - area * (1 - augmentation.crop_min_area)) ** 0.5
     return Draw(side, left, top, flip, *colours)

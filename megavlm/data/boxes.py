@@ -10,8 +10,8 @@ Notations, as their models were trained with them:
 - `numbers`: `[x1, y1, x2, y2]` as the row has them.
 - `bin_tokens_1000`: `<|box_start|><|x1|><|y1|><|x2|><|y2|><|box_end|>`, each coordinate one token out of 1000, of which
   the first is the left or upper edge and the last the right or lower one. Pix2Seq, arXiv:2109.10852, section 2.1.
-- `grid_tokens_32`: `<phrase>a cat</phrase><object><patch_index_0044><patch_index_0863></object>`, the cells of a grid of
-  32 x 32 that the box's upper left and lower right corners lie in. Kosmos-2, arXiv:2306.14824, section 2.1.
+- `grid_tokens_32`: `<phrase>a cat</phrase><object><patch_index_0044><patch_index_0863></object>`, the cells of a grid
+  of 32 x 32 that the box's upper left and lower right corners lie in. Kosmos-2, arXiv:2306.14824, section 2.1.
 
 With JSON, a `<ref-object>` right in front of a `<bbox>` is one object; elsewhere (say, in JSON that the row has
 written itself) a name is its text, and a box its list of numbers. Points have two numbers, and `point_2d`.

@@ -4,7 +4,7 @@ Visual tokens that follow one another are kept as one with their number, as the 
 and the feature of each visual token are computed anew. So a row is rendered and tokenised once, when the index is made.
 
 Shape suffixes: S tokens of one sample, Z tokens with a run of visual ones as one, Y such runs, Q sequences of a row,
-G images and videos of a row, U uses of them by its sequences, L videos, F their frames, V visual tokens.
+G images and videos of a row, U uses of them by its sequences, L videos, F their frames, V visual tokens, M masks.
 """
 
 import dataclasses
@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from megavlm.config.inputs import Grid, InputSpec
+from megavlm.data.masks import MaskEncoder
 from megavlm.data.pairs import feature_rows
 from megavlm.data.positions import sample_positions
-from megavlm.data.sample import Cut, EncodedSample, Media, Sample, VideoClip
+from megavlm.data.sample import Cut, EncodedMask, EncodedSample, Media, Sample, VideoClip
 from megavlm.errors import use_error
 
 # What a record holds behind its head: the largest types first, so that each array is aligned.
@@ -31,6 +32,7 @@ _ARRAYS = (
     ("num_frames_G", "<i4"),
     ("frames_F", "<i4"),
     ("uses_U", "<i4"),
+    ("masks_M3", "<i4"),
     ("scales_Z", "<f4"),
     ("kinds_Z", "<i1"),
 )
@@ -54,6 +56,7 @@ class CompactSample:
         intervals_L: float64 `VideoClip.interval` of each video.
         uses_U: int32, which image each sequence shows in its order, one sequence behind the other; empty where there
             is one, which shows each once. How many of them a sequence shows, its visual tokens say.
+        masks_M3: int32 of each mask the position of its token, and width and height of its image in pixels.
     """
 
     target: float
@@ -67,10 +70,11 @@ class CompactSample:
     frames_F: np.ndarray
     intervals_L: np.ndarray
     uses_U: np.ndarray
+    masks_M3: np.ndarray
 
     def to_bytes(self) -> bytes:
         """The record of it."""
-        arrays = [np.ascontiguousarray(vars(self)[name], dtype) for name, dtype in _ARRAYS]
+        arrays = [np.ascontiguousarray(vars(self)[name].ravel(), dtype) for name, dtype in _ARRAYS]
         return b"".join([_HEAD.pack(self.target, *map(len, arrays)), *(array.tobytes() for array in arrays)])
 
     @classmethod
@@ -82,6 +86,7 @@ class CompactSample:
             arrays[name] = np.frombuffer(record, dtype, length, start)
             start += arrays[name].nbytes
         assert start == len(record), "a record ends where its arrays do"
+        arrays["masks_M3"] = arrays["masks_M3"].reshape(-1, 3)
         return cls(target, **arrays)
 
 
@@ -119,21 +124,30 @@ def compact(encoded: EncodedSample, sample: Sample, inputs: InputSpec) -> Compac
         frames_F=_int32([frame for clip in clips for frame in clip.frames]),
         intervals_L=np.array([clip.interval for clip in clips], dtype=np.float64),
         uses_U=_int32(_uses(encoded, inputs)),
+        masks_M3=_int32([(mask.position, *mask.size) for mask in encoded.masks]).reshape(-1, 3),
     )
 
 
-def expand(kept: CompactSample, sample: Sample, grids: tuple[Grid, ...], cut: Cut, inputs: InputSpec) -> EncodedSample:
+def expand(
+    kept: CompactSample,
+    sample: Sample,
+    grids: tuple[Grid, ...],
+    cut: Cut,
+    inputs: InputSpec,
+    masks: MaskEncoder | None = None,
+) -> EncodedSample:
     """The row as it was encoded, to the last bit.
 
     Args:
         kept: of the row.
-        sample: the row, for its images and videos; its texts are not looked at.
+        sample: the row, for its images, videos and masks; its texts are not looked at.
         grids: of its images and videos.
         cut: what was left out of it.
         inputs: the family's facts.
+        masks: encodes its masks; None: they are not learned.
 
     Raises:
-        UseError: naming the row: it has fewer images and videos than it had.
+        UseError: naming the row: it has fewer images and videos, or fewer masks, than it had.
     """
     counts_Z = np.ones(len(kept.tokens_Z), dtype=np.int64)
     counts_Z[kept.tokens_Z == inputs.image_token_id] = kept.run_lengths_Y
@@ -151,6 +165,8 @@ def expand(kept: CompactSample, sample: Sample, grids: tuple[Grid, ...], cut: Cu
         part_lengths=tuple(kept.part_lengths_Q.tolist()),
         target=kept.target,
     )
+    if len(kept.masks_M3):
+        encoded = dataclasses.replace(encoded, masks=_masks(kept, sample, encoded, masks))
     if not encoded.part_lengths:
         return dataclasses.replace(encoded, position_ids_3S=sample_positions(tokens_S, images, grids, inputs))
     shown = _by_sequence(kept.uses_U.tolist(), encoded, inputs)
@@ -164,6 +180,21 @@ def expand(kept: CompactSample, sample: Sample, grids: tuple[Grid, ...], cut: Cu
         feature_rows_V=feature_rows(grids, kept.uses_U.tolist(), inputs.num_image_tokens) if images else None,
         images_together=sum(not isinstance(images[use], VideoClip) for use in shown[0]),
     )
+
+
+def _masks(
+    kept: CompactSample, sample: Sample, encoded: EncodedSample, masks: MaskEncoder | None
+) -> tuple[EncodedMask, ...]:
+    assert masks is not None, "an index belongs to its encoder"
+    if len(sample.masks) < len(kept.masks_M3):
+        raise use_error(
+            sample.sample_id,
+            f"{len(sample.masks)} masks",
+            f"{len(kept.masks_M3)}, as the index says",
+            "do not change rows during a run; make the index anew (megavlm data index --rebuild)",
+        )
+    positions, sizes = kept.masks_M3[:, 0].tolist(), [(width, height) for _, width, height in kept.masks_M3.tolist()]
+    return masks.placed(sample.masks[: len(positions)], positions, sizes, encoded)
 
 
 def _stills(sample: Sample) -> list[Media]:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from megavlm.config.tasks import (
+    BIN_FORMAT,
     GRID_FORMAT,
     GRID_MARKERS,
     GRID_SIDE,
@@ -44,12 +45,19 @@ def coordinate_token_ids(hf_dir: Path) -> tuple[int, ...]:
     return tuple(vocabulary[token] for token in tokens)
 
 
-def check_grid_tokens(hf_dir: Path) -> None:
-    """Check that every token that `grid_tokens_32` writes is one of the model's.
+def check_box_tokens(box_format: str, hf_dir: Path) -> None:
+    """Check that the tokens of a notation are the model's: else each would become several, and nobody would notice.
 
     Raises:
         UseError: the tokenizer does not have them all.
     """
+    if box_format == BIN_FORMAT:
+        coordinate_token_ids(hf_dir)
+    if box_format == GRID_FORMAT:
+        _check_grid_tokens(hf_dir)
+
+
+def _check_grid_tokens(hf_dir: Path) -> None:
     vocabulary = load_tokenizer(hf_dir).get_vocab()
     tokens = [*map(cell_token, range(GRID_SIDE**2)), *GRID_MARKERS]
     missing = [token for token in tokens if token not in vocabulary]

@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from megavlm.config.tasks import SEGMENT_TOKEN
 from megavlm.data.messages import ANSWER_ROLES
 from megavlm.data.readers import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 from megavlm.data.sample import EncodedSample, Sample, Turn
@@ -63,12 +64,17 @@ def exchange_ends(turns: Sequence[Turn]) -> list[int]:
 
 
 def first_turns(sample: Sample, num_turns: int) -> Sample:
-    """The row's first turns, with the images and videos that stand in them."""
+    """The row's first turns, with the images, videos and masks that stand in them."""
     turns = sample.turns[:num_turns]
     num_images = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
     num_videos = sum(turn.text.count(VIDEO_PLACEHOLDER) for turn in turns)
+    num_masks = sum(turn.text.count(SEGMENT_TOKEN) for turn in turns)
     return dataclasses.replace(
-        sample, turns=turns, images=sample.images[:num_images], videos=sample.videos[:num_videos]
+        sample,
+        turns=turns,
+        images=sample.images[:num_images],
+        videos=sample.videos[:num_videos],
+        masks=sample.masks[:num_masks],
     )
 
 
@@ -84,5 +90,6 @@ def _cut_answer(encoded: EncodedSample, length: int) -> EncodedSample | None:
         token_classes_S=encoded.token_classes_S[:length],
         scales_S=encoded.scales_S[:length],
         position_ids_3S=encoded.position_ids_3S[:, :length],
+        masks=tuple(mask for mask in encoded.masks if mask.position < length),
         cut="answer",
     )

@@ -154,7 +154,8 @@ class Dataset:
             encoded = self.encoder.encode(sample, () if self.is_cut(index) else grids)
         else:
             cut: Cut = ("", *CUTS)[int(self.index.cuts_N[index])]
-            encoded = expand(self.index.tokens[index], sample, grids, cut, self.encoder.inputs)
+            encoder = self.encoder
+            encoded = expand(self.index.tokens[index], sample, grids, cut, encoder.inputs, encoder.masks)
         if len(encoded.tokens_S) != length or encoded.grids_thw != grids:
             raise use_error(
                 encoded.sample_id,

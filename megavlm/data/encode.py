@@ -13,15 +13,15 @@ import numpy as np
 
 from megavlm.config.inputs import Grid, InputSpec
 from megavlm.config.schema import DataConfig
-from megavlm.config.tasks import BIN_FORMAT, GRID_FORMAT
 from megavlm.data.boxes import write_boxes
-from megavlm.data.coordinates import check_grid_tokens, coordinate_token_ids
+from megavlm.data.coordinates import check_box_tokens
 from megavlm.data.cut import TooLongRule, cut_row
 from megavlm.data.encode_video import Inset, VideoEncoder
 from megavlm.data.image_loading import BY_PIL, ImageLoading, check_resample
 from megavlm.data.image_text import ImageTextPrompts, encode_image_text
 from megavlm.data.images import ImageSpec, read_image_size, read_image_spec, target_grid
 from megavlm.data.marked import encode_marked
+from megavlm.data.masks import MaskEncoder, open_mask_encoder
 from megavlm.data.media import media_name
 from megavlm.data.messages import ANSWER_ROLES
 from megavlm.data.numbered_images import show_numbered
@@ -81,6 +81,7 @@ def open_encoder(
     row_kind: RowKind = "conversation",
     step_rule: StepRule = BY_LINES,
     prompts: ImageTextPrompts = NO_PROMPTS,
+    with_masks: bool = False,
 ) -> "SampleEncoder":
     """The encoder of a Hugging Face directory.
 
@@ -100,14 +101,12 @@ def open_encoder(
         row_kind: what becomes of a row.
         step_rule: how its steps are told apart, where it has some.
         prompts: of rows of images and their text.
+        with_masks: whether masks of rows are learned.
 
     Raises:
         UseError: one of them is missing, or unlike the model.
     """
-    if box_format == BIN_FORMAT:
-        coordinate_token_ids(Path(hf_dir))  # or they would become several tokens each, and nobody would notice
-    if box_format == GRID_FORMAT:
-        check_grid_tokens(Path(hf_dir))
+    check_box_tokens(box_format, Path(hf_dir))
     image_spec = read_image_spec(hf_dir, inputs, min_pixels, max_pixels)
     check_resample(loading, image_spec.resample)
     tokenizer = Tokenizer(hf_dir, inputs.image_token_id, inputs.has_borders, template, schedule.reads_prompts)
@@ -126,6 +125,7 @@ def open_encoder(
         row_kind=row_kind,
         step_rule=step_rule,
         prompts=prompts,
+        masks=open_mask_encoder(hf_dir, inputs, image_spec) if with_masks else None,
     )
 
 
@@ -148,6 +148,7 @@ class SampleEncoder:
         row_kind: RowKind = "conversation",
         step_rule: StepRule = BY_LINES,
         prompts: ImageTextPrompts = NO_PROMPTS,
+        masks: MaskEncoder | None = None,
     ) -> None:
         """Put the parts together.
 
@@ -165,6 +166,7 @@ class SampleEncoder:
             row_kind: what becomes of a row.
             step_rule: how its steps are told apart, where it has some.
             prompts: of rows of images and their text.
+            masks: encodes masks of rows; None: they are not learned.
         """
         assert tokenizer.image_token_id == inputs.image_token_id
         self.inputs = inputs
@@ -180,6 +182,7 @@ class SampleEncoder:
         self.row_kind = row_kind
         self.step_rule = step_rule
         self.prompts = prompts
+        self.masks = masks
         video = VideoEncoder(inputs, video_spec, tokenizer) if video_spec is not None else None
         self.video = video if video is not None and video.token else None
 
@@ -199,6 +202,7 @@ class SampleEncoder:
             self.row_kind,
             *([self.step_rule] if self.row_kind == "steps" else []),
             *((self.prompts,) if self.row_kind == "image_text" else ()),
+            *((self.masks.token_id,) if self.masks is not None else ()),
         )
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
@@ -304,7 +308,8 @@ class SampleEncoder:
     def _encode(self, sample: Sample, names: Sequence[str], grids: Sequence[Grid] = ()) -> EncodedSample:
         steps = step_ends(sample, self.step_rule) if self.row_kind == "steps" else None
         encoded = self._finish(sample, self.tokenizer.encode_chat(sample.turns, sample.tools, names, steps), grids)
-        return dataclasses.replace(encoded, scales_S=encoded.scales_S * np.float32(sample.weight))
+        masks = self.masks.encoded(sample, encoded, self._image_size) if self.masks is not None else ()
+        return dataclasses.replace(encoded, scales_S=encoded.scales_S * np.float32(sample.weight), masks=masks)
 
     def with_boxes(self, sample: Sample) -> Sample:
         """The row with what its `objects` say written into its texts, as the recipe's `data.box_format` has it.

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from megavlm.config.inputs import InputSpec
 from megavlm.data.compact import CompactSample, compact, expand
 from megavlm.data.encode import SampleEncoder, TooLong
 from megavlm.data.pixels import WantedImage, load_pixels
@@ -88,7 +87,7 @@ def examine(
             digests.append(digest(encoded))
             groups.append(_group_digest(sample.group))
             grids.extend(encoded.grids_thw)
-            records.append(_record(encoded, sample, encoder.inputs) if keep_tokens else b"")
+            records.append(_record(encoded, sample, encoder) if keep_tokens else b"")
             continue
         reasons.append(1 + REASONS.index(found.reason))
         lengths.append(0)
@@ -147,10 +146,11 @@ def _examine_row(
     return sample, encoded
 
 
-def _record(encoded: EncodedSample, sample: Sample, inputs: InputSpec) -> bytes:
+def _record(encoded: EncodedSample, sample: Sample, encoder: SampleEncoder) -> bytes:
     """What is kept of a row's tokens; it gives the row again, or nothing would find out later that it does not."""
+    inputs, masks = encoder.inputs, encoder.masks
     record = compact(encoded, sample, inputs).to_bytes()
-    again = expand(CompactSample.from_bytes(record), sample, encoded.grids_thw, encoded.cut, inputs)
+    again = expand(CompactSample.from_bytes(record), sample, encoded.grids_thw, encoded.cut, inputs, masks)
     assert digest(again) == digest(encoded), f"{sample.sample_id}: its tokens are not what was kept of them"
     return record
 
@@ -160,9 +160,11 @@ def _group_digest(group: str) -> int:
 
 
 def digest(sample: EncodedSample) -> int:
-    """64 bits of what a row became: tokens, their kinds and scales, positions, grids."""
+    """64 bits of what a row became: tokens, their kinds and scales, positions, grids, masks."""
     state = hashlib.blake2b(digest_size=8)
     for array in (sample.tokens_S, sample.token_classes_S, sample.scales_S, sample.position_ids_3S):
         state.update(np.ascontiguousarray(array).data)
     state.update(repr(sample.grids_thw).encode())
+    for mask in sample.masks:
+        state.update(repr((mask.position, mask.start)).encode() + mask.shares_V.tobytes())
     return int.from_bytes(state.digest(), "little")

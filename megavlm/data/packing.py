@@ -64,6 +64,7 @@ def pack(
     patches_PC = torch.cat(list(patches)) if patches else torch.zeros(0, patch_channels)
     if patches is not None:
         assert patches_PC.shape == (sum(t * rows * columns for t, rows, columns, *_ in grids), patch_channels)
+    places_M3, shares_X = _masks(samples, borders)
     return Batch(
         tokens_T=tokens_T,
         labels_T=labels_T,
@@ -79,7 +80,19 @@ def pack(
         num_parts=len(samples[0].parts),
         feature_rows_V=_feature_rows(samples),
         targets_N=torch.tensor([sample.target for sample in samples], dtype=torch.float32),
+        mask_places_M3=places_M3,
+        mask_shares_X=shares_X,
     )
+
+
+def _masks(samples: Sequence[EncodedSample], borders: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the masks of the row are, and what they cover: see `Batch`."""
+    places, shares = [], [torch.zeros(0)]
+    for sample, start in zip(samples, borders, strict=False):  # of samples of several sequences none has masks
+        for mask in sample.masks:
+            places.append((start + mask.position, start + mask.start, len(mask.shares_V)))
+            shares.append(torch.from_numpy(mask.shares_V))
+    return torch.tensor(places, dtype=torch.int64).reshape(-1, 3), torch.cat(shares)
 
 
 def _feature_rows(samples: Sequence[EncodedSample]) -> torch.Tensor | None:

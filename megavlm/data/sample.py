@@ -104,6 +104,21 @@ class Box:
 
 
 @dataclass(frozen=True)
+class Mask:
+    """The pixels of a thing in an image: what a `<seg>` in an answer stands for; an entry of `masks` of a row.
+
+    Either `polygons`, each (x1, y1, x2, y2, ...) in pixels of the file's image, or `run_lengths` of pixels down the
+    columns of an image of `size` (height, width), outside and inside in turn.
+    """
+
+    polygons: tuple[tuple[float, ...], ...] = ()
+    size: tuple[int, int] = (0, 0)
+    run_lengths: tuple[int, ...] = ()
+    image: int = 0
+    """Number of the image in the row, from 0."""
+
+
+@dataclass(frozen=True)
 class Sample:
     """One row after reading: images and videos stay references, nothing is decoded.
 
@@ -120,6 +135,7 @@ class Sample:
         step_labels: whether each of them is right.
         boxes: what the placeholders in the texts stand for: the i-th `<ref-object>` for the name of the i-th, the
             i-th `<bbox>` for its corners; counted anew in the rejected conversation. `boxes.py` writes them.
+        masks: what the tokens for masks in its answers stand for, in order.
         tools: JSON descriptions of functions that the template shows to the model; empty: none.
         channel: the row's own name of its task or source; empty: none.
         weight: of the row's loss.
@@ -138,6 +154,7 @@ class Sample:
     steps: tuple[str, ...] = ()
     step_labels: tuple[bool, ...] = ()
     boxes: tuple[Box, ...] = ()
+    masks: tuple[Mask, ...] = ()
     tools: str = ""
     channel: str = ""
     weight: float = 1.0
@@ -155,6 +172,23 @@ Cut = Literal["", "turns", "answer"]
 
 
 @dataclass(frozen=True)
+class EncodedMask:
+    """A mask over the visual tokens of an image of its sample.
+
+    Attributes:
+        position: of the token that stands for it, among the sample's.
+        start: position of the image's first visual token.
+        size: of the image, (width, height) in pixels.
+        shares_V: float32, share of each visual token's area that it covers.
+    """
+
+    position: int
+    start: int
+    size: tuple[int, int]
+    shares_V: np.ndarray
+
+
+@dataclass(frozen=True)
 class EncodedSample:
     """One sample as tokens, its image placeholders expanded; pixels still on disk.
 
@@ -167,7 +201,8 @@ class EncodedSample:
     lengths in tokens (empty: it is one sequence). Its images are listed once, and `feature_rows_V` says for every
     visual token of all sequences which of their features it takes (None: one after the other). `images_together` is
     the number of still images in one of the sequences, which decides about the tiles of some families (0: all).
-    `target` is what the stage wants to know of the row beside its tokens: the margin of a pair.
+    `target` is what the stage wants to know of the row beside its tokens: the margin of a pair. `masks` are those that
+    its answers name, where they are learned.
     """
 
     sample_id: str
@@ -182,6 +217,7 @@ class EncodedSample:
     feature_rows_V: np.ndarray | None = None
     images_together: int = 0
     target: float = 0.0
+    masks: tuple[EncodedMask, ...] = ()
 
     @property
     def parts(self) -> list[slice]:
@@ -218,6 +254,9 @@ class Batch:
     `ahead` is what the stage found out about the whole global batch before its step (`LookAhead`), and `first_number`
     the number, in the global batch, of the row's first sample; it is known where the stage looks ahead.
     `noise_seeds_N` (int64) tell steps and rows of training apart, for what is drawn at random.
+    `mask_places_M3` (int64) are of each mask the positions, in the row, of the token that stands for it and of its
+    image's first visual token, and the number of these; `mask_shares_X` (float32) the shares that masks cover of them,
+    one mask behind the other.
     `tasks_N` (int64) are numbers of the samples' tasks, where tasks are told apart; those of none have the next number.
     """
 
@@ -237,6 +276,8 @@ class Batch:
     targets_N: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     references_NQ: torch.Tensor | None = None
     noise_seeds_N: torch.Tensor | None = None
+    mask_places_M3: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 3, dtype=torch.int64))
+    mask_shares_X: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     tasks_N: torch.Tensor | None = None
     ahead: torch.Tensor | None = None
     first_number: int = 0

@@ -54,6 +54,7 @@ def encoder_of(recipe: Recipe, inputs: InputSpec) -> SampleEncoder:
         row_kind=STAGES[recipe.train.stage].row_kind,
         step_rule=StepRule(recipe.reward.step_separator, recipe.reward.train_on_last_step_only),
         prompts=ImageTextPrompts(recipe.contrastive.image_prompt, recipe.contrastive.text_prompt),
+        with_masks=recipe.sft.mask_loss_coeff > 0,
     )
 
 

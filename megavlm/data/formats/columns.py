@@ -4,10 +4,11 @@ import json
 import math
 from typing import Any, Literal
 
+from megavlm.data.formats.masks import read_masks
 from megavlm.data.formats.turns import PLACEHOLDERS, Conversation, Kind, PartMedia, as_json, row_error
 from megavlm.data.numbered_images import has_numbers
 from megavlm.data.references import References
-from megavlm.data.sample import Box, FrameFiles, Media, Turn, Video
+from megavlm.data.sample import Box, FrameFiles, Mask, Media, Turn, Video
 
 BOX_PLACEHOLDER = "<bbox>"
 REFERENCE_PLACEHOLDER = "<ref-object>"
@@ -198,6 +199,14 @@ class Columns:
             )
             raise row_error(self.where, f"the box {str(corners)[:80]} in objects.bbox", expected)
         return tuple(float(value) for value in corners)
+
+    def masks(self, turns: list[Turn], num_images: int) -> tuple[Mask, ...]:
+        """What `masks` says, checked against the tokens for them in answers.
+
+        Raises:
+            UseError: as `read_masks`.
+        """
+        return read_masks(self.take("masks"), turns, num_images, self.where)
 
     def tools(self) -> str:
         """Descriptions of functions, as JSON: a list of objects; empty: none.

@@ -47,6 +47,7 @@ def finish(
     listed_images = columns.peek_images()
     images, videos = columns.images(chosen), columns.videos(chosen)
     boxes = columns.boxes(chosen.turns, len(images))
+    masks = columns.masks(chosen.turns, len(images))
     worse = rejected or chosen
     worse_images = None
     if is_preference:
@@ -70,6 +71,7 @@ def finish(
         steps=steps,
         step_labels=step_labels,
         boxes=boxes,
+        masks=masks,
         tools=columns.tools(),
         channel=columns.text("channel"),
         weight=columns.weight(),

@@ -103,6 +103,18 @@ def test_boxes(folder: Path) -> None:
             ["sft.box_loss_coeff=1", "data.box_format=numbers"],
             ("sft.box_loss_coeff", "numbers, where a coordinate is several tokens", "data.box_format=bin_tokens_1000"),
         ),
+        (["sft.mask_loss_coeff=-1"], ("sft.mask_loss_coeff", "at least 0")),
+        (["sft.mask_head_dim=64"], ("sft.mask_head_dim", "without sft.mask_loss_coeff")),
+        (["sft.mask_loss_coeff=1", "sft.mask_head_dim=0"], ("sft.mask_head_dim", "at least 1")),
+        (
+            ["sft.mask_loss_coeff=1", "sft.mask_bce_weight=0", "sft.mask_dice_weight=0"],
+            ("sft.mask_bce_weight", "one of them above 0"),
+        ),
+        (
+            ["sft.mask_loss_coeff=1", "sft.task_weighting=gradnorm"],
+            ("sft.mask_loss_coeff", "gradnorm", "one of the two"),
+        ),
+        (["sft.mask_loss_coeff=1", "train.stage=dpo"], ("sft", "train.stage dpo")),
         (["sft.box_loss_coeff=-1"], ("sft.box_loss_coeff", "at least 0")),
         (["sft.box_giou_weight=1"], ("sft.box_giou_weight", "without sft.box_loss_coeff")),
         (

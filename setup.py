@@ -72,6 +72,8 @@ EXTRAS_REQUIRE = {
         "mlxtend>=0.23.4",
         # The reference for losses on preferences.
         "trl>=1.16,<1.17",
+        # The reference for masks of COCO.
+        "pycocotools>=2.0.8",
         # The reference for adapters.
         "peft>=0.21,<0.22",
         "bitsandbytes>=0.49",

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 from megavlm.checkpoint.adapters import CONFIG, WEIGHTS
-from megavlm.checkpoint.hf_io import HFDirectory, read_json, shard_of, tied_name
+from megavlm.checkpoint.hf_io import HFDirectory, read_json
+from megavlm.checkpoint.hf_load import shard_of, tied_name
 from megavlm.checkpoint.prefix_adapter import PREFIX_TUNING, PrefixFolder
 from megavlm.checkpoint.safetensors_reader import SafetensorsFile
 from megavlm.errors import use_error

@@ -14,7 +14,8 @@ import torch
 from blake3 import blake3
 from safetensors.torch import save_file
 
-from megavlm.checkpoint.hf_io import HFDirectory, tied_name
+from megavlm.checkpoint.hf_io import HFDirectory
+from megavlm.checkpoint.hf_load import tied_name
 from megavlm.checkpoint.native import read_common
 from megavlm.checkpoint.safetensors_writer import TensorSpec
 from megavlm.checkpoint.stream import NativeReader, RowsInFile

@@ -27,6 +27,7 @@ from megavlm.checkpoint.stream_export import export_stream, exported_shapes
 from megavlm.checkpoint.stream_import import import_stream
 from megavlm.checkpoint.weight_formats import BlockFp8, OneType, fp8_names, quantization_config
 from megavlm.errors import RunError, use_error
+from megavlm.models.architecture import MaskHeadArchitecture
 from megavlm.models.names import Part
 from megavlm.parallel.groups import Groups
 
@@ -115,7 +116,8 @@ def export_checkpoint(folder: Path, directory: HFDirectory, out_dir: Path, dtype
         directory: the model it started from: config, tokenizer and processor files are copied from there. Where the
             run had a chat template of its own (`data.template`), that is written instead of the directory's. A reward
             model is written without the output layer over words, and with its head for scores. An embedding model is
-            written with its head, and with the directory's output layer over words as it is.
+            written with its head, and with the directory's output layer over words as it is. A head for masks is
+            written into `MASK_FILE`.
         out_dir: new or empty.
         dtype: float32, bfloat16, float16, None (what the directory's config says), or fp8: matrices of decoder layers
             in E4M3 with a scale for each 128 x 128 numbers, all else in bfloat16.
@@ -142,6 +144,8 @@ def export_checkpoint(folder: Path, directory: HFDirectory, out_dir: Path, dtype
             write_reward_config(unfinished, common.get("stage", ""))
         if common.get("embedding"):
             add_to_config(unfinished, {"embedding_head": common["embedding"]})
+        if common.get("mask_head"):
+            add_to_config(unfinished, {"mask_head": common["mask_head"]})
         if in_fp8:
             add_to_config(unfinished, {"quantization_config": quantization_config(in_fp8, shapes)})
     return int(common["step"])
@@ -155,6 +159,8 @@ def _as_trained(directory: HFDirectory, folder: Path) -> HFDirectory:
         directory = directory.as_reward_model()
     elif head == "embeddings":
         directory = directory.as_embedding_model(common["embedding"]["size"])
+    if common.get("mask_head"):
+        directory = directory.with_mask_head(MaskHeadArchitecture(**common["mask_head"]))
     return directory.with_text_changes(common.get("text_changes", {}))
 
 
@@ -185,15 +191,16 @@ def export_adapter(folder: Path, directory: HFDirectory, out_dir: Path, dtype: s
         dtype: float32, bfloat16, float16, or None: as it was trained.
 
     Raises:
-        UseError: out_dir holds files, the checkpoint has no adapters, is of an embedding model, or of another model.
+        UseError: out_dir holds files, the checkpoint has no adapters, is of a model with a head for embeddings or
+            masks, or of another model.
         RunError: writing failed.
     """
     directory = _as_trained(directory, folder)
     common = checked_common(folder, directory)
-    if common.get("embedding"):
+    if common.get("embedding") or common.get("mask_head"):
         raise use_error(
             "--adapter-only",
-            f"{folder}, of an embedding model",
+            f"{folder}, of {'an embedding model' if common.get('embedding') else 'a model with a head for masks'}",
             "an export of all weights: the head learns beside the adapters",
             "leave it out",
         )

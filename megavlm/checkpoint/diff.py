@@ -14,6 +14,7 @@ from megavlm.checkpoint.adapters import open_checkpoint
 from megavlm.checkpoint.hf_io import HFDirectory
 from megavlm.checkpoint.native import find_checkpoint
 from megavlm.checkpoint.safetensors_writer import TensorSpec
+from megavlm.models.architecture import MaskHeadArchitecture
 from megavlm.models.names import COMPONENTS
 
 NUM_SHOWN = 10
@@ -51,6 +52,8 @@ def source_of(path: Path) -> Source:
         directory = HFDirectory(path)
         if directory.stored_embedding_dim:
             directory = directory.as_embedding_model(directory.stored_embedding_dim)
+        if directory.stored_mask_width:  # which token it reads makes no difference here
+            directory = directory.with_mask_head(MaskHeadArchitecture(directory.stored_mask_width, -1))
         directory.check()
         entries = {entry.native: entry for entry in directory.entries}
         specs = {}

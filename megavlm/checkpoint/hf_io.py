@@ -21,12 +21,12 @@ from megavlm.checkpoint.safetensors_reader import SafetensorsFile
 from megavlm.checkpoint.safetensors_writer import TensorSpec
 from megavlm.config.schema import ModelConfig
 from megavlm.errors import UseError, use_error
-from megavlm.models.architecture import Architecture
+from megavlm.models.architecture import Architecture, MaskHeadArchitecture
 from megavlm.models.embedding_head import HF_NAMES as EMBEDDING_NAMES
 from megavlm.models.embedding_head import embedding_entries
-from megavlm.models.encoder import VisionEncoder
 from megavlm.models.family import ModelFamily
-from megavlm.models.names import Part, named_parameters, stacked_name
+from megavlm.models.mask_head import NAMES as MASK_NAMES
+from megavlm.models.mask_head import mask_entries
 from megavlm.models.registry import family_of
 from megavlm.models.rope_config import rope_changes, with_text
 from megavlm.models.score import HF_NAME, NATIVE_NAME, score_entries
@@ -36,6 +36,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 PICKLE_SINGLE = "pytorch_model.bin"
+MASK_FILE = "mask_head/model.safetensors"
+"""A head for masks lies in a folder of its own: what reads the model otherwise knows none of its tensors."""
 
 # Copied verbatim when a directory is exported: re-serialised, they would move keys that other readers look for.
 COMPANIONS = (
@@ -45,6 +47,7 @@ COMPANIONS = (
 ).split()
 
 PLAIN_MODEL = ModelConfig()  # changes nothing
+_MASK_WIDTH_OF = "mask_head.image.weight"
 _WORDS = ("lm_head.weight", "language_model.lm_head.weight")  # names of the output layer over words
 
 DTYPE_NAMES = {
@@ -60,8 +63,9 @@ class HFDirectory:
     With `allow_pickle`, weights that torch.save wrote are read where there are no others. With `reward_model` it is
     that of one: without a head for scores it gets a new one, and its output layer over words is not read. A directory
     that has such a head is a reward model's in any case. With `embedding_dim` it is that of an embedding model, in the
-    same way; without, a head for embeddings that it may have is not read. `text_changes` are other values of the
-    config's text part (`rope_changes`).
+    same way; without, a head for embeddings that it may have is not read. With `mask_head` the model has such a head
+    beside its output layer: the directory's, in `MASK_FILE`, or a new one; without, one that is there is not read.
+    `text_changes` are other values of the config's text part (`rope_changes`).
 
     Raises:
         UseError: a file is missing or unreadable, or the model type is unknown.
@@ -74,6 +78,7 @@ class HFDirectory:
         reward_model: bool = False,
         text_changes: Mapping[str, Any] = MappingProxyType({}),
         embedding_dim: int = 0,
+        mask_head: MaskHeadArchitecture | None = None,
     ) -> None:
         self.path, self._allow_pickle, self.text_changes = Path(path), allow_pickle, dict(text_changes)
         self.config = with_text(read_json(self.path / "config.json"), self.text_changes)
@@ -90,10 +95,18 @@ class HFDirectory:
             language = dataclasses.replace(self.architecture.language, embedding_dim=embedding_dim)
             self.architecture = dataclasses.replace(self.architecture, language=language)
             self.entries = embedding_entries(self.entries)
+        if mask_head is not None:
+            language = dataclasses.replace(self.architecture.language, mask_head=mask_head)
+            self.architecture = dataclasses.replace(self.architecture, language=language)
+            self.entries = mask_entries(self.entries)
 
     def as_embedding_model(self, embedding_dim: int) -> "HFDirectory":
         """The same directory as the start of an embedding model."""
         return HFDirectory(self.path, self._allow_pickle, text_changes=self.text_changes, embedding_dim=embedding_dim)
+
+    def with_mask_head(self, mask_head: MaskHeadArchitecture) -> "HFDirectory":
+        """The same directory, of a model that tells masks."""
+        return HFDirectory(self.path, self._allow_pickle, text_changes=self.text_changes, mask_head=mask_head)
 
     def as_reward_model(self) -> "HFDirectory":
         """The same directory as the start of a reward model."""
@@ -104,7 +117,14 @@ class HFDirectory:
         if text_changes == self.text_changes:
             return self
         language = self.architecture.language
-        return HFDirectory(self.path, self._allow_pickle, language.has_score_head, text_changes, language.embedding_dim)
+        return HFDirectory(
+            self.path,
+            self._allow_pickle,
+            language.has_score_head,
+            text_changes,
+            language.embedding_dim,
+            language.mask_head,
+        )
 
     def check_has_words(self, wanted: str) -> None:
         """Raise `UseError` when this is a reward model's, which cannot do what is `wanted`."""
@@ -120,10 +140,22 @@ class HFDirectory:
         names = heads[self.architecture.language.head]
         return [] if set(names) & set(self._files) else names
 
+    @property
+    def new_mask_names(self) -> list[str]:
+        """What the model's head for masks has, if it is not in the files: the caller fills it."""
+        is_new = self.architecture.language.mask_head is not None and not self.stored_mask_width
+        return list(MASK_NAMES) if is_new else []
+
+    @property
+    def stored_mask_width(self) -> int:
+        """Width of the vectors of a head for masks that is in the files; 0: there is none."""
+        return self.spec(_MASK_WIDTH_OF).shape[0] if _MASK_WIDTH_OF in self._files else 0
+
     def _locate(self) -> dict[str, tuple[Path, str]]:
         """Canonical tensor name to (file, name in the file)."""
         located: dict[str, tuple[Path, str]] = {}
-        for file in weight_files(self.path, self._allow_pickle):
+        beside = [self.path / MASK_FILE] if (self.path / MASK_FILE).is_file() else []
+        for file in [*weight_files(self.path, self._allow_pickle), *beside]:
             self._handles[file] = SafetensorsFile(file) if file.suffix == ".safetensors" else PickleFile(file)
             for name in self._handles[file].names:
                 located[self.family.public_name(name)] = (file, name)
@@ -139,7 +171,8 @@ class HFDirectory:
         """Tensors that a tied model may carry a second time, or that belong to another head than the model's."""
         language = self.architecture.language
         words = list(_WORDS) if language.tied_embeddings or language.head != "words" else []
-        return words + (list(EMBEDDING_NAMES.values()) if language.head == "words" else [])
+        masks = list(MASK_NAMES) if language.mask_head is None else []
+        return words + (list(EMBEDDING_NAMES.values()) if language.head == "words" else []) + masks
 
     @property
     def stored_embedding_dim(self) -> int:
@@ -168,7 +201,8 @@ class HFDirectory:
 
     def check(self) -> None:
         """Raise `UseError` unless every tensor that the map wants is there and none is left over."""
-        check_names(self.entries, [*self.names, *self.new_names], self.ignored, str(self.path))
+        new = [*self.new_names, *self.new_mask_names]
+        check_names(self.entries, [*self.names, *new], self.ignored, str(self.path))
 
     def read(self, name: str, row: int | None = None) -> torch.Tensor:
         """One tensor by its canonical name, or one row of its first dimension."""
@@ -282,54 +316,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise use_error(str(path), type(content).__name__, "a JSON object", "restore the file")
     return content
-
-
-def load_weights(directory: HFDirectory, models: Iterable[Part]) -> None:
-    """Fill this rank's parameters from a directory, each rank reading only what it holds; not a new head.
-
-    Raises:
-        UseError: names or shapes do not fit the config.
-    """
-    directory.check()
-    by_native = {entry.native: entry for entry in directory.entries}
-    with torch.no_grad():
-        for model in models:
-            for name, parameter in named_parameters(model):
-                native, expert = stacked_name(tied_name(name, model))
-                entry = by_native[native]
-                if entry.names[0] in directory.new_names:
-                    continue  # the caller fills it
-                part = shard_of(directory.read_native(entry, expert), parameter, entry, model)
-                if part.shape != parameter.shape:
-                    raise use_error(
-                        f"{directory.path} {entry.names[0]}",
-                        f"a part of shape {tuple(part.shape)}",
-                        f"{tuple(parameter.shape)} as config.json says",
-                        "config and weights must belong together",
-                    )
-                parameter.copy_(part)
-
-
-def tied_name(name: str, model: Part) -> str:
-    """The name that a parameter's tensor has in weight maps: of a tied output layer, the embedding's."""
-    tied = not isinstance(model, VisionEncoder) and model.share_embeddings_and_output_weights
-    if name == "language.output_layer.weight" and tied:
-        return "language.embedding.word_embeddings.weight"
-    return name
-
-
-def shard_of(whole: torch.Tensor, parameter: torch.nn.Parameter, entry: Entry, model: Part) -> torch.Tensor:
-    """Cut this tensor-parallel rank's part. Megatron-Core marks its sharded parameters with these attributes."""
-    marks = vars(parameter)
-    if not marks.get("tensor_model_parallel", False):
-        return whole
-    group = model.groups.vision.tp if isinstance(model, VisionEncoder) else model.groups.tensor
-    if entry.stacked:
-        group = model.groups.language.expt_tp
-    dimension, size, rank = marks["partition_dim"], group.size(), group.rank()
-    if entry.halves:
-        return torch.cat([half.chunk(size, dimension)[rank] for half in whole.chunk(2, dimension)], dimension)
-    return whole.chunk(size, dimension)[rank]
 
 
 def write_tensors(tensors: Iterable[tuple[str, torch.Tensor]], out_dir: Path, max_shard_bytes: int = 5 * 2**30) -> None:

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import torch
 
-from megavlm.checkpoint.hf_io import INDEX, SINGLE, HFDirectory, index_text
+from megavlm.checkpoint.hf_io import INDEX, MASK_FILE, SINGLE, HFDirectory, index_text
 from megavlm.checkpoint.manifest import PIECE_BYTES
 from megavlm.checkpoint.safetensors_writer import SafetensorsWriter, TensorSpec
 from megavlm.checkpoint.stream import NUM_THREADS, Reader, RowsInFile, run_within_budget
 from megavlm.checkpoint.weight_formats import WeightFormat
 from megavlm.errors import use_error
+from megavlm.models.mask_head import NAMES as MASK_NAMES
 from megavlm.models.weight_map import Entry, row_runs
 
 
@@ -57,7 +58,13 @@ def export_stream(
         specs |= weight_format.specs(name, shape)
     for name in directory.carried:
         specs |= weight_format.specs(name, directory.spec(name).shape)
+    beside = {name: specs.pop(name) for name in MASK_NAMES if name in specs}
     files = list(_files(specs, max_shard_bytes))
+    num_files = len(files)
+    if beside:
+        (out_dir / MASK_FILE).parent.mkdir()
+        files.append(OutputFile(MASK_FILE, beside))
+    all_specs = specs | beside
     writers = {file.name: SafetensorsWriter(out_dir / file.name, file.specs) for file in files}
     writer_of = {name: writers[file.name] for file in files for name in file.specs}
 
@@ -77,7 +84,7 @@ def export_stream(
     def copy(entry: Entry, rows: list[RowsInFile]) -> None:
         buffer = buffers.get()
         try:
-            _copy_rows(entry, rows, {name: (writer_of[name], specs[name]) for name in entry.names}, buffer)
+            _copy_rows(entry, rows, {name: (writer_of[name], all_specs[name]) for name in entry.names}, buffer)
         finally:
             buffers.put(buffer)
 
@@ -100,8 +107,9 @@ def export_stream(
         raise
     for writer in writers.values():
         writer.close()
-    if len(files) > 1:
-        (out_dir / INDEX).write_text(index_text([(file.name, file.specs) for file in files]), encoding="utf-8")
+    if num_files > 1:
+        listed = [(file.name, file.specs) for file in files[:num_files]]
+        (out_dir / INDEX).write_text(index_text(listed), encoding="utf-8")
 
 
 def _carry(directory: HFDirectory, name: str, write: Callable[[str, torch.Tensor], None]) -> None:

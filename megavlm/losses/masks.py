@@ -4,13 +4,38 @@ A mask says of each visual token of its image which share of the token's area it
 their images, so they lie one behind the other, and what a loss is made of is summed up mask by mask first: where the
 tokens of an image lie on several ranks, those sums are what the ranks exchange.
 
-Shape suffixes: X tokens of all masks, one mask behind the other, M masks, K sums.
+Shape suffixes: X tokens of all masks, one mask behind the other, M masks, K sums, D width of the vectors, V visual
+tokens and G tokens for masks of a context rank, in the order in which it holds them.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from megavlm.losses.chunked import Logits
+
 NUM_MASK_SUMS = 6
+
+
+@dataclass(frozen=True)
+class LogitsAndMasks:
+    """What a model with a head for masks ends in.
+
+    Attributes:
+        logits: over words.
+        visual_VD: vectors of visual tokens of this context rank.
+        queries_GD: those of its tokens for masks.
+    """
+
+    logits: Logits
+    visual_VD: torch.Tensor
+    queries_GD: torch.Tensor
+
+
+def words_of(outputs: Logits | LogitsAndMasks) -> Logits:
+    """The logits over words."""
+    return outputs.logits if isinstance(outputs, LogitsAndMasks) else outputs
 
 
 def mask_sums(logits_X: torch.Tensor, shares_X: torch.Tensor, masks_X: torch.Tensor, num_masks: int) -> torch.Tensor:

@@ -51,6 +51,19 @@ class ExpertsArchitecture:
     ffn_hidden_size: int
 
 
+@dataclass(frozen=True)
+class MaskHeadArchitecture:
+    """A head for masks beside the output layer.
+
+    Attributes:
+        width: of the vectors that it multiplies.
+        segment_token_id: of the token that stands for a mask.
+    """
+
+    width: int
+    segment_token_id: int
+
+
 Head = Literal["words", "scores", "embeddings"]
 """What a model ends in: an output layer over words, a reward model's scores, or embeddings."""
 
@@ -82,6 +95,8 @@ class LanguageArchitecture:
     """Of a reward model: one number a token in place of logits. Not in the text by which checkpoints are compared."""
     embedding_dim: int = field(default=0, repr=False)
     """Of an embedding model: so many numbers a token in place of logits; 0: it is none. Not in that text either."""
+    mask_head: MaskHeadArchitecture | None = field(default=None, repr=False)
+    """What tells the pixels of things, beside the logits; None: nothing does. Not in that text either."""
 
     @property
     def head(self) -> Head:

@@ -15,6 +15,7 @@ from torch import nn
 
 from megavlm.models.architecture import Architecture
 from megavlm.models.gated import ImagesInRow, images_in_row
+from megavlm.models.mask_head import InputOf
 from megavlm.models.merge import carry_features, feature_rows, merge_features
 from megavlm.models.recompute import ready_for_recompute
 from megavlm.parallel.context import local_part
@@ -45,6 +46,8 @@ class LanguageChunk(MegatronModule):
         self.slots_in = 1 + max(0, num_deepstack - layers[0]) if layers else None
         if architecture.gate_interval and layers:
             self.slots_in = 2
+        has_masks = architecture.language.mask_head is not None and self.post_process
+        self._seen_by_output = InputOf(self.language.output_layer) if has_masks else None
 
     @property
     def num_slots(self) -> int:
@@ -71,7 +74,7 @@ class LanguageChunk(MegatronModule):
         real_T: torch.Tensor,
         feature_rows_V: torch.Tensor | None = None,
         noise_TH: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Run this chunk on one packed row.
 
         Args:
@@ -86,8 +89,8 @@ class LanguageChunk(MegatronModule):
 
         Returns:
             Logits [L, W] on the last chunk (where the loss computes them, what they are computed from: [L, H]; of a
-            reward model scores [L, 1]; of an embedding model what `EmbeddingHead` gives), hidden states [S, K, H]
-            elsewhere.
+            reward model scores [L, 1]; of an embedding model what `EmbeddingHead` gives; with a head for masks the
+            logits, and what `MaskHead` gives), hidden states [S, K, H] elsewhere.
         """
         borders = cu_seqlens.to(torch.int32)
         longest = int((borders[1:] - borders[:-1]).max())
@@ -109,7 +112,21 @@ class LanguageChunk(MegatronModule):
             packed_seq_params=packing,
             padding_mask=self._padding(real_T, borders) if self.architecture.language.experts else None,
         )
-        return output.reshape(-1, output.shape[-1]) if self.post_process else output  # GPTModel gives [1, L, W]
+        if not self.post_process:
+            return output
+        output = output.reshape(-1, output.shape[-1])  # GPTModel gives [1, L, W]
+        if self._seen_by_output is None:
+            return output
+        visual_V, segments_G = self._mask_tokens(tokens_T, borders)
+        return output, *self.language.mask_head(self._seen_by_output.take(), visual_V, segments_G)
+
+    def _mask_tokens(self, tokens_T: torch.Tensor, borders: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Numbers, among this context rank's tokens, of visual tokens and of tokens for masks."""
+        context, head = self.groups.context, self.architecture.language.mask_head
+        assert head is not None
+        tokens_L = local_part(tokens_T, borders, context.size(), context.rank())
+        visual_V = torch.nonzero(tokens_L == self.architecture.inputs.image_token_id)[:, 0]
+        return visual_V, torch.nonzero(tokens_L == head.segment_token_id)[:, 0]
 
     def _images(self, tokens_T: torch.Tensor, borders: torch.Tensor) -> dict[str, torch.Tensor]:
         inputs, context = self.architecture.inputs, self.groups.context

@@ -15,6 +15,7 @@ from megavlm.models.architecture import LanguageArchitecture
 from megavlm.models.embedding_head import EmbeddingHead
 from megavlm.models.experts import experts_spec, finish_experts
 from megavlm.models.gated import GatedLayer
+from megavlm.models.mask_head import MaskHead
 from megavlm.models.rope import RotaryAngles
 from megavlm.models.score import ScoreHead
 from megavlm.models.specs import layer_spec
@@ -97,5 +98,7 @@ def build_language_model(
         model.output_layer = ScoreHead(config, groups.tp)
     if architecture.embedding_dim and post_process:
         model.output_layer = EmbeddingHead(config, groups.tp, architecture.embedding_dim)
+    if architecture.mask_head is not None and post_process:
+        model.mask_head = MaskHead(config, groups.tp, architecture.mask_head.width)
     finish_experts(model, groups)
     return model

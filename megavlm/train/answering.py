@@ -8,7 +8,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megavlm.checkpoint.hf_io import HFDirectory, load_weights
+from megavlm.checkpoint.hf_io import HFDirectory
+from megavlm.checkpoint.hf_load import load_weights
 from megavlm.config.numerics import compute_dtype
 from megavlm.config.schema import Recipe
 from megavlm.data.encode import TooLong

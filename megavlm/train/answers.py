@@ -11,6 +11,7 @@ from megavlm.config.numerics import row_multiples
 from megavlm.data.media import shown_file
 from megavlm.data.readers import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 from megavlm.data.sample import Batch, EncodedSample, Sample
+from megavlm.losses.masks import words_of
 from megavlm.rollout.native import Sampling, answer_tokens
 from megavlm.train.passes import run_schedule
 from megavlm.train.pipeline_work import Rows
@@ -40,7 +41,7 @@ def answer_prompts(
 
     def run_forward(batch: Batch, choose: Callable[[torch.Tensor, Batch], torch.Tensor]) -> torch.Tensor | None:
         def on_output(logits: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            return torch.zeros(()), torch.ones((), dtype=torch.int), choose(logits, batch)
+            return torch.zeros(()), torch.ones((), dtype=torch.int), choose(words_of(logits), batch)
 
         # Every pipeline answers the same prompts.
         grids = [tuple(grid) for grid in batch.grid_thw_N3.tolist()]

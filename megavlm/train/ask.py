@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from megavlm.checkpoint.convert import checked_common, load_checkpoint_weights
-from megavlm.checkpoint.hf_io import HFDirectory, load_weights
+from megavlm.checkpoint.hf_io import HFDirectory
+from megavlm.checkpoint.hf_load import load_weights
 from megavlm.checkpoint.native import find_checkpoint
 from megavlm.data.encode import open_encoder
 from megavlm.data.readers import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER

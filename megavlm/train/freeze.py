@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from megavlm.config.tuning import COMPONENTS, TuningPlan
 from megavlm.models.embedding_head import HF_NAMES as EMBEDDING_NAMES
+from megavlm.models.mask_head import NATIVE_NAMES as MASK_NAMES
 from megavlm.models.names import Part, component_of, is_adapter, layer_of, named_parameters
 from megavlm.models.score import NATIVE_NAME
 
@@ -16,7 +17,8 @@ def learning_components(plan: TuningPlan) -> list[str]:
 def freeze(models: Iterable[Part], plan: TuningPlan) -> None:
     """Freeze what the plan does not let learn; adapters learn, and a reward model's head with the language model.
 
-    A head for embeddings always learns: a frozen language model is how a tower alone is trained by what texts say.
+    A head for embeddings always learns: a frozen language model is how a tower alone is trained by what texts say. So
+    does a head for masks, beside adapters too.
 
     Call before DDP wraps the model: it makes gradient buffers for what learns only.
     """
@@ -27,5 +29,6 @@ def freeze(models: Iterable[Part], plan: TuningPlan) -> None:
             head = model.architecture.language.head
             learns |= head == "scores" and name == NATIVE_NAME and plan.learns("language")
             learns |= head == "embeddings" and name in EMBEDDING_NAMES
+            learns |= name in MASK_NAMES
             if not learns:
                 parameter.requires_grad_(False)

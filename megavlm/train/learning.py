@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megavlm.checkpoint.hf_io import tied_name
+from megavlm.checkpoint.hf_load import tied_name
 from megavlm.config.learning import parse_unfreeze
 from megavlm.config.schema import OptimizerConfig, Recipe
 from megavlm.models.architecture import Architecture

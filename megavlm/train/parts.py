@@ -10,7 +10,8 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megavlm.checkpoint.adapter_import import load_adapter
-from megavlm.checkpoint.hf_io import HFDirectory, load_weights
+from megavlm.checkpoint.hf_io import HFDirectory
+from megavlm.checkpoint.hf_load import load_weights
 from megavlm.config.numerics import compute_dtype, fp8_recipes
 from megavlm.config.schema import Recipe
 from megavlm.config.tuning import tuning_plan
@@ -22,6 +23,7 @@ from megavlm.models.embedding_head import clamp_logit_scale, initialise_embeddin
 from megavlm.models.embedding_noise import embedding_noise
 from megavlm.models.encoder import VisionEncoder
 from megavlm.models.fp8 import EmulatedFp8, fp8_settings
+from megavlm.models.mask_head import initialise_masks
 from megavlm.models.names import Part, named_parameters
 from megavlm.models.score import initialise_scores
 from megavlm.parallel.groups import Groups
@@ -148,6 +150,9 @@ def build_parts(recipe: Recipe, directory: HFDirectory, groups: Groups, bucket_s
     load_weights(directory, held)
     if directory.new_names:
         _initialise_head(recipe, held)
+    if directory.new_mask_names:
+        for part in held:
+            initialise_masks(named_parameters(part), recipe.train.seed)
     plan = tuning_plan(recipe)
     quantise_frozen(held, directory.entries, plan, recipe.peft, directory.read_parts, config.params_dtype)
     attach(held, directory.entries, plan, recipe.peft, recipe.train.seed, config.params_dtype)

@@ -14,6 +14,7 @@ from megavlm.config.inputs import Grid
 from megavlm.data.image_patches import PixelBytes, normalised
 from megavlm.data.sample import Batch
 from megavlm.losses.chunked import ProjectedLogits
+from megavlm.losses.masks import LogitsAndMasks
 from megavlm.models.head import output_weight
 from megavlm.pipeline.actions import Compute, Message
 from megavlm.pipeline.runtime import Needs
@@ -23,7 +24,7 @@ from megavlm.train.routes import feature_order
 from megavlm.train.shares import StepShares
 
 OnOutput = Callable[[Any, Batch], tuple[torch.Tensor, torch.Tensor, Any]]
-"""(logits, or what they are computed from, and the row) to (sum, count, anything)."""
+"""(logits, or what they are computed from, perhaps with what masks are, and the row) to (sum, count, anything)."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,11 @@ class _LanguageWork:
             noise_TH = parts.noise(batch) if model.pre_process else None
             output: Any = run_chunk(wrapped, batch, taken if model.pre_process else None, parts.device, noise_TH)
         if model.post_process:
+            output, *masks = output if isinstance(output, tuple) else (output,)
             if parts.chunk_tokens:
                 output = ProjectedLogits(output, output_weight(model.language), parts.chunk_tokens)
+            if masks:
+                output = LogitsAndMasks(output, *masks)
             output, _count, result = self._on_output(output, batch)
             self.results.append(result)
         if torch.is_grad_enabled():
@@ -202,9 +206,9 @@ def run_chunk(
     features_VKH: torch.Tensor | None,
     device: torch.device,
     noise_TH: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """One forward pass of a chunk of the language model on a packed row."""
-    output: torch.Tensor = wrapped(
+) -> Any:
+    """One forward pass of a chunk of the language model on a packed row: see `LanguageChunk.forward`."""
+    return wrapped(
         features_VKH,
         batch.tokens_T.to(device, non_blocking=True),
         batch.position_ids_3T.to(device, non_blocking=True),
@@ -213,4 +217,3 @@ def run_chunk(
         None if batch.feature_rows_V is None else batch.feature_rows_V.to(device, non_blocking=True),
         None if noise_TH is None else noise_TH.to(device, non_blocking=True),
     )
-    return output

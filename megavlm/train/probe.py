@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from megavlm.checkpoint.convert import load_checkpoint_weights
-from megavlm.checkpoint.hf_io import HFDirectory, load_weights
+from megavlm.checkpoint.hf_io import HFDirectory
+from megavlm.checkpoint.hf_load import load_weights
 from megavlm.data.encode import open_encoder
 from megavlm.data.packing import pack
 from megavlm.data.pixels import load_sample_patches

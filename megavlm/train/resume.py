@@ -23,6 +23,7 @@ from megavlm.train.starting_point import (
     checkpoint_to_load,
     embedding_of,
     load_imported,
+    mask_head_of,
 )
 from megavlm.train.state import TrainState, is_main_rank
 
@@ -50,6 +51,7 @@ def _common(state: TrainState) -> dict[str, Any]:
         "text_changes": state.directory.text_changes,
         "has_score_head": state.directory.architecture.language.has_score_head,
         "embedding": embedding_of(state),
+        "mask_head": mask_head_of(state.directory),
         "stage": state.recipe.train.stage,
         "starting_point": state.starting_point,
         "early_stopping": state.early_stopping.state(),

@@ -35,7 +35,8 @@ class SingleModel:
         features_VKH = None
         if len(batch.grid_thw_N3):
             features_VKH = self.encoder(batch.patches_PC.to(device), batch.grid_thw_N3.to(device))
-        return run_chunk(self.language, batch, features_VKH, device)
+        logits: torch.Tensor = run_chunk(self.language, batch, features_VKH, device)
+        return logits
 
 
 def build_single(directory: HFDirectory, precision: str, timeout_s: int = 600) -> SingleModel:

@@ -9,6 +9,7 @@ from blake3 import blake3
 
 from megavlm.checkpoint import native
 from megavlm.checkpoint.adapters import WEIGHTS, weights_digest
+from megavlm.checkpoint.hf_io import HFDirectory
 from megavlm.checkpoint.manifest import MANIFEST, entry_of
 from megavlm.config.tuning import tuning_plan
 from megavlm.errors import use_error
@@ -107,6 +108,12 @@ def embedding_of(state: TrainState) -> dict[str, Any]:
     return {"size": knobs.embedding_dim, "image_prompt": knobs.image_prompt, "text_prompt": knobs.text_prompt}
 
 
+def mask_head_of(directory: HFDirectory) -> dict[str, Any]:
+    """What a head for masks is; empty: there is none."""
+    head = directory.architecture.language.mask_head
+    return {} if head is None else dataclasses.asdict(head)
+
+
 def check_model(state: TrainState, common: dict[str, Any], folder: Path) -> None:
     """Check that a checkpoint is one of the run's model.
 
@@ -142,6 +149,14 @@ def check_model(state: TrainState, common: dict[str, Any], folder: Path) -> None
             embedding[changed],
             f"{common['embedding'][changed]!r}, as {folder} was written",
             "keep it when resuming",
+        )
+    stored, wanted = common.get("mask_head", {}), mask_head_of(directory)
+    if not common.get("weights_only") and stored != wanted:
+        raise use_error(
+            "sft.mask_loss_coeff (or mask_head_dim)",
+            f"a run with {wanted or 'no head for masks'}",
+            f"{stored or 'none'}, as {folder} was written",
+            "keep it when resuming; to change it, start a new run from what `megavlm convert export` writes",
         )
     if common["architecture"] != ours:
         what = common["family"] if common["family"] != state.directory.family.model_type else "other sizes"

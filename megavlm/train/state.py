@@ -23,9 +23,11 @@ from megavlm.data.dataset import Dataset
 from megavlm.data.encode import NUM_PARTS
 from megavlm.data.index_files import Builders
 from megavlm.data.loader import BatchLoader
+from megavlm.data.masks import segment_token_id
 from megavlm.data.plan import GlobalBatchPlan
 from megavlm.data.token_weights import token_schedule
 from megavlm.errors import use_error
+from megavlm.models.architecture import MaskHeadArchitecture
 from megavlm.models.names import Part
 from megavlm.parallel.groups import Groups, initialize
 from megavlm.parallel.wrap import OVERLAP_BUCKET_PARAMETERS
@@ -216,6 +218,8 @@ def open_directory(recipe: Recipe) -> HFDirectory:
             "a model with an output layer over words",
             "give another directory, or set train.stage=rm",
         )
+    if recipe.sft.mask_loss_coeff:
+        return _with_masks(recipe, directory)
     if head != "embeddings":
         return directory
     size, stored = recipe.contrastive.embedding_dim, directory.stored_embedding_dim
@@ -227,6 +231,16 @@ def open_directory(recipe: Recipe) -> HFDirectory:
             f"set contrastive.embedding_dim={stored}",
         )
     return directory.as_embedding_model(size)
+
+
+def _with_masks(recipe: Recipe, directory: HFDirectory) -> HFDirectory:
+    """The directory of a model that tells masks."""
+    width, stored = recipe.sft.mask_head_dim, directory.stored_mask_width
+    if stored and stored != width:
+        raise use_error(
+            "sft.mask_head_dim", width, f"{stored}, as {directory.path} has it", f"set sft.mask_head_dim={stored}"
+        )
+    return directory.with_mask_head(MaskHeadArchitecture(width, segment_token_id(directory.path)))
 
 
 def cost_model(recipe: Recipe, directory: HFDirectory, trains_encoder: bool) -> CostModel:

@@ -41,7 +41,8 @@ def train_words(inputs: Inputs, out_dir: Path, rows: Path, stage: str, *words: s
 
 def our_scores(hf_dir: str, rows: str, max_pixels: int = 0) -> list[tuple[list[int], float]]:
     """In a worker: tokens of the first rows' chosen conversations, and what a directory's model gives each."""
-    from megavlm.checkpoint.hf_io import HFDirectory, load_weights
+    from megavlm.checkpoint.hf_io import HFDirectory
+    from megavlm.checkpoint.hf_load import load_weights
     from megavlm.data.encode import open_encoder
     from megavlm.data.packing import pack
     from megavlm.data.pixels import load_sample_patches

@@ -35,7 +35,8 @@ def steps(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def our_step_scores(hf_dir: str, rows: str) -> list[tuple[list[int], list[int], list[float]]]:
     """In a worker: tokens of rows in one packed row, where their steps end, and what a directory's model says there."""
-    from megavlm.checkpoint.hf_io import HFDirectory, load_weights
+    from megavlm.checkpoint.hf_io import HFDirectory
+    from megavlm.checkpoint.hf_load import load_weights
     from megavlm.data.encode import open_encoder
     from megavlm.data.packing import pack
     from megavlm.data.pixels import load_sample_patches

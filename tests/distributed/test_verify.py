@@ -118,11 +118,11 @@ def broken_verify(words: list[str]) -> tuple[int, str, str]:
     """In a worker: verify with a mistake in our second decoder layer."""
     from unittest.mock import patch
 
-    from megavlm.checkpoint import hf_io
+    from megavlm.checkpoint import hf_load
     from megavlm.train import probe
 
     def load(directory: Any, parts: Any) -> None:
-        hf_io.load_weights(directory, parts)
+        hf_load.load_weights(directory, parts)
         with torch.no_grad():
             parts[0].language.decoder.layers[1].mlp.linear_fc2.weight.mul_(1.5)
 

@@ -36,6 +36,8 @@ FULL_MATRIX = os.environ.get("MEGAVLM_FULL_MATRIX") == "1"
 
 # The model with tokens for coordinates, and how rows with boxes are written for it.
 BOXES, BOX_FORMAT = "qwen3_vl_boxes", "bin_tokens_1000"
+# Models with a token for masks.
+MASKS = ("qwen3_vl_masks", "llava_masks")
 
 # Factors on the matrices of a model: by what a tensor's name contains, the first match counts.
 SENSITIVITY: dict[str, dict[str, float]] = {
@@ -62,6 +64,7 @@ def write_inputs(root: Path) -> None:
     from tests.tiny_anyres import write_tiny_llava_next, write_tiny_llava_onevision
     from tests.tiny_boxes import write_tiny_boxes
     from tests.tiny_internvl import write_tiny_internvl, write_tiny_internvl_6b
+    from tests.tiny_masks import add_segment_token
     from tests.tiny_qwen2_5_vl import write_tiny_qwen2_5_vl
 
     writers = {
@@ -77,6 +80,9 @@ def write_inputs(root: Path) -> None:
     for family, write in writers.items():
         _sharpen(write(root / family), SENSITIVITY[family])
     _sharpen(write_tiny_boxes(root / BOXES), SENSITIVITY["qwen3_vl"])
+    for name in MASKS:
+        family = name.removesuffix("_masks")
+        _sharpen(add_segment_token(writers[family](root / name)), SENSITIVITY[family])
     for kind in ("perceiver", "qformer", "gated_cross_attention"):
         _sharpen(ComposedReference(kind).write(root / kind), SENSITIVITY[kind])
     write_rows(root)
@@ -85,6 +91,7 @@ def write_inputs(root: Path) -> None:
 def write_rows(root: Path) -> None:
     """Write the images and rows, in several files."""
     from tests.tiny_boxes import with_boxes
+    from tests.tiny_masks import with_masks
 
     random = np.random.RandomState(7)
     rows = [_row(root, number, random) for number in range(NUM_ROWS)]
@@ -93,6 +100,8 @@ def write_rows(root: Path) -> None:
     parts = {"rows": rows, "first": rows[:5], "second": rows[5:16], "third": rows[16:], "pairs": pairs}
     random = np.random.RandomState(13)
     parts["boxes"] = [with_boxes(row, number, random) for number, row in enumerate(rows)]
+    random = np.random.RandomState(17)
+    parts["masks"] = [with_masks(row, root, number, random) for number, row in enumerate(rows)]
     parts["captions"] = [row for row in rows if row["images"]]
     parts["marked"] = [row | {"label": number % 3 != 1} for number, row in enumerate(rows)]
     random = np.random.RandomState(13)
@@ -199,6 +208,8 @@ def recipe_of(root: Path, reference: Reference, **changes: dict[str, Any]) -> Re
         sections["data"] = tasks_of_sources(root)
     if reference.family == BOXES:
         sections["data"] = {"train": (str(root / "boxes.jsonl"),), "box_format": BOX_FORMAT}
+    if reference.family in MASKS:
+        sections["data"] = {"train": (str(root / "masks.jsonl"),)}
     if reference.stage != "sft":
         special = {"kto": "marked", "prm": "steps", "contrastive": "captions"}
         sections["data"] = {"train": (str(root / f"{special.get(reference.stage, 'pairs')}.jsonl"),)}

@@ -61,6 +61,11 @@ def _contrastive(family: str, **knobs: Any) -> Reference:
     )
 
 
+def _masks(model: str, peft: dict[str, Any] | None = None) -> Reference:
+    objective: dict[str, dict[str, Any]] = {"sft": {"mask_loss_coeff": 1.0, "mask_head_dim": 24}}
+    return Reference(model, objective=objective | ({"peft": peft} if peft else {}))
+
+
 def _tuned(lr: float = 1e-3, **peft: Any) -> Reference:
     return Reference("qwen3_vl", {"lr": lr}, objective={"peft": peft})
 
@@ -87,6 +92,9 @@ REFERENCES: dict[str, Reference] = {
     "mixture": Reference("qwen3_vl", mixed=True),
     "sft with every knob": Reference("qwen3_vl", objective={"sft": _SFT_KNOBS}),
     "boxes": Reference("qwen3_vl_boxes", objective={"sft": {"box_loss_coeff": 1.0}}),
+    "masks": _masks("qwen3_vl_masks"),
+    "masks, LLaVA": _masks("llava_masks"),
+    "masks, LoRA": _masks("qwen3_vl_masks", {"tuner_type": "lora"}),
     "tasks by uncertainty": _tasks("uncertainty", task_weight_lr=0.2, z_loss_coeff=1e-3, loss_reduction="square"),
     "tasks by gradnorm": _tasks("gradnorm", task_weight_lr=0.1),
     "tasks by loss ratio": _tasks("loss_ratio", task_weight_temperature=0.2, task_weight_momentum=0.5),

@@ -163,7 +163,7 @@ def compare_gradients(models: Sequence[Any], expected: Mapping[str, torch.Tensor
 
     A parameter without gradient there (a frozen or unused one) must have none here, or one that is exactly 0.
     """
-    from megavlm.checkpoint.hf_io import shard_of, tied_name
+    from megavlm.checkpoint.hf_load import shard_of, tied_name
     from megavlm.models.names import named_parameters, stacked_name
 
     by_native = {entry.native: entry for entry in judge.entries}

@@ -1,6 +1,7 @@
 """Supervised fine-tuning: next-token cross entropy on what the rows say to learn.
 
-Beside it, if the recipe says so: weights of tasks (`task_weights.py`), and a loss of whole boxes (`boxes.py`).
+Beside it, if the recipe says so: weights of tasks (`task_weights.py`), a loss of whole boxes (`boxes.py`), and one of
+masks (`masks.py`).
 
 Shape suffixes: L tokens of this context-parallel rank, W this rank's part of the vocabulary, T the whole row, K tasks.
 """
@@ -16,6 +17,7 @@ from megavlm.data.sample import Batch
 from megavlm.losses.chunked import Logits
 from megavlm.losses.cross_entropy import cross_entropy, regularised_cross_entropy, regularised_token_losses
 from megavlm.losses.logprob import token_logprobs
+from megavlm.losses.masks import LogitsAndMasks, words_of
 from megavlm.losses.reductions import reduced_weights
 from megavlm.losses.sequences import samples_of_tokens
 from megavlm.losses.tasks import task_sums
@@ -23,6 +25,7 @@ from megavlm.models.architecture import Architecture
 from megavlm.parallel.context import local_part
 from megavlm.parallel.groups import Groups
 from megavlm.train.stages.boxes import BoxObjective, build_boxes
+from megavlm.train.stages.masks import MASK_FIGURES, MaskObjective, build_masks
 from megavlm.train.stages.stage import Sums
 from megavlm.train.stages.task_weights import NO_TASKS, TaskWeights, build_task_weights
 
@@ -31,35 +34,40 @@ from megavlm.train.stages.task_weights import NO_TASKS, TaskWeights, build_task_
 class RowsAhead:
     """What the rows of a global batch say before its step: how the parts of the loss are weighed against each other.
 
-    Everything is divided by the weight of all tokens in the end, so what is to be a mean over boxes is multiplied by it
-    before. Held-out rows are judged without weights of tasks, so that their losses compare.
+    Everything is divided by the weight of all tokens in the end, so what is to be a mean over boxes, or over masks, is
+    multiplied by it before. Held-out rows are judged without weights of tasks, so that their losses compare.
 
     Attributes:
         knobs: what the loss is.
         tasks: of the run.
         boxes: their loss; None: there is none.
+        masks: theirs.
     """
 
     knobs: SftConfig
     tasks: TaskWeights
     boxes: BoxObjective | None
-    num_sums: ClassVar[int] = 2
+    masks: MaskObjective | None
+    num_sums: ClassVar[int] = 3
 
     def sums(self, batch: Batch) -> torch.Tensor:
-        """[weight of the tokens, boxes]."""
+        """[weight of the tokens, boxes, masks]."""
         weights_T = reduced_weights(batch.loss_weights_T, batch.cu_seqlens, self.knobs.loss_reduction)
-        num_boxes = 0 if self.boxes is None else self.boxes.count(batch)
-        return torch.stack((weights_T.double().sum(), torch.tensor(float(num_boxes), dtype=torch.float64)))
+        counts = [0 if part is None else part.count(batch) for part in (self.boxes, self.masks)]
+        return torch.cat((weights_T.double().sum()[None], torch.tensor(counts, dtype=torch.float64)))
 
     def result(self, sums: torch.Tensor, training: bool) -> torch.Tensor:
-        """[factor of boxes, factors of tasks and of no task, what is added to their losses]: float64 [3 + 2 K]."""
-        weight, num_boxes = sums.tolist()
-        of_boxes = self.boxes.coefficient * weight / num_boxes if self.boxes is not None and num_boxes else 0.0
+        """[factors of boxes, masks, tasks and of no task, what is added to losses of tasks]: float64 [4 + 2 K]."""
+        weight, *numbers = sums.tolist()
+        of_parts = [
+            part.coefficient * weight / number if part is not None and number else 0.0
+            for part, number in zip((self.boxes, self.masks), numbers, strict=True)
+        ]
         factors_K, offsets_K = self.tasks.weighting.factors(), self.tasks.weighting.offsets()
         if not training:
             factors_K, offsets_K = torch.ones_like(factors_K), torch.zeros_like(offsets_K)
         one, nothing = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-        return torch.cat((of_boxes * one, factors_K, one, offsets_K, nothing))
+        return torch.cat((torch.tensor(of_parts, dtype=torch.float64), factors_K, one, offsets_K, nothing))
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,7 @@ class SupervisedFineTuning:
         vocabulary_size: token ids of the model, for label smoothing.
         memory: the tasks, with their weights.
         boxes: the loss of whole boxes; None: there is none.
+        masks: the loss of masks; None: there is none.
     """
 
     groups: Groups
@@ -90,6 +99,7 @@ class SupervisedFineTuning:
     vocabulary_size: int = 0
     memory: TaskWeights = NO_TASKS
     boxes: BoxObjective | None = None
+    masks: MaskObjective | None = None
     look_ahead: ClassVar[None] = None
 
     @property
@@ -104,8 +114,10 @@ class SupervisedFineTuning:
 
     @property
     def census(self) -> RowsAhead | None:
-        """For weights of tasks and for boxes."""
-        return RowsAhead(self.knobs, self.memory, self.boxes) if self.has_tasks or self.boxes is not None else None
+        """For weights of tasks, for boxes and for masks."""
+        if not self.has_tasks and self.boxes is None and self.masks is None:
+            return None
+        return RowsAhead(self.knobs, self.memory, self.boxes, self.masks)
 
     @property
     def split_gradients(self) -> GradientsByTask | None:
@@ -114,14 +126,16 @@ class SupervisedFineTuning:
 
     @property
     def metric_sizes(self) -> dict[str, int]:
-        """The parts of a regularised loss, of tasks, of boxes."""
+        """The parts of a regularised loss, of tasks, of boxes, of masks."""
         sizes = {"nll": 1, "z": 1} if self.is_regularised else {}
         if self.has_tasks:
             sizes["tasks"] = 2 * len(self.memory.names)
-        return sizes if self.boxes is None else sizes | {"boxes": 3}
+        sizes |= {} if self.boxes is None else {"boxes": 3}
+        return sizes if self.masks is None else sizes | {"masks": len(MASK_FIGURES) + 1}
 
-    def loss(self, logits_LW: Logits, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, Sums]:
+    def loss(self, outputs: Logits | LogitsAndMasks, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, Sums]:
         """Sum over this rank's tokens, and the weight to divide by (once, over the global batch)."""
+        logits_LW = words_of(outputs)
         labels_L, weights_L = self._local(batch, logits_LW.device)
         if self.has_tasks:
             loss_sum, weight, metrics = self._by_tasks(logits_LW, labels_L, weights_L, batch)
@@ -136,6 +150,10 @@ class SupervisedFineTuning:
             assert batch.ahead is not None
             box_sum, metrics["boxes"] = self.boxes.sums(logits_LW, batch)
             loss_sum = loss_sum + batch.ahead[0].to(box_sum) * box_sum
+        if self.masks is not None:
+            assert batch.ahead is not None and isinstance(outputs, LogitsAndMasks)
+            mask_sum, metrics["masks"] = self.masks.sums(outputs, batch)
+            loss_sum = loss_sum + batch.ahead[1].to(mask_sum) * mask_sum
         return loss_sum, weight, metrics
 
     @property
@@ -167,7 +185,7 @@ class SupervisedFineTuning:
         num_tasks = len(self.memory.names)
         tasks_L = self._part(tasks_of_tokens(batch), batch, losses_L.device)
         assert batch.ahead is not None
-        factors, offsets = batch.ahead[1:].to(losses_L).split(num_tasks + 1)
+        factors, offsets = batch.ahead[2:].to(losses_L).split(num_tasks + 1)
         weighted_L = losses_L.detach() * weights_L
         sums = [task_sums(values_L, tasks_L, num_tasks + 1)[:num_tasks] for values_L in (weighted_L, weights_L)]
         metrics["tasks"] = torch.cat(sums)
@@ -179,7 +197,7 @@ class SupervisedFineTuning:
         return float(reduced_weights(batch.loss_weights_T, batch.cu_seqlens, self.knobs.loss_reduction).sum())
 
     def figures(self, sums: Sums, count: float) -> dict[str, float]:
-        """Means with the weights of the loss; of tasks over their own tokens, of boxes over boxes."""
+        """Means with the weights of the loss; of tasks over their own tokens, of boxes and masks over these."""
         found = {name: float(sums[name]) / count for name in ("nll", "z") if name in sums}
         if self.has_tasks:
             found |= self.memory.log(self.memory.figures_of(sums, count))
@@ -188,6 +206,11 @@ class SupervisedFineTuning:
             found["box/count"] = round(number)
             if round(number):
                 found |= {"box/l1": l1 / number, "box/giou": giou / number}
+        if self.masks is not None:
+            *parts, number = sums["masks"].tolist()
+            found["mask/count"] = round(number)
+            if round(number):
+                found |= {name: part / number for name, part in zip(MASK_FIGURES, parts, strict=True)}
         return found
 
 
@@ -207,4 +230,5 @@ def build_sft(recipe: Recipe, architecture: Architecture, groups: Groups) -> Sup
         architecture.language.vocab_size,
         build_task_weights(recipe),
         build_boxes(recipe, groups),
+        build_masks(recipe, architecture, groups),
     )

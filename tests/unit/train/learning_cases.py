@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from megavlm.checkpoint.hf_io import tied_name
+from megavlm.checkpoint.hf_load import tied_name
 from megavlm.config.schema import Recipe
 from megavlm.config.validate import validate_recipe
 from megavlm.models.encoder import VisionEncoder

@@ -5,6 +5,7 @@ Pretrained Language Models", 2021), as in `compose.py`.
 """
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 
 from megavlm.checkpoint.compose import vocabulary_for, with_new_rows
 from megavlm.checkpoint.convert import finished
-from megavlm.checkpoint.hf_io import HFDirectory, copy_companions, weight_files, write_tensors
+from megavlm.checkpoint.hf_io import MASK_FILE, HFDirectory, copy_companions, weight_files, write_tensors
 from megavlm.checkpoint.safetensors_reader import SafetensorsFile
 from megavlm.data.extend_tokens import add_tokens
 
@@ -41,6 +42,9 @@ def write_with_tokens(source_dir: Path, out_dir: Path, tokens: Sequence[str]) ->
     num_bytes = sum(file.stat().st_size for file in weight_files(source_dir))
     with finished(out_dir, num_bytes) as unfinished:
         copy_companions(source_dir, unfinished)
+        if (source_dir / MASK_FILE).is_file():
+            (unfinished / MASK_FILE).parent.mkdir()
+            shutil.copyfile(source_dir / MASK_FILE, unfinished / MASK_FILE)
         before, after = add_tokens(source_dir, unfinished, tokens)
         vocab_size = vocabulary_for(after, directory.architecture.language.vocab_size)
         config = _with_vocabulary(directory.config, vocab_size)

@@ -25,7 +25,7 @@ from megavlm.data.sample import Sample
 from megavlm.data.token_files import TokenFiles
 from megavlm.errors import UseError, use_error
 
-FORMAT = 4
+FORMAT = 5
 PART_ROWS = 1024
 DESCRIPTION = "index.json"
 MISTAKES_FILE = "mistakes.txt"

@@ -9,6 +9,7 @@ Shape suffixes: S tokens of one sample, R rows and C columns of an image's visua
 an edge meets the lines between tokens.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -104,6 +105,12 @@ def open_mask_encoder(hf_dir: str | Path, inputs: InputSpec, image_spec: ImageSp
     Raises:
         UseError: the tokenizer has no token for masks, or the family's visual tokens are no plain grid of the image.
     """
+    check_visual_tokens(inputs)
+    return MaskEncoder(inputs, image_spec, segment_token_id(Path(hf_dir)))
+
+
+def check_visual_tokens(inputs: InputSpec) -> None:
+    """Raise `UseError` unless a family's visual tokens are a plain grid of the image."""
     if inputs.image_kind not in _KINDS or inputs.num_queries:
         kind = "learned queries" if inputs.num_queries else f"images as {inputs.image_kind}"
         raise use_error(
@@ -112,9 +119,9 @@ def open_mask_encoder(hf_dir: str | Path, inputs: InputSpec, image_spec: ImageSp
             "visual tokens that are a plain grid over the image (Qwen-VL, LLaVA-1.5)",
             "set sft.mask_loss_coeff=0, or use another family",
         )
-    return MaskEncoder(inputs, image_spec, segment_token_id(Path(hf_dir)))
 
 
+@functools.lru_cache(maxsize=4)
 def segment_token_id(hf_dir: Path) -> int:
     """Id of the token that stands for a mask.
 

@@ -46,8 +46,10 @@ class LanguageChunk(MegatronModule):
         self.slots_in = 1 + max(0, num_deepstack - layers[0]) if layers else None
         if architecture.gate_interval and layers:
             self.slots_in = 2
-        has_masks = architecture.language.mask_head is not None and self.post_process
-        self._seen_by_output = InputOf(self.language.output_layer) if has_masks else None
+        self._seen_by_output: InputOf | None = None
+        if architecture.language.mask_head is not None and self.post_process:
+            output_layer: Any = self.language.output_layer
+            self._seen_by_output = InputOf(output_layer)
 
     @property
     def num_slots(self) -> int:

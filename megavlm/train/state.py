@@ -23,7 +23,7 @@ from megavlm.data.dataset import Dataset
 from megavlm.data.encode import NUM_PARTS
 from megavlm.data.index_files import Builders
 from megavlm.data.loader import BatchLoader
-from megavlm.data.masks import segment_token_id
+from megavlm.data.masks import check_visual_tokens, segment_token_id
 from megavlm.data.plan import GlobalBatchPlan
 from megavlm.data.token_weights import token_schedule
 from megavlm.errors import use_error
@@ -234,7 +234,12 @@ def open_directory(recipe: Recipe) -> HFDirectory:
 
 
 def _with_masks(recipe: Recipe, directory: HFDirectory) -> HFDirectory:
-    """The directory of a model that tells masks."""
+    """The directory of a model that tells masks.
+
+    Raises:
+        UseError: the model cannot, or the directory has a head of another width.
+    """
+    check_visual_tokens(directory.architecture.inputs)
     width, stored = recipe.sft.mask_head_dim, directory.stored_mask_width
     if stored and stored != width:
         raise use_error(

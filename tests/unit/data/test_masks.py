@@ -218,9 +218,8 @@ def test_an_index_gives_the_same_masks(encoder, folder, tmp_path):
     ]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     samples = Rows.open([str(path)], RowOptions())
-    index = build_index(samples, encoder, tmp_path / "index")
     dataset = Dataset(samples, encoder)
-    dataset.adopt(index)
+    dataset.adopt(build_index(tmp_path / "index", samples, encoder, stop_at_mistake=True))
     for number, sample in enumerate(samples):
         fresh, kept = encoder.encode(sample), dataset.encoded(number)
         assert len(fresh.masks) == len(kept.masks) == texts[number].count(SEGMENT_TOKEN)

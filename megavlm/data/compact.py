@@ -124,7 +124,7 @@ def compact(encoded: EncodedSample, sample: Sample, inputs: InputSpec) -> Compac
         frames_F=_int32([frame for clip in clips for frame in clip.frames]),
         intervals_L=np.array([clip.interval for clip in clips], dtype=np.float64),
         uses_U=_int32(_uses(encoded, inputs)),
-        masks_M3=_int32([(mask.position, *mask.size) for mask in encoded.masks]).reshape(-1, 3),
+        masks_M3=_int32([value for mask in encoded.masks for value in (mask.position, *mask.size)]).reshape(-1, 3),
     )
 
 

@@ -41,7 +41,8 @@ def answer_prompts(
 
     def run_forward(batch: Batch, choose: Callable[[torch.Tensor, Batch], torch.Tensor]) -> torch.Tensor | None:
         def on_output(logits: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            return torch.zeros(()), torch.ones((), dtype=torch.int), choose(words_of(logits), batch)
+            words: Any = words_of(logits)
+            return torch.zeros(()), torch.ones((), dtype=torch.int), choose(words, batch)
 
         # Every pipeline answers the same prompts.
         grids = [tuple(grid) for grid in batch.grid_thw_N3.tolist()]

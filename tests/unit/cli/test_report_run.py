@@ -39,4 +39,4 @@ def test_help_mentions_the_timeline_and_ends_with_an_example(capsys):
     assert frame.main(["report", "--help"]) == 0
     found = capsys.readouterr().out
     assert "timeline" in found
-    assert found.endswith("example:\n  megavlm report runs/demo\n")
+    assert "\nexamples:\n" in found and found.endswith("  megavlm report runs/demo\n")

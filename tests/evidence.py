@@ -87,9 +87,9 @@ TITLES = {
     ),
     "story": (
         "Story",
-        "One tiny Qwen3-VL from random weights to preferences, on two CPU processes: contrastive pretraining, text, the "
-        "projector alone, LoRA, DPO. Each chapter starts from the export of the one before; held-out images show digits "
-        "that no training row showed. Written by `make story`.",
+        "One tiny Qwen3-VL from random weights to preferences, on two CPU processes: contrastive pretraining, text, "
+        "the projector alone, LoRA, DPO. Each chapter starts from the export of the one before; held-out images show "
+        "digits that no training row showed. Written by `make story`.",
     ),
     "parity": (
         "Parity",

@@ -16,7 +16,6 @@ from megavlm.data.readers import IMAGE_PLACEHOLDER
 from megavlm.data.sample import Media, Sample
 from megavlm.errors import RunError, UseError
 
-
 EMBEDDING_HEAD = {"embedding_head.weight", "logit_scale", "logit_bias"}
 """What the export of an embedding model holds beside a model with words."""
 

@@ -43,7 +43,7 @@ Row = dict[str, object]
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of rows: training images (each with caption, questions and pair), typed forms, held-out rows of a file."""
+    """Numbers of rows: images (each with a caption, questions and a pair), typed forms, held-out rows of a file."""
 
     num_images: int = 12_000
     num_texts: int = 12_000

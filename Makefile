@@ -10,10 +10,11 @@ BALANCE_BENCHES := balance packing spreading planner real
 DATA_BENCHES := packing_speed packed_training images
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup demo test test-full test-serve test-next test-video check check-recipes bench bench-balance bench-checkpoint bench-data bench-precision bench-train clean
+.PHONY: help setup demo story test test-full test-serve test-next test-video check check-recipes bench bench-balance bench-checkpoint bench-data bench-precision bench-train clean
 
 help:
 	@echo 'make demo       train, export and question a tiny model on real images, on the CPU'
+	@echo 'make story      the same kind of model from random weights to preferences: contrastive, projector, LoRA, DPO'
 	@echo 'make test       the tests: pairwise choice of layouts'
 	@echo 'make test-full  the tests: every layout'
 	@echo 'make test-serve exported directories behind vLLM, in an environment of its own (some GB)'
@@ -34,6 +35,9 @@ setup:
 demo:
 	@start=$$(date +%s%N) && tools/setup_env.sh && took_ms=$$((($$(date +%s%N) - start) / 1000000)) && \
 	SETUP_S=$$(printf '%d.%03d' $$((took_ms / 1000)) $$((took_ms % 1000))) $(PYTHON) examples/demo.py
+
+story: setup
+	@examples/story.sh
 
 test: setup
 	$(TEST_ENV) $(PYTHON) -m pytest $(TESTS) $(PYTEST_ARGS)

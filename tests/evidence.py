@@ -85,6 +85,12 @@ TITLES = {
         "Written by the tests that measure it; parity with the peft package is in parity.md, layouts in "
         "equivalence.md.",
     ),
+    "story": (
+        "Story",
+        "One tiny Qwen3-VL from random weights to preferences, on two CPU processes: contrastive pretraining, text, "
+        "the projector alone, LoRA, DPO. Each chapter starts from the export of the one before; held-out images show "
+        "digits that no training row showed. Written by `make story`.",
+    ),
     "parity": (
         "Parity",
         "Tiny random models against transformers (eager attention), with the same weights and inputs, and mistakes "

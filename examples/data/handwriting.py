@@ -118,19 +118,25 @@ def _clamp(position_px: int, highest_px: int) -> int:
     return min(max(position_px, 0), highest_px)
 
 
-def compose_picture(glyphs: dict[int, tuple[Glyph, ...]], rng: random.Random, augment: bool) -> Picture:
+def compose_picture(
+    glyphs: dict[int, tuple[Glyph, ...]],
+    rng: random.Random,
+    augment: bool,
+    share_three_digits: float = SHARE_THREE_DIGITS,
+) -> Picture:
     """Write a random number of two or three digits on a canvas of random size.
 
     Args:
         glyphs: the digits to draw from, by class.
         rng: the source of every random choice.
         augment: also warp each digit (for training); without it the scans are pasted as they are.
+        share_three_digits: of the numbers; the others have two.
 
     Returns:
         The picture: height 28 or 56 px, width 56 to 140 px, white ink on black.
 
     """
-    num_digits = 3 if rng.random() < SHARE_THREE_DIGITS else 2
+    num_digits = 3 if rng.random() < share_three_digits else 2
     # No leading zero, so that the text is the number's usual spelling.
     digits = [rng.randrange(1 if place == 0 else 0, 10) for place in range(num_digits)]
     chosen = [rng.choice(glyphs[digit]) for digit in digits]

@@ -14,6 +14,7 @@ from megavlm.checkpoint import native, writing
 from megavlm.checkpoint.adapters import AdapterCheckpoint, fill_models, open_checkpoint, write_adapter
 from megavlm.checkpoint.hf_io import (
     DTYPE_NAMES,
+    EMBEDDING_KEY,
     HFDirectory,
     add_to_config,
     copy_companions,
@@ -143,7 +144,7 @@ def export_checkpoint(folder: Path, directory: HFDirectory, out_dir: Path, dtype
         if directory.architecture.language.has_score_head:
             write_reward_config(unfinished, common.get("stage", ""))
         if common.get("embedding"):
-            add_to_config(unfinished, {"embedding_head": common["embedding"]})
+            add_to_config(unfinished, {EMBEDDING_KEY: common["embedding"]})
         if common.get("mask_head"):
             add_to_config(unfinished, {"mask_head": common["mask_head"]})
         if in_fp8:

@@ -46,6 +46,8 @@ COMPANIONS = (
     "preprocessor_config.json video_preprocessor_config.json"
 ).split()
 
+EMBEDDING_KEY = "embedding_head"
+"""In config.json of an embedding model: what its reader has to know."""
 PLAIN_MODEL = ModelConfig()  # changes nothing
 _MASK_WIDTH_OF = "mask_head.image.weight"
 _WORDS = ("lm_head.weight", "language_model.lm_head.weight")  # names of the output layer over words
@@ -417,9 +419,12 @@ def write_reward_config(out_dir: Path, stage: str) -> None:
 
 
 def write_config(directory: HFDirectory, out_dir: Path) -> None:
-    """Write a directory's config with its other values, where it has any."""
-    if directory.text_changes:
-        _write_json(out_dir / "config.json", directory.config)
+    """Write a directory's config with its other values, where it has any, and without a head that is not written."""
+    content = dict(directory.config)
+    if directory.architecture.language.head != "embeddings":
+        content.pop(EMBEDDING_KEY, None)
+    if directory.text_changes or content != directory.config:
+        _write_json(out_dir / "config.json", content)
 
 
 def add_to_config(out_dir: Path, content: Mapping[str, Any]) -> None:

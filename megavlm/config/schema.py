@@ -415,6 +415,8 @@ class Recipe:
     """One run."""
 
     name: str = "run"
+    description: str = ""
+    """What the run is for, in a sentence or two; its report says it."""
     output_dir: str = "runs"
     """The run folder is output_dir/name."""
     model: ModelConfig = field(default_factory=ModelConfig)

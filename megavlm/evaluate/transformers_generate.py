@@ -16,9 +16,12 @@ from megavlm.data.readers import IMAGE_PLACEHOLDER
 from megavlm.data.sample import Media, Sample
 from megavlm.errors import RunError, UseError
 
+EMBEDDING_HEAD = {"embedding_head.weight", "logit_scale", "logit_bias"}
+"""What the export of an embedding model holds beside a model with words."""
+
 
 def load_checked(hf_dir: str | Path) -> Any:
-    """Load a model in fp32.
+    """Load a model in fp32; of an embedding model that was exported, all but its head.
 
     Raises:
         RunError: a tensor is missing or left over.
@@ -26,6 +29,8 @@ def load_checked(hf_dir: str | Path) -> Any:
     model, info = AutoModelForImageTextToText.from_pretrained(
         hf_dir, dtype=torch.float32, output_loading_info=True, local_files_only=True
     )
+    if "embedding_head" in model.config.to_dict():
+        info["unexpected_keys"] = set(info["unexpected_keys"]) - EMBEDDING_HEAD
     problems = {key: info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
     if problems:
         raise RunError(f"{hf_dir}: transformers reports {problems}")

@@ -1,7 +1,9 @@
 """The report of a run: one HTML file that opens anywhere, without a network."""
 
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -41,21 +43,21 @@ def write_report(run_dir: str | Path) -> Path:
     """
     folder = Path(run_dir)
     rows = read_log(folder / LOG_NAME)
-    recipe_text = _read_text(folder / RECIPE_NAME)
-    recipe = _parse_recipe(recipe_text)
+    recipe = read_recipe(folder / RECIPE_NAME)
     samples = read_samples(folder / SAMPLES_NAME)
     page = render(
-        name=str(recipe.get("name") or folder.resolve().name),
+        name=recipe.name or folder.resolve().name,
+        description=recipe.description,
         started=started_at(rows),
         headlines=list_headlines(rows, samples),
-        facts=list_facts(rows, recipe),
+        facts=list_facts(rows, recipe.tree),
         alerts=list_alerts(rows),
-        charts=build_charts(rows),
+        charts=build_charts(rows, recipe.stage),
         timeline=_timeline_view(folder / TIMELINE_NAME),
         samples=samples,
         events=list_events(rows),
         settings=list_settings(rows),
-        recipe_text=recipe_text,
+        recipe_text=recipe.text,
         written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         version=megavlm.__version__,
     )
@@ -67,14 +69,35 @@ def _timeline_view(path: Path) -> TimelineView | None:
     return build_timeline_view(read_timeline(path)) if path.exists() else None
 
 
-def _read_text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+@dataclass(frozen=True)
+class RecordedRecipe:
+    """The recipe that a run has left beside its log, as far as a page reads it; its text is shown whatever it holds."""
+
+    text: str
+    tree: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Of the run; empty where nothing says it."""
+        return str(self.tree.get("name") or "")
+
+    @property
+    def description(self) -> str:
+        """What the run is for."""
+        return str(self.tree.get("description") or "")
+
+    @property
+    def stage(self) -> str:
+        """Training method."""
+        train = self.tree.get("train")
+        return str(train.get("stage", "sft")) if isinstance(train, dict) else "sft"
 
 
-def _parse_recipe(text: str) -> dict:
-    """The recipe as a mapping, for the name and the layout only; its text is shown whatever it holds."""
+def read_recipe(path: Path) -> RecordedRecipe:
+    """The recipe of a run; an empty one where there is no file, or one that is no recipe."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     try:
-        recipe = yaml.safe_load(text)
+        tree = yaml.safe_load(text)
     except yaml.YAMLError:
-        return {}
-    return recipe if isinstance(recipe, dict) else {}
+        tree = None
+    return RecordedRecipe(text, tree if isinstance(tree, dict) else {})

@@ -12,6 +12,20 @@ Row = dict[str, Any]
 
 COMPONENTS = ("language", "vision", "projector")
 """Components that have a colour of their own, in the order of the legend."""
+HELD_OUT_SHARES = {
+    "recall_at_1/image_to_text": ("Recall@1, image to text", "language"),
+    "recall_at_1/text_to_image": ("Recall@1, text to image", "vision"),
+    "rewards/accuracies": ("Reward accuracy", "language"),
+    "accuracy": ("Accuracy", "language"),
+    "exact_match": ("Exact match", "language"),
+}
+"""What evaluations measure as shares of 1: label, and the name of its colour."""
+_LOSS_UNITS = {
+    "sft": "mean cross-entropy per supervised token",
+    "contrastive": "mean over images and their texts",
+    "kto": "mean over answers",
+    "prm": "mean over steps of answers",
+}
 _MAX_MARKERS = 20
 
 
@@ -21,8 +35,13 @@ def number(row: Row, name: str) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
 
 
-def build_charts(rows: Sequence[Row]) -> list[Chart]:
-    """The figures of a report, those that have something to show."""
+def build_charts(rows: Sequence[Row], stage: str = "sft") -> list[Chart]:
+    """The figures of a report, those that have something to show.
+
+    Args:
+        rows: of the log.
+        stage: training method, which says what the loss is a mean over.
+    """
     train = [row for row in rows if row["kind"] == "train"]
     evaluated = [row for row in rows if row["kind"] == "eval" and "loss" in row]
     resumes = _resume_markers(rows)
@@ -31,7 +50,7 @@ def build_charts(rows: Sequence[Row]) -> list[Chart]:
         build_chart(
             "loss",
             "Loss",
-            "mean cross-entropy per supervised token",
+            _LOSS_UNITS.get(stage, "mean over pairs of answers"),
             "Evaluation is on held-out rows." if evaluated else "",
             [
                 Series("training", "language", _points(train, "loss"), smooth=True),
@@ -39,6 +58,18 @@ def build_charts(rows: Sequence[Row]) -> list[Chart]:
             ],
             scales=("linear", "log"),
             markers=[*_nonfinite_markers(train, "loss"), *resumes],
+        ),
+        build_chart(
+            "held-out",
+            "Held-out rows",
+            "share",
+            "What evaluations measured beside the loss.",
+            [
+                Series(label, style, _points(measured, name), dots=len(measured) <= 60)
+                for name, (label, style) in HELD_OUT_SHARES.items()
+                if (measured := [row for row in rows if row["kind"] == "eval" and name in row])
+            ],
+            from_zero=True,
         ),
         build_chart(
             "grad-norm",

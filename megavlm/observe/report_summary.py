@@ -14,7 +14,7 @@ from megavlm.observe.formats import (
     format_percent,
     format_rate,
 )
-from megavlm.observe.report_charts import Row, number
+from megavlm.observe.report_charts import HELD_OUT_SHARES, Row, number
 from megavlm.observe.report_samples import ShownSample, share_right
 
 MAX_EVENTS = 300
@@ -69,10 +69,11 @@ class Totals:
 
 
 def list_headlines(rows: Sequence[Row], samples: Sequence[ShownSample]) -> list[Headline]:
-    """The results of the run: exact match, evaluation loss, training loss; those that were measured."""
+    """The results of the run: exact match, shares, evaluation loss, training loss; those that were measured."""
+    shares = [_share(rows, name, label) for name, (label, _) in HELD_OUT_SHARES.items() if name != "exact_match"]
     return [
         headline
-        for headline in (_exact_match(rows, samples), _loss(rows, "eval"), _loss(rows, "train"))
+        for headline in (_exact_match(rows, samples), *shares, _loss(rows, "eval"), _loss(rows, "train"))
         if headline is not None
     ]
 
@@ -215,6 +216,16 @@ def _loss(rows: Sequence[Row], kind: str) -> Headline | None:
     if finite:
         note = f"lowest {format_number(min(finite)[0])} at step {min(finite)[1]:,}"
     return Headline(label, format_number(values[0]), format_number(values[-1]), note)
+
+
+def _share(rows: Sequence[Row], name: str, label: str) -> Headline | None:
+    """What evaluations measured as a share of 1."""
+    measured = [row for row in rows if row["kind"] == "eval" and name in row]
+    if not measured:
+        return None
+    shares = [format_percent(number(row, name)) for row in measured]
+    note = f"of held-out rows, at step {measured[-1]['step']:,}"
+    return Headline(label, shares[0] if len(shares) > 1 else "", shares[-1], note)
 
 
 def _exact_match(rows: Sequence[Row], samples: Sequence[ShownSample]) -> Headline | None:

@@ -81,11 +81,19 @@ def test_the_commands_of_the_readme_are_right() -> None:
         check_parses(words)
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "test-full", "check", "setup"])
+@pytest.mark.parametrize("target", ["demo", "story", "test", "test-full", "check", "setup"])
 def test_make_knows_the_target(target: str) -> None:
     done = subprocess.run(["make", "-n", target], cwd=REPO_DIR, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "tools/setup_env.sh" in done.stdout
+
+
+def test_the_commands_of_the_story_are_right() -> None:
+    shown = shown_commands((REPO_DIR / "examples" / "story.sh").read_text())
+    trained = [Path(words[1]).stem for words in shown if words[0] == "train"]
+    assert trained == sorted(path.stem for path in (REPO_DIR / "examples" / "recipes").glob("story_*.yaml"))
+    for words in shown:
+        check_parses(words)
 
 
 def native_logits(hf_dir: str, checkpoint: str, rows: str) -> tuple[list[int], torch.Tensor]:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from megavlm.evaluate.transformers_generate import load_checked
 from tests.distributed.running import Inputs, call, log_rows, losses, succeed, the_error
 from tests.pool import PoolKeeper
 
@@ -63,6 +64,10 @@ def test_an_embedding_model_is_trained_and_exported(
     succeed(workers, 1, _train(inputs, again, captions, *words))
     assert _evaluations(again)[0]["loss"] == pytest.approx(held_out[-1]["loss"], rel=1e-4)
     succeed(workers, 1, inputs.train(tmp_path / "sft", f"model.hf_dir={exported}", "train.train_iters=1"))
+    native, plain = str(tmp_path / "sft" / "run" / "checkpoints"), str(tmp_path / "plain")
+    succeed(workers, 1, ["convert", "export", "--checkpoint", native, "--hf-dir", exported, "--out", plain])
+    assert "embedding_head" not in json.loads(Path(plain, "config.json").read_text())
+    load_checked(exported), load_checked(plain)  # nothing is missing, nothing left over but the head
     wrong = _train(inputs, tmp_path / "wrong", captions, *words, "contrastive.embedding_dim=8")
     code, _, err = workers(1).run(call, words=wrong)[0]
     assert code == 2

@@ -124,8 +124,8 @@ def test_a_full_report_says_what_happened(tmp_path):
         "100 of 100", "2k tokens/s", "TP2 × PP2", "4 ranks", "step_000100", "9.8.7", "hf_dir: a<b",
     ):  # fmt: skip
         assert words in page.text, words
-    assert page.count("figure") == 5
-    assert page.count("figcaption") == 5
+    assert page.count("figure") == 6
+    assert page.count("figcaption") == 6
     assert page.count("img") == 1
     assert page.count("span", "right") == 1 and page.count("span", "wrong") == 1
     assert not page.count("p", "alert")

@@ -12,16 +12,8 @@ import torch
 
 from megavlm.checkpoint import native, writing
 from megavlm.checkpoint.adapters import AdapterCheckpoint, fill_models, open_checkpoint, write_adapter
-from megavlm.checkpoint.hf_io import (
-    DTYPE_NAMES,
-    HFDirectory,
-    add_to_config,
-    copy_companions,
-    make_empty,
-    write_chat_template,
-    write_config,
-    write_reward_config,
-)
+from megavlm.checkpoint.hf_config import add_to_config, write_chat_template, write_config, write_reward_config
+from megavlm.checkpoint.hf_io import DTYPE_NAMES, HFDirectory, copy_companions, make_empty
 from megavlm.checkpoint.prefix_adapter import write_prefix
 from megavlm.checkpoint.stream_export import export_stream, exported_shapes
 from megavlm.checkpoint.stream_import import import_stream
@@ -65,7 +57,12 @@ def checked_common(folder: Path, directory: HFDirectory) -> dict[str, Any]:
         )
     head, expected = native.head_of(common), directory.architecture.language.head
     if head != expected:
-        kinds = {"scores": "a reward model", "words": "a language model", "embeddings": "an embedding model"}
+        kinds = {
+            "scores": "a reward model",
+            "words": "a language model",
+            "embeddings": "an embedding model",
+            "matches": "an embedding model that matches texts with images",
+        }
         raise use_error(
             str(folder),
             f"a checkpoint of {kinds[head]}",
@@ -153,8 +150,8 @@ def _as_trained(directory: HFDirectory, folder: Path) -> HFDirectory:
     head = native.head_of(common)
     if head == "scores":
         directory = directory.as_reward_model()
-    elif head == "embeddings":
-        directory = directory.as_embedding_model(common["embedding"]["size"])
+    elif head != "words":
+        directory = directory.as_embedding_model(common["embedding"]["size"], head == "matches")
     return directory.with_text_changes(common.get("text_changes", {}))
 
 

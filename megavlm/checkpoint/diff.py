@@ -50,7 +50,7 @@ def source_of(path: Path) -> Source:
     if (path / "config.json").is_file():
         directory = HFDirectory(path)
         if directory.stored_embedding_dim:
-            directory = directory.as_embedding_model(directory.stored_embedding_dim)
+            directory = directory.as_embedding_model(directory.stored_embedding_dim, directory.stores_match_head)
         directory.check()
         entries = {entry.native: entry for entry in directory.entries}
         specs = {}

@@ -219,6 +219,9 @@ class Batch:
     the number, in the global batch, of the row's first sample; it is known where the stage looks ahead.
     `noise_seeds_N` (int64) tell steps and rows of training apart, for what is drawn at random.
     `tasks_N` (int64) are numbers of the samples' tasks, where tasks are told apart; those of none have the next number.
+    Of images and their texts `contents_N3` (int64) are the samples' indices in their data set and digests of what they
+    show and of what they say, and `matches_E` (bool) says of the sequences behind those of the samples whether their
+    text belongs to their images (`matching.py`).
     """
 
     tokens_T: torch.Tensor
@@ -238,6 +241,8 @@ class Batch:
     references_NQ: torch.Tensor | None = None
     noise_seeds_N: torch.Tensor | None = None
     tasks_N: torch.Tensor | None = None
+    contents_N3: torch.Tensor | None = None
+    matches_E: torch.Tensor | None = None
     ahead: torch.Tensor | None = None
     first_number: int = 0
 

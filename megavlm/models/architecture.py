@@ -51,8 +51,9 @@ class ExpertsArchitecture:
     ffn_hidden_size: int
 
 
-Head = Literal["words", "scores", "embeddings"]
-"""What a model ends in: an output layer over words, a reward model's scores, or embeddings."""
+Head = Literal["words", "scores", "embeddings", "matches"]
+"""What a model ends in: an output layer over words, a reward model's scores, embeddings, or embeddings and whether a
+text belongs to images."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,17 @@ class LanguageArchitecture:
     """Of a reward model: one number a token in place of logits. Not in the text by which checkpoints are compared."""
     embedding_dim: int = field(default=0, repr=False)
     """Of an embedding model: so many numbers a token in place of logits; 0: it is none. Not in that text either."""
+    has_match_head: bool = field(default=False, repr=False)
+    """Of an embedding model that also tells whether a text belongs to images. Not in that text either."""
 
     @property
     def head(self) -> Head:
         """What stands behind the last layer."""
-        return "scores" if self.has_score_head else "embeddings" if self.embedding_dim else "words"
+        if self.has_score_head:
+            return "scores"
+        if not self.embedding_dim:
+            return "words"
+        return "matches" if self.has_match_head else "embeddings"
 
     @property
     def shares_embeddings(self) -> bool:

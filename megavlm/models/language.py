@@ -96,6 +96,6 @@ def build_language_model(
     if architecture.has_score_head and post_process:
         model.output_layer = ScoreHead(config, groups.tp)
     if architecture.embedding_dim and post_process:
-        model.output_layer = EmbeddingHead(config, groups.tp, architecture.embedding_dim)
+        model.output_layer = EmbeddingHead(config, groups.tp, architecture.embedding_dim, architecture.has_match_head)
     finish_experts(model, groups)
     return model

@@ -216,7 +216,7 @@ def open_directory(recipe: Recipe) -> HFDirectory:
             "a model with an output layer over words",
             "give another directory, or set train.stage=rm",
         )
-    if head != "embeddings":
+    if head not in ("embeddings", "matches"):
         return directory
     size, stored = recipe.contrastive.embedding_dim, directory.stored_embedding_dim
     if stored and stored != size:
@@ -226,7 +226,7 @@ def open_directory(recipe: Recipe) -> HFDirectory:
             f"{stored}, as {directory.path} has it",
             f"set contrastive.embedding_dim={stored}",
         )
-    return directory.as_embedding_model(size)
+    return directory.as_embedding_model(size, head == "matches")
 
 
 def cost_model(recipe: Recipe, directory: HFDirectory, trains_encoder: bool) -> CostModel:

@@ -119,6 +119,9 @@ REFERENCES: dict[str, Reference] = {
     "QLoRA": _tuned(tuner_type="lora", bnb_4bit_quant_type="nf4"),
     "IA3": _tuned(1e-1, tuner_type="ia3"),
     "adapters": _tuned(3e-3, components="vision: adapter, projector: adapter, language: parallel_adapter size=16"),
+    "cross-modal adapters": _tuned(
+        3e-3, components="vision: frozen, projector: full, language: cross_modal_adapter size=16"
+    ),
     "prefix": _tuned(3e-3, components="vision: frozen, projector: lora, language: prefix"),
     "prefix of the tower, frozen language": _tuned(
         5e-2, components="vision: prefix, projector: frozen, language: frozen"

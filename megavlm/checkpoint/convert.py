@@ -12,17 +12,15 @@ import torch
 
 from megavlm.checkpoint import native, writing
 from megavlm.checkpoint.adapters import AdapterCheckpoint, fill_models, open_checkpoint, write_adapter
-from megavlm.checkpoint.hf_io import (
-    DTYPE_NAMES,
+from megavlm.checkpoint.hf_config import (
     EMBEDDING_KEY,
-    HFDirectory,
+    MASK_KEY,
     add_to_config,
-    copy_companions,
-    make_empty,
     write_chat_template,
     write_config,
     write_reward_config,
 )
+from megavlm.checkpoint.hf_io import DTYPE_NAMES, HFDirectory, copy_companions, make_empty
 from megavlm.checkpoint.prefix_adapter import write_prefix
 from megavlm.checkpoint.stream_export import export_stream, exported_shapes
 from megavlm.checkpoint.stream_import import import_stream
@@ -67,7 +65,12 @@ def checked_common(folder: Path, directory: HFDirectory) -> dict[str, Any]:
         )
     head, expected = native.head_of(common), directory.architecture.language.head
     if head != expected:
-        kinds = {"scores": "a reward model", "words": "a language model", "embeddings": "an embedding model"}
+        kinds = {
+            "scores": "a reward model",
+            "words": "a language model",
+            "embeddings": "an embedding model",
+            "matches": "an embedding model that matches texts with images",
+        }
         raise use_error(
             str(folder),
             f"a checkpoint of {kinds[head]}",
@@ -146,7 +149,7 @@ def export_checkpoint(folder: Path, directory: HFDirectory, out_dir: Path, dtype
         if common.get("embedding"):
             add_to_config(unfinished, {EMBEDDING_KEY: common["embedding"]})
         if common.get("mask_head"):
-            add_to_config(unfinished, {"mask_head": common["mask_head"]})
+            add_to_config(unfinished, {MASK_KEY: common["mask_head"]})
         if in_fp8:
             add_to_config(unfinished, {"quantization_config": quantization_config(in_fp8, shapes)})
     return int(common["step"])
@@ -158,8 +161,8 @@ def _as_trained(directory: HFDirectory, folder: Path) -> HFDirectory:
     head = native.head_of(common)
     if head == "scores":
         directory = directory.as_reward_model()
-    elif head == "embeddings":
-        directory = directory.as_embedding_model(common["embedding"]["size"])
+    elif head != "words":
+        directory = directory.as_embedding_model(common["embedding"]["size"], head == "matches")
     if common.get("mask_head"):
         directory = directory.with_mask_head(MaskHeadArchitecture(**common["mask_head"]))
     return directory.with_text_changes(common.get("text_changes", {}))

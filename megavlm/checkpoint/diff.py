@@ -51,7 +51,7 @@ def source_of(path: Path) -> Source:
     if (path / "config.json").is_file():
         directory = HFDirectory(path)
         if directory.stored_embedding_dim:
-            directory = directory.as_embedding_model(directory.stored_embedding_dim)
+            directory = directory.as_embedding_model(directory.stored_embedding_dim, directory.stores_match_head)
         if directory.stored_mask_width:  # which token it reads makes no difference here
             directory = directory.with_mask_head(MaskHeadArchitecture(directory.stored_mask_width, -1))
         directory.check()

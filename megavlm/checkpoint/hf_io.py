@@ -6,9 +6,8 @@ Tensors are read one at a time through safetensors (never pickle).
 import dataclasses
 import json
 import math
-import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,8 +21,7 @@ from megavlm.checkpoint.safetensors_writer import TensorSpec
 from megavlm.config.schema import ModelConfig
 from megavlm.errors import UseError, use_error
 from megavlm.models.architecture import Architecture, MaskHeadArchitecture
-from megavlm.models.embedding_head import HF_NAMES as EMBEDDING_NAMES
-from megavlm.models.embedding_head import embedding_entries
+from megavlm.models.embedding_head import EMBEDDING_NAMES, MATCH_NAMES, embedding_entries
 from megavlm.models.family import ModelFamily
 from megavlm.models.mask_head import NAMES as MASK_NAMES
 from megavlm.models.mask_head import mask_entries
@@ -46,8 +44,6 @@ COMPANIONS = (
     "preprocessor_config.json video_preprocessor_config.json"
 ).split()
 
-EMBEDDING_KEY = "embedding_head"
-"""In config.json of an embedding model: what its reader has to know."""
 PLAIN_MODEL = ModelConfig()  # changes nothing
 _MASK_WIDTH_OF = "mask_head.image.weight"
 _WORDS = ("lm_head.weight", "language_model.lm_head.weight")  # names of the output layer over words
@@ -65,9 +61,10 @@ class HFDirectory:
     With `allow_pickle`, weights that torch.save wrote are read where there are no others. With `reward_model` it is
     that of one: without a head for scores it gets a new one, and its output layer over words is not read. A directory
     that has such a head is a reward model's in any case. With `embedding_dim` it is that of an embedding model, in the
-    same way; without, a head for embeddings that it may have is not read. With `mask_head` the model has such a head
-    beside its output layer: the directory's, in `MASK_FILE`, or a new one; without, one that is there is not read.
-    `text_changes` are other values of the config's text part (`rope_changes`).
+    same way; without, a head for embeddings that it may have is not read. With `matches` that model also tells whether
+    a text belongs to images. With `mask_head` the model has such a head beside its output layer: the directory's, in
+    `MASK_FILE`, or a new one; without, one that is there is not read. `text_changes` are other values of the config's
+    text part (`rope_changes`).
 
     Raises:
         UseError: a file is missing or unreadable, or the model type is unknown.
@@ -80,6 +77,7 @@ class HFDirectory:
         reward_model: bool = False,
         text_changes: Mapping[str, Any] = MappingProxyType({}),
         embedding_dim: int = 0,
+        matches: bool = False,
         mask_head: MaskHeadArchitecture | None = None,
     ) -> None:
         self.path, self._allow_pickle, self.text_changes = Path(path), allow_pickle, dict(text_changes)
@@ -94,17 +92,19 @@ class HFDirectory:
             self.architecture = dataclasses.replace(self.architecture, language=language)
             self.entries = score_entries(self.entries)
         elif embedding_dim:
-            language = dataclasses.replace(self.architecture.language, embedding_dim=embedding_dim)
+            language = dataclasses.replace(
+                self.architecture.language, embedding_dim=embedding_dim, has_match_head=matches
+            )
             self.architecture = dataclasses.replace(self.architecture, language=language)
-            self.entries = embedding_entries(self.entries)
+            self.entries = embedding_entries(self.entries, matches)
         if mask_head is not None:
             language = dataclasses.replace(self.architecture.language, mask_head=mask_head)
             self.architecture = dataclasses.replace(self.architecture, language=language)
             self.entries = mask_entries(self.entries)
 
-    def as_embedding_model(self, embedding_dim: int) -> "HFDirectory":
-        """The same directory as the start of an embedding model."""
-        return HFDirectory(self.path, self._allow_pickle, text_changes=self.text_changes, embedding_dim=embedding_dim)
+    def as_embedding_model(self, embedding_dim: int, matches: bool = False) -> "HFDirectory":
+        """The same directory as the start of an embedding model, and of one that `matches` texts with images."""
+        return HFDirectory(self.path, self._allow_pickle, False, self.text_changes, embedding_dim, matches)
 
     def with_mask_head(self, mask_head: MaskHeadArchitecture) -> "HFDirectory":
         """The same directory, of a model that tells masks."""
@@ -119,14 +119,8 @@ class HFDirectory:
         if text_changes == self.text_changes:
             return self
         language = self.architecture.language
-        return HFDirectory(
-            self.path,
-            self._allow_pickle,
-            language.has_score_head,
-            text_changes,
-            language.embedding_dim,
-            language.mask_head,
-        )
+        heads = language.has_score_head, text_changes, language.embedding_dim, language.has_match_head
+        return HFDirectory(self.path, self._allow_pickle, *heads, language.mask_head)
 
     def check_has_words(self, wanted: str) -> None:
         """Raise `UseError` when this is a reward model's, which cannot do what is `wanted`."""
@@ -137,10 +131,11 @@ class HFDirectory:
 
     @property
     def new_names(self) -> list[str]:
-        """What the model's head has in place of words, if it is not in the files: the caller fills it."""
-        heads = {"words": [], "scores": [HF_NAME], "embeddings": list(EMBEDDING_NAMES.values())}
-        names = heads[self.architecture.language.head]
-        return [] if set(names) & set(self._files) else names
+        """What the model's heads have in place of words, where they are not in the files: the caller fills them."""
+        embeds, matches = list(EMBEDDING_NAMES.values()), list(MATCH_NAMES.values())
+        heads = {"words": [], "scores": [[HF_NAME]], "embeddings": [embeds], "matches": [embeds, matches]}
+        missing = [names for names in heads[self.architecture.language.head] if not set(names) & set(self._files)]
+        return [name for names in missing for name in names]
 
     @property
     def new_mask_names(self) -> list[str]:
@@ -174,7 +169,9 @@ class HFDirectory:
         language = self.architecture.language
         words = list(_WORDS) if language.tied_embeddings or language.head != "words" else []
         masks = list(MASK_NAMES) if language.mask_head is None else []
-        return words + (list(EMBEDDING_NAMES.values()) if language.head == "words" else []) + masks
+        embeds = list(EMBEDDING_NAMES.values()) if language.head == "words" else []
+        matches = list(MATCH_NAMES.values()) if language.head in ("words", "embeddings") else []
+        return words + embeds + matches + masks
 
     @property
     def stored_embedding_dim(self) -> int:
@@ -183,10 +180,15 @@ class HFDirectory:
         return self.spec(name).shape[0] if name in self._files else 0
 
     @property
+    def stores_match_head(self) -> bool:
+        """Whether a head that tells texts that belong to images from others is in the files."""
+        return bool(set(MATCH_NAMES.values()) & set(self._files))
+
+    @property
     def carried(self) -> list[str]:
         """Tensors that an embedding model does not read, and that are copied when it is exported."""
         language = self.architecture.language
-        if language.head != "embeddings" or language.tied_embeddings:
+        if not language.embedding_dim or language.tied_embeddings:
             return []
         return [name for name in _WORDS if name in self._files]
 
@@ -381,57 +383,3 @@ def copy_companions(source: Path, out_dir: Path) -> None:
     for name in COMPANIONS:
         if (source / name).is_file():
             shutil.copyfile(source / name, out_dir / name)
-
-
-def write_chat_template(out_dir: Path, template: str, eos_token_ids: Sequence[int]) -> None:
-    """Give a directory another chat template, so that it is asked as it was trained, and what then ends an answer.
-
-    Args:
-        out_dir: with copies of a model's files.
-        template: Jinja text.
-        eos_token_ids: what ends an answer.
-    """
-    (out_dir / "chat_template.jinja").write_text(template, encoding="utf-8")
-    # Files of older versions of transformers hold templates too; a second one must not contradict.
-    for name in ("chat_template.json", "tokenizer_config.json", "processor_config.json"):
-        if (out_dir / name).is_file():
-            content = read_json(out_dir / name)
-            if "chat_template" in content:
-                _write_json(out_dir / name, {**content, "chat_template": template})
-    path = out_dir / "generation_config.json"
-    content = read_json(path) if path.is_file() else {}
-    _write_json(path, {**content, "eos_token_id": list(eos_token_ids)})
-
-
-def write_reward_config(out_dir: Path, stage: str) -> None:
-    """Make config.json that of a reward model: classification with one label, of sequences or (stage prm) of tokens.
-
-    transformers has such a class for decoders, not for models with images; vLLM makes one of any model whose
-    architecture is called so, and reads `num_labels` of the text part.
-    """
-    path = out_dir / "config.json"
-    content, kind = read_json(path), "ForTokenClassification" if stage == "prm" else "ForSequenceClassification"
-    names = [re.sub(r"For\w+$", kind, name) for name in content.get("architectures") or []]
-    content |= {"architectures": names, "num_labels": 1}
-    if "text_config" in content:
-        content["text_config"] = content["text_config"] | {"num_labels": 1}
-    _write_json(path, content)
-
-
-def write_config(directory: HFDirectory, out_dir: Path) -> None:
-    """Write a directory's config with its other values, where it has any, and without a head that is not written."""
-    content = dict(directory.config)
-    if directory.architecture.language.head != "embeddings":
-        content.pop(EMBEDDING_KEY, None)
-    if directory.text_changes or content != directory.config:
-        _write_json(out_dir / "config.json", content)
-
-
-def add_to_config(out_dir: Path, content: Mapping[str, Any]) -> None:
-    """Add keys to a directory's config.json."""
-    path = out_dir / "config.json"
-    _write_json(path, {**read_json(path), **content})
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

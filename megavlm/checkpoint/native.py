@@ -204,7 +204,10 @@ def head_of(common: Mapping[str, Any]) -> Head:
     """What the model of a checkpoint ends in (words in checkpoints from before there was anything else)."""
     if common.get("has_score_head", False):
         return "scores"
-    return "embeddings" if common.get("embedding") else "words"
+    embedding = common.get("embedding")
+    if not embedding:
+        return "words"
+    return "matches" if "match_prompt" in embedding else "embeddings"
 
 
 def load_sharded(folder: Path, state: dict[str, Any], timeout_s: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What a recipe says of the training method, and its checks across fields."""
 
 from megavlm.config.schema import Recipe
-from megavlm.config.stage_knobs import ContrastiveConfig, PreferenceConfig, RewardConfig, SftConfig
+from megavlm.config.stage_knobs import ContrastiveConfig, MatchingConfig, PreferenceConfig, RewardConfig, SftConfig
 from megavlm.config.tuning import tuning_plan
 from megavlm.errors import use_error
 
@@ -17,7 +17,9 @@ PAIR_LOSS_TYPES: dict[str, tuple[str, ...]] = {
 }
 """Values of preference.loss_type by stage. AOT, which compares sorted pairs, is none: its value depends on which pairs
 share a microbatch."""
-COMPARING_STAGES = ("rm", "prm", *PAIR_LOSS_TYPES, "contrastive")
+IMAGE_TEXT_STAGES = ("contrastive", "matching")
+"""Stages that learn embeddings of images and of their texts."""
+COMPARING_STAGES = ("rm", "prm", *PAIR_LOSS_TYPES, *IMAGE_TEXT_STAGES)
 """Stages that read sequences whole: they judge answers, or compare images with texts."""
 REFERENCE_STAGES = ("dpo", "kto")
 LEAST_TEMPERATURE = 0.01
@@ -42,9 +44,12 @@ def check_objective(recipe: Recipe) -> None:
     if stage not in PAIR_LOSS_TYPES and recipe.preference != PreferenceConfig():
         raise use_error("preference", f"settings with train.stage {stage}", "none", "remove them, or set train.stage")
     _check_reward(stage, recipe.reward)
-    if stage != "contrastive" and recipe.contrastive != ContrastiveConfig():
+    if stage not in IMAGE_TEXT_STAGES and recipe.contrastive != ContrastiveConfig():
         fix = "remove them, or set train.stage=contrastive"
         raise use_error("contrastive", f"settings with train.stage {stage}", "none", fix)
+    if stage != "matching" and recipe.matching != MatchingConfig():
+        fix = "remove them, or set train.stage=matching"
+        raise use_error("matching", f"settings with train.stage {stage}", "none", fix)
     if stage in COMPARING_STAGES and recipe.data.too_long.startswith("cut"):
         raise use_error(
             "data.too_long",
@@ -59,7 +64,7 @@ def check_objective(recipe: Recipe) -> None:
             "a language model that learns: the new head for scores is a part of it",
             "set it to false",
         )
-    if stage == "contrastive":
+    if stage in IMAGE_TEXT_STAGES:
         _check_contrastive(recipe)
     if stage in PAIR_LOSS_TYPES:
         _check_preference(stage, recipe.preference, loss_types(recipe))
@@ -138,11 +143,11 @@ def _check_reference(recipe: Recipe) -> None:
 
 
 def _check_contrastive(recipe: Recipe) -> None:
-    knobs = recipe.contrastive
+    knobs, stage = recipe.contrastive, recipe.train.stage
     if recipe.train.global_batch_size < 2:
         raise use_error(
             "train.global_batch_size",
-            f"{recipe.train.global_batch_size} with train.stage contrastive",
+            f"{recipe.train.global_batch_size} with train.stage {stage}",
             "at least 2: an image is told from the texts of other rows",
             "set it, e.g. to 256",
         )
@@ -153,7 +158,7 @@ def _check_contrastive(recipe: Recipe) -> None:
     if recipe.data.template == "llava_plain":
         raise use_error(
             "data.template",
-            "llava_plain with train.stage contrastive",
+            f"llava_plain with train.stage {stage}",
             "a template that prints questions: texts are read as such",
             "use another template",
         )
@@ -166,7 +171,7 @@ def _check_contrastive(recipe: Recipe) -> None:
         if share:
             raise use_error(
                 name,
-                f"{share} with train.stage contrastive",
+                f"{share} with train.stage {stage}",
                 "0: embeddings are computed twice, and must be the same",
                 "set it to 0",
             )

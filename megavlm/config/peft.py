@@ -11,12 +11,13 @@ from typing import Literal
 class PeftConfig:
     """Parameter-efficient tuning."""
 
-    tuner_type: Literal["full", "lora", "ia3", "adapter", "parallel_adapter", "prefix"] = "full"
+    tuner_type: Literal["full", "lora", "ia3", "adapter", "parallel_adapter", "cross_modal_adapter", "prefix"] = "full"
     """How components learn that `components` does not name and that optimizer.freeze_* leaves free. `full`: all their
     weights. With all others these are frozen, and what is learned stands beside them. `lora`: low-rank matrices beside
     linears. `ia3`: vectors that scale keys, values and the inner activations of MLPs. `adapter`, `parallel_adapter`: a
-    narrow MLP behind, or beside, the attention and the MLP of each layer. `prefix`: keys and values in front of every
-    sample, in each layer."""
+    narrow MLP behind, or beside, the attention and the MLP of each layer. `cross_modal_adapter`: one behind, which
+    words and visual tokens enter and leave by projections of their own, and share in between; of the language model
+    alone. `prefix`: keys and values in front of every sample, in each layer."""
     components: str = ""
     """Component by component, and layer range by layer range (from 0, end exclusive), in place of tuner_type and
     freeze_*: `vision: frozen, projector: full, language[0:16]: lora r=8 alpha=16, language[16:32]: frozen`. The last
@@ -43,7 +44,7 @@ class PeftConfig:
     quantized_components: tuple[str, ...] = ("language",)
     """Whose linears are kept in 4 bits, where they are frozen; embeddings and the output layer never are."""
     adapter_size: int = 64
-    """Inner width of `adapter` and `parallel_adapter`."""
+    """Inner width of `adapter`, `parallel_adapter` and `cross_modal_adapter`."""
     num_virtual_tokens: int = 16
     """Keys and values of `prefix`."""
     adapters: str = ""

@@ -96,6 +96,8 @@ LEAST: dict[str, float] = {
     "contrastive.embedding_dim": 1,
     "contrastive.temperature": 0,
     "contrastive.logit_bias": -math.inf,
+    "matching.max_texts_per_image": 1,
+    "matching.contrastive_coeff": 0,
     "optimizer.loss_scale": 0,
     "optimizer.initial_loss_scale": 1,
     "optimizer.min_loss_scale": 1,

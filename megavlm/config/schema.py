@@ -11,7 +11,7 @@ from megavlm.config.iterate import IterateConfig
 from megavlm.config.peft import PeftConfig
 from megavlm.config.precision import Fp8Config
 from megavlm.config.rope import RopeScalingConfig
-from megavlm.config.stage_knobs import ContrastiveConfig, PreferenceConfig, RewardConfig, SftConfig
+from megavlm.config.stage_knobs import ContrastiveConfig, MatchingConfig, PreferenceConfig, RewardConfig, SftConfig
 
 
 @dataclass(frozen=True)
@@ -342,10 +342,10 @@ class OptimizerConfig:
 class TrainConfig:
     """The loop."""
 
-    stage: Literal["sft", "rm", "prm", "dpo", "cpo", "simpo", "orpo", "kto", "contrastive"] = "sft"
+    stage: Literal["sft", "rm", "prm", "dpo", "cpo", "simpo", "orpo", "kto", "contrastive", "matching"] = "sft"
     """Training method. sft: answers are learned (also captions, in pretraining); rm: a reward model; prm: a reward
     model of steps; dpo, cpo, simpo, orpo: from pairs of answers; kto: from answers that are marked good or bad;
-    contrastive: embeddings of images and texts."""
+    contrastive: embeddings of images and texts; matching: these, and whether a text belongs to images."""
     micro_batch_size: int = 1
     """Samples packed into one row (without data.packing)."""
     global_batch_size: int = 8
@@ -427,6 +427,7 @@ class Recipe:
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
+    matching: MatchingConfig = field(default_factory=MatchingConfig)
     iterate: IterateConfig = field(default_factory=IterateConfig)
     fp8: Fp8Config = field(default_factory=Fp8Config)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

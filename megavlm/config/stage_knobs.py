@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-WORDLESS_STAGES = ("rm", "prm", "contrastive")
+WORDLESS_STAGES = ("rm", "prm", "contrastive", "matching")
 """Stages whose model ends in scores or embeddings, in place of words."""
 
 
@@ -119,7 +119,7 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class ContrastiveConfig:
-    """Stage contrastive: embeddings of images and of their texts, from rows with an image and a caption."""
+    """Stages contrastive and matching: embeddings of images and of their texts, from rows with both."""
 
     loss_type: Literal["softmax", "sigmoid"] = "softmax"
     """softmax: CLIP's, each image among the texts of the global batch and each text among its images; sigmoid:
@@ -135,3 +135,23 @@ class ContrastiveConfig:
     """What stands behind the images, in place of the row's own question; empty: the question as it is."""
     text_prompt: str = ""
     """What stands behind the text; empty: nothing."""
+
+
+@dataclass(frozen=True)
+class MatchingConfig:
+    """Stage matching: whether a text belongs to images, learned from rows as contrastive has them. Each image is shown
+    with its own text and with that of another row, and each text is said of another row's image, whose embeddings are
+    similar; embeddings are learned beside (section contrastive). Lengths in section data are those of rows without
+    these pairs.
+    """
+
+    negatives: Literal["sampled", "hardest"] = "sampled"
+    """Which other row of the global batch: drawn as likely as softmax of the similarity says (ALBEF), or the most
+    similar one. Rows with the same images or the same text are none."""
+    max_texts_per_image: int = 4
+    """An image is shown with so many texts of others, for memory's sake; a further text takes the image that it has
+    drawn next."""
+    contrastive_coeff: float = 1.0
+    """Weight of the contrastive loss beside that of matching."""
+    match_prompt: str = ""
+    """What stands behind images and text where they are judged; empty: nothing."""

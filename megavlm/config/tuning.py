@@ -11,8 +11,9 @@ from megavlm.config.peft import PeftConfig
 from megavlm.config.schema import Recipe
 from megavlm.errors import use_error
 
-Method = Literal["full", "frozen", "lora", "ia3", "adapter", "parallel_adapter", "prefix"]
-ADAPTERS = ("lora", "ia3", "adapter", "parallel_adapter", "prefix")
+Method = Literal["full", "frozen", "lora", "ia3", "adapter", "parallel_adapter", "cross_modal_adapter", "prefix"]
+BOTTLENECKS = ("adapter", "parallel_adapter", "cross_modal_adapter")
+ADAPTERS = ("lora", "ia3", *BOTTLENECKS, "prefix")
 """Methods that learn something beside the model's own weights."""
 COMPONENTS = ("vision", "projector", "language")
 
@@ -138,8 +139,7 @@ def _tuning(peft: PeftConfig, method: str, knobs: Mapping[str, str], where: str)
     """A method with its knobs, those of the section where an entry has none."""
     defaults: dict[str, dict[str, float]] = {
         "lora": {"rank": peft.lora_rank, "alpha": peft.lora_alpha},
-        "adapter": {"size": peft.adapter_size},
-        "parallel_adapter": {"size": peft.adapter_size},
+        **dict.fromkeys(BOTTLENECKS, {"size": peft.adapter_size}),
         "prefix": {"size": peft.num_virtual_tokens},
     }
     values = dict(defaults.get(method, {}))
@@ -221,6 +221,14 @@ def check_tuning(recipe: Recipe) -> None:
             "torch or flash: linears of Transformer Engine have no place for adapters here",
             "set model.backend=flash",
         )
+    for rule in plan.rules:
+        if rule.tuning.method == "cross_modal_adapter" and rule.component != "language":
+            raise use_error(
+                "peft",
+                f"{rule.component}: cross_modal_adapter",
+                "language: cross_modal_adapter, where there are words as well as images",
+                "set e.g. peft.components=vision: adapter, projector: full, language: cross_modal_adapter",
+            )
     methods = {rule.tuning.method for rule in plan.rules}
     defaults = PeftConfig()
     for name, readers in _READ_BY.items():
@@ -243,7 +251,7 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "lorap_lr_ratio": ("lora",),
     "target_modules": ("lora", "ia3"),
     "adapters": ("lora", "ia3", "prefix"),
-    "adapter_size": ("adapter", "parallel_adapter"),
+    "adapter_size": BOTTLENECKS,
     "num_virtual_tokens": ("prefix",),
 }
 

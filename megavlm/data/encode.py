@@ -272,6 +272,13 @@ class SampleEncoder:
             UseError: as in `encode`.
             TooLong: it has more than `max_length` tokens.
         """
+        encoded = self.encode_question(sample)
+        if len(encoded.tokens_S) > self.max_length:
+            raise TooLong(sample.sample_id, len(encoded.tokens_S), self.max_length)
+        return encoded
+
+    def encode_question(self, sample: Sample, grids: Sequence[Grid] = ()) -> EncodedSample:
+        """The same, however long it is; `grids` as in `encode_conversation`."""
         try:
             sample = show_numbered(self.with_boxes(sample))
             turns = sample.turns
@@ -281,12 +288,9 @@ class SampleEncoder:
             self._check_videos(sample)
             tokens_S = self.tokenizer.encode_prompt(turns, sample.tools)
             chat = EncodedChat(tokens_S, np.full(len(tokens_S), READ, np.int8), np.ones(len(tokens_S), np.float32))
-            encoded = self._finish(sample, chat)
+            return self._finish(sample, chat, grids)
         except UseError as error:
             raise UseError(f"{sample.sample_id}: {error}") from error
-        if len(encoded.tokens_S) > self.max_length:
-            raise TooLong(sample.sample_id, len(encoded.tokens_S), self.max_length)
-        return encoded
 
     def _encode_whole_prompt(self, sample: Sample) -> EncodedSample:
         """The row without its final answer; one that is too long may be an error."""

@@ -74,6 +74,16 @@ def shown_of(sample: Sample, prompts: ImageTextPrompts) -> Sample:
 
 def said_of(sample: Sample, prompts: ImageTextPrompts) -> Sample:
     """The text of the final answer, as a row of its own."""
+    text = text_of(sample)
+    return Sample(sample.sample_id, (Turn("user", f"{text}\n{prompts.text}" if prompts.text else text),))
+
+
+def text_of(sample: Sample) -> str:
+    """What is said of a row's images.
+
+    Raises:
+        UseError: nothing, or not in words alone.
+    """
     text = "\n".join(turn.text for turn in final_answer(sample) if turn.role == "assistant").strip()
     if not text:
         raise use_error(
@@ -82,4 +92,4 @@ def said_of(sample: Sample, prompts: ImageTextPrompts) -> Sample:
             "a caption as its last answer, in words alone",
             "complete or remove the row",
         )
-    return Sample(sample.sample_id, (Turn("user", f"{text}\n{prompts.text}" if prompts.text else text),))
+    return text

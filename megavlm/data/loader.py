@@ -17,6 +17,7 @@ import torch.utils.data
 
 from megavlm.data.augment import Draw, draw_for
 from megavlm.data.dataset import Dataset, PrepareReport
+from megavlm.data.matching import content_digests
 from megavlm.data.packing import pack
 from megavlm.data.pixels import WantedImage, load_pixels
 from megavlm.data.sample import Microbatch, MicrobatchOrder
@@ -66,6 +67,9 @@ class _MicrobatchBuilder(torch.utils.data.Dataset):
         if self.dataset.references is not None:
             batch.references_NQ = torch.from_numpy(self.dataset.references[list(order.indices)])
         batch.tasks_N = self.dataset.tasks_of(order.indices)
+        if encoder.row_kind == "image_text":
+            contents = [(index, *content_digests(rows[index])) for index in order.indices]
+            batch.contents_N3 = torch.tensor(contents, dtype=torch.int64)
         if order.step >= 0:
             batch.noise_seeds_N = torch.tensor([order.step << 40 | index for index in order.indices])
         if order.filler:

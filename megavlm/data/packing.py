@@ -139,6 +139,59 @@ def part_of(batch: Batch, part: int, image_token_id: int, total_multiple: int) -
     return pad_to(cut, _round_up(starts[-1], total_multiple))
 
 
+def add_sequences(
+    batch: Batch,
+    sequences: Sequence[EncodedSample],
+    samples: Sequence[int],
+    image_token_id: int,
+    *,
+    sample_multiple: int,
+    total_multiple: int,
+) -> Batch:
+    """The same row with further sequences behind those of its samples; its images stay.
+
+    Args:
+        batch: whose visual tokens say which features they take.
+        sequences: what is added, in this order.
+        samples: for each the number of the sample of the row whose first sequence shows the same images.
+        image_token_id: of visual tokens.
+        sample_multiple: see `pack`.
+        total_multiple: see `pack`.
+    """
+    assert batch.feature_rows_V is not None
+    num_sequences = len(batch.sample_ids) * batch.num_parts
+    more = pack(
+        sequences,
+        None,
+        sample_multiple=sample_multiple,
+        total_multiple=sample_multiple,
+        pad_token_id=batch.pad_token_id,
+        patch_channels=batch.patches_PC.shape[1],
+    )
+    end = int(batch.cu_seqlens[num_sequences])
+    rows_each = batch.feature_rows_V.split(_num_visual(batch.tokens_T, batch.cu_seqlens, image_token_id))
+    rows = [rows_each[sample * batch.num_parts] for sample in samples]
+    assert [len(one) for one in rows] == _num_visual(more.tokens_T, more.cu_seqlens, image_token_id)[: len(rows)]
+    longer = dataclasses.replace(
+        batch,
+        tokens_T=torch.cat((batch.tokens_T[:end], more.tokens_T)),
+        labels_T=torch.cat((batch.labels_T[:end], more.labels_T)),
+        loss_weights_T=torch.cat((batch.loss_weights_T[:end], more.loss_weights_T)),
+        position_ids_3T=torch.cat((batch.position_ids_3T[:, :end], more.position_ids_3T), dim=1),
+        real_T=torch.cat((batch.real_T[:end], more.real_T)),
+        cu_seqlens=torch.cat((batch.cu_seqlens[: num_sequences + 1], end + more.cu_seqlens[1:])),
+        feature_rows_V=torch.cat((batch.feature_rows_V, *rows)),
+        num_real_tokens=batch.num_real_tokens + more.num_real_tokens,
+    )
+    return pad_to(longer, _round_up(len(longer.tokens_T), total_multiple))
+
+
+def _num_visual(tokens_T: torch.Tensor, cu_seqlens: torch.Tensor, image_token_id: int) -> list[int]:
+    """Visual tokens of each sequence of a packed row, padding included."""
+    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
+    return [int((part == image_token_id).sum()) for part in tokens_T.split(lengths)]
+
+
 def pad_to(batch: Batch, total: int) -> Batch:
     """The same row with a further padding segment at its end, so that it has `total` tokens.
 

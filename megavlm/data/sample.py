@@ -258,6 +258,9 @@ class Batch:
     image's first visual token, and the number of these; `mask_shares_X` (float32) the shares that masks cover of them,
     one mask behind the other.
     `tasks_N` (int64) are numbers of the samples' tasks, where tasks are told apart; those of none have the next number.
+    Of images and their texts `contents_N3` (int64) are the samples' indices in their data set and digests of what they
+    show and of what they say, and `matches_E` (bool) says of the sequences behind those of the samples whether their
+    text belongs to their images (`matching.py`).
     """
 
     tokens_T: torch.Tensor
@@ -279,6 +282,8 @@ class Batch:
     mask_places_M3: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 3, dtype=torch.int64))
     mask_shares_X: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     tasks_N: torch.Tensor | None = None
+    contents_N3: torch.Tensor | None = None
+    matches_E: torch.Tensor | None = None
     ahead: torch.Tensor | None = None
     first_number: int = 0
 

@@ -64,8 +64,9 @@ class MaskHeadArchitecture:
     segment_token_id: int
 
 
-Head = Literal["words", "scores", "embeddings"]
-"""What a model ends in: an output layer over words, a reward model's scores, or embeddings."""
+Head = Literal["words", "scores", "embeddings", "matches"]
+"""What a model ends in: an output layer over words, a reward model's scores, embeddings, or embeddings and whether a
+text belongs to images."""
 
 
 @dataclass(frozen=True)
@@ -95,13 +96,19 @@ class LanguageArchitecture:
     """Of a reward model: one number a token in place of logits. Not in the text by which checkpoints are compared."""
     embedding_dim: int = field(default=0, repr=False)
     """Of an embedding model: so many numbers a token in place of logits; 0: it is none. Not in that text either."""
+    has_match_head: bool = field(default=False, repr=False)
+    """Of an embedding model that also tells whether a text belongs to images. Not in that text either."""
     mask_head: MaskHeadArchitecture | None = field(default=None, repr=False)
     """What tells the pixels of things, beside the logits; None: nothing does. Not in that text either."""
 
     @property
     def head(self) -> Head:
         """What stands behind the last layer."""
-        return "scores" if self.has_score_head else "embeddings" if self.embedding_dim else "words"
+        if self.has_score_head:
+            return "scores"
+        if not self.embedding_dim:
+            return "words"
+        return "matches" if self.has_match_head else "embeddings"
 
     @property
     def shares_embeddings(self) -> bool:

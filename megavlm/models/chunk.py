@@ -18,6 +18,7 @@ from megavlm.models.gated import ImagesInRow, images_in_row
 from megavlm.models.mask_head import InputOf
 from megavlm.models.merge import carry_features, feature_rows, merge_features
 from megavlm.models.recompute import ready_for_recompute
+from megavlm.models.visual_tokens import VisualTokens
 from megavlm.parallel.context import local_part
 from megavlm.parallel.groups import Groups
 
@@ -46,6 +47,7 @@ class LanguageChunk(MegatronModule):
         self.slots_in = 1 + max(0, num_deepstack - layers[0]) if layers else None
         if architecture.gate_interval and layers:
             self.slots_in = 2
+        self.visual_tokens: VisualTokens | None = None
         self._seen_by_output: InputOf | None = None
         if architecture.language.mask_head is not None and self.post_process:
             output_layer: Any = self.language.output_layer
@@ -55,6 +57,23 @@ class LanguageChunk(MegatronModule):
     def num_slots(self) -> int:
         """K of the hidden states that leave the embedding."""
         return 2 if self.architecture.gate_interval else 1 + self.architecture.num_deepstack
+
+    def watch_visual_tokens(self) -> VisualTokens:
+        """What says, from now on, which tokens of the row that goes through are visual."""
+        if self.visual_tokens is None:
+            self.visual_tokens = VisualTokens()
+        return self.visual_tokens
+
+    def show_row(self, tokens_T: torch.Tensor, borders: torch.Tensor) -> None:
+        """Say which row goes through: before its backward pass; the forward pass says it by itself.
+
+        Args:
+            tokens_T: int64 token ids, the whole row.
+            borders: its sample borders.
+        """
+        if self.visual_tokens is not None:
+            is_visual_T = tokens_T == self.architecture.inputs.image_token_id
+            self.visual_tokens.show(self._seen_by_layers(is_visual_T, borders))
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Take the hidden states of the stage before: [S, K, H], possibly with slots that are no longer used."""
@@ -95,6 +114,7 @@ class LanguageChunk(MegatronModule):
             logits, and what `MaskHead` gives), hidden states [S, K, H] elsewhere.
         """
         borders = cu_seqlens.to(torch.int32)
+        self.show_row(tokens_T, borders)
         longest = int((borders[1:] - borders[:-1]).max())
         packing = PackedSeqParams(
             qkv_format="thd",
@@ -137,11 +157,13 @@ class LanguageChunk(MegatronModule):
 
     def _padding(self, real_T: torch.Tensor, borders: torch.Tensor) -> torch.Tensor:
         """Bool [1, S]: of the tokens that the layers of this rank see, those that do not count."""
+        return ~self._seen_by_layers(real_T, borders)[None]
+
+    def _seen_by_layers(self, values_T: torch.Tensor, borders: torch.Tensor) -> torch.Tensor:
+        """[S]: those of the tokens that the layers of this rank see."""
         context, tensor = self.groups.context, self.groups.tensor
-        padding_S = ~local_part(real_T, borders, context.size(), context.rank())
-        if self.config.sequence_parallel:
-            padding_S = padding_S.chunk(tensor.size())[tensor.rank()]
-        return padding_S[None]
+        values_S = local_part(values_T, borders, context.size(), context.rank())
+        return values_S.chunk(tensor.size())[tensor.rank()] if self.config.sequence_parallel else values_S
 
     def _embed(
         self,

@@ -97,7 +97,7 @@ def build_language_model(
     if architecture.has_score_head and post_process:
         model.output_layer = ScoreHead(config, groups.tp)
     if architecture.embedding_dim and post_process:
-        model.output_layer = EmbeddingHead(config, groups.tp, architecture.embedding_dim)
+        model.output_layer = EmbeddingHead(config, groups.tp, architecture.embedding_dim, architecture.has_match_head)
     if architecture.mask_head is not None and post_process:
         model.mask_head = MaskHead(config, groups.tp, architecture.mask_head.width)
     finish_experts(model, groups)

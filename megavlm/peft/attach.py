@@ -7,13 +7,15 @@ import torch
 import torch.distributed as dist
 
 from megavlm.config.peft import PeftConfig
-from megavlm.config.tuning import ADAPTERS, COMPONENTS, TuningPlan, parse_components
+from megavlm.config.tuning import ADAPTERS, BOTTLENECKS, COMPONENTS, TuningPlan, parse_components
 from megavlm.errors import use_error
+from megavlm.models.chunk import LanguageChunk
 from megavlm.models.core_attention import PackedAttention, PrefixModule
 from megavlm.models.linear import ColumnLinear, LinearAdapter, RowLinear, weight_of
 from megavlm.models.names import Part, component_of, global_name, layer_of
 from megavlm.models.weight_map import Entry
-from megavlm.peft.bottleneck import BottleneckAdapter, Tap
+from megavlm.peft.bottleneck import Bottleneck, BottleneckAdapter, Tap
+from megavlm.peft.cross_modal import CrossModalBottleneck
 from megavlm.peft.ia3 import Ia3Adapter, scales
 from megavlm.peft.lora import LoraAdapter, initialise, scaling_of
 from megavlm.peft.prefix import Prefix
@@ -68,16 +70,21 @@ def _attach_bottlenecks(part: Part, plan: TuningPlan, seed: int, dtype: torch.dt
     for name, linear in linears.items():
         tuning = plan.of(component_of(name), layer_of(name))
         block, _, last = name.rpartition(".")
-        if tuning.method not in ("adapter", "parallel_adapter") or last not in _BLOCKS or ".experts." in name:
+        if tuning.method not in BOTTLENECKS or last not in _BLOCKS or ".experts." in name:
             continue
         tap, num_inputs = None, linear.output_size
         if tuning.method == "parallel_adapter":
             first = next(linears[f"{block}.{one}"] for one in _BLOCKS[last] if f"{block}.{one}" in linears)
             first.adapter = tap = Tap()
             num_inputs = first.input_size
-        adapter = BottleneckAdapter(linear, num_inputs, tuning.size, dtype, tap)
-        adapter.bottleneck.initialise(name, seed)
-        linear.adapter = adapter
+        bottleneck: Bottleneck | CrossModalBottleneck
+        if tuning.method == "cross_modal_adapter":
+            assert isinstance(part, LanguageChunk), "the recipe's checks let no other part have it"
+            bottleneck = CrossModalBottleneck(num_inputs, tuning.size, dtype, part.watch_visual_tokens())
+        else:
+            bottleneck = Bottleneck(num_inputs, tuning.size, linear.output_size, dtype)
+        bottleneck.initialise(name, seed)
+        linear.adapter = BottleneckAdapter(linear, bottleneck, tap)
         counts[component_of(name)] += 1
 
 

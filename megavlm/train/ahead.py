@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from megavlm.data.dataset import Dataset
 from megavlm.data.sample import Batch
 from megavlm.losses.reduce import global_sums
 from megavlm.peft.attach import adapters_disabled
@@ -28,7 +29,9 @@ def rows_with_all(state: TrainState, rows: Rows, training: bool) -> Rows:
         rows: of a step, or of an evaluation.
         training: which of both.
     """
-    return _take_census(state, _look_ahead(state, _with_references(state, rows)), training)
+    dataset = state.train_set if training else state.eval_set
+    assert dataset is not None
+    return _take_census(state, _look_ahead(state, _with_references(state, rows), dataset), training)
 
 
 def _with_references(state: TrainState, rows: Rows) -> Rows:
@@ -54,7 +57,7 @@ def _with_references(state: TrainState, rows: Rows) -> Rows:
     return Rows(batches, rows.patches, rows.shares)
 
 
-def _look_ahead(state: TrainState, rows: Rows) -> Rows:
+def _look_ahead(state: TrainState, rows: Rows, dataset: Dataset) -> Rows:
     """The rows with what the stage wants to know of them all before their step; without such a stage as they are."""
     look = state.stage.look_ahead
     if look is None:
@@ -70,9 +73,8 @@ def _look_ahead(state: TrainState, rows: Rows) -> Rows:
     with not_training(state):
         run_schedule(state, evaluation_schedule(state.layout, len(rows.batches)), read, on_output)
     ahead = look.result(global_sums(local, state.groups.speaks))
-    return Rows(
-        [dataclasses.replace(look.remaining(batch), ahead=ahead) for batch in batches], rows.patches, rows.shares
-    )
+    left = [dataclasses.replace(look.remaining(batch, ahead, dataset), ahead=ahead) for batch in batches]
+    return Rows(left, rows.patches, rows.shares)
 
 
 def _take_census(state: TrainState, rows: Rows, training: bool) -> Rows:

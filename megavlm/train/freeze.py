@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from megavlm.config.tuning import COMPONENTS, TuningPlan
-from megavlm.models.embedding_head import HF_NAMES as EMBEDDING_NAMES
+from megavlm.models.embedding_head import EMBEDDING_NAMES, MATCH_NAMES
 from megavlm.models.mask_head import NATIVE_NAMES as MASK_NAMES
 from megavlm.models.names import Part, component_of, is_adapter, layer_of, named_parameters
 from megavlm.models.score import NATIVE_NAME
@@ -26,9 +26,9 @@ def freeze(models: Iterable[Part], plan: TuningPlan) -> None:
         for name, parameter in named_parameters(model):
             learns = is_adapter(name) or plan.of(component_of(name), layer_of(name)).method == "full"
             # The new heads lie where the output layer over words does, under its name.
-            head = model.architecture.language.head
-            learns |= head == "scores" and name == NATIVE_NAME and plan.learns("language")
-            learns |= head == "embeddings" and name in EMBEDDING_NAMES
+            language = model.architecture.language
+            learns |= language.head == "scores" and name == NATIVE_NAME and plan.learns("language")
+            learns |= language.embedding_dim > 0 and name in EMBEDDING_NAMES | MATCH_NAMES
             learns |= name in MASK_NAMES
             if not learns:
                 parameter.requires_grad_(False)

@@ -149,7 +149,7 @@ def build_parts(recipe: Recipe, directory: HFDirectory, groups: Groups, bucket_s
     held: list[Part] = [*models, encoder] if encoder is not None else [*models]
     load_weights(directory, held)
     if directory.new_names:
-        _initialise_head(recipe, held)
+        _initialise_heads(recipe, directory, held)
     if directory.new_mask_names:
         for part in held:
             initialise_masks(named_parameters(part), recipe.train.seed)
@@ -179,14 +179,16 @@ def build_parts(recipe: Recipe, directory: HFDirectory, groups: Groups, bucket_s
     return parts
 
 
-def _initialise_head(recipe: Recipe, parts: Sequence[Part]) -> None:
+def _initialise_heads(recipe: Recipe, directory: HFDirectory, parts: Sequence[Part]) -> None:
     knobs = recipe.contrastive
+    new = {entry.native for entry in directory.entries if entry.names[0] in directory.new_names}
     temperature = knobs.temperature or {"softmax": 0.07, "sigmoid": 0.1}[knobs.loss_type]
     for part in parts:
+        parameters = [(name, parameter) for name, parameter in named_parameters(part) if name in new]
         if part.architecture.language.head == "scores":
-            initialise_scores(named_parameters(part), recipe.train.seed)
+            initialise_scores(parameters, recipe.train.seed)
         else:
-            initialise_embeddings(named_parameters(part), recipe.train.seed, temperature, knobs.logit_bias)
+            initialise_embeddings(parameters, recipe.train.seed, temperature, knobs.logit_bias)
 
 
 def _emulated(recipe: Recipe, architecture: Architecture, parts: Sequence[Part], groups: Groups) -> EmulatedFp8:

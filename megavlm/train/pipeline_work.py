@@ -127,6 +127,8 @@ class _LanguageWork:
         scale = self._parts.config.grad_scale_func
         if not taken and scale is not None:
             output = scale(output)
+        batch = self._rows.batches[microbatch]
+        self._parts.models[chunk].show_row(batch.tokens_T, batch.cu_seqlens)
         self._backwards_left[chunk] -= 1
         last = not self._backwards_left[chunk]
         with contextlib.nullcontext() if last else self._parts.chunks[chunk].no_sync():

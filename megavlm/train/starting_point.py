@@ -105,7 +105,9 @@ def embedding_of(state: TrainState) -> dict[str, Any]:
     knobs = state.recipe.contrastive
     if not state.directory.architecture.language.embedding_dim:
         return {}
-    return {"size": knobs.embedding_dim, "image_prompt": knobs.image_prompt, "text_prompt": knobs.text_prompt}
+    facts = {"size": knobs.embedding_dim, "image_prompt": knobs.image_prompt, "text_prompt": knobs.text_prompt}
+    matches = state.directory.architecture.language.has_match_head
+    return facts | ({"match_prompt": state.recipe.matching.match_prompt} if matches else {})
 
 
 def mask_head_of(directory: HFDirectory) -> dict[str, Any]:
@@ -143,9 +145,11 @@ def check_model(state: TrainState, common: dict[str, Any], folder: Path) -> None
     embedding = embedding_of(state)
     if common.get("embedding", {}) != embedding:
         changed = next(name for name in embedding if common["embedding"][name] != embedding[name])
-        knob = {"size": "embedding_dim"}.get(changed, changed)
+        section, knob = "contrastive", {"size": "embedding_dim"}.get(changed, changed)
+        if knob == "match_prompt":
+            section = "matching"
         raise use_error(
-            f"contrastive.{knob}",
+            f"{section}.{knob}",
             embedding[changed],
             f"{common['embedding'][changed]!r}, as {folder} was written",
             "keep it when resuming",

@@ -220,7 +220,7 @@ def open_directory(recipe: Recipe) -> HFDirectory:
         )
     if recipe.sft.mask_loss_coeff:
         return _with_masks(recipe, directory)
-    if head != "embeddings":
+    if head not in ("embeddings", "matches"):
         return directory
     size, stored = recipe.contrastive.embedding_dim, directory.stored_embedding_dim
     if stored and stored != size:
@@ -230,7 +230,7 @@ def open_directory(recipe: Recipe) -> HFDirectory:
             f"{stored}, as {directory.path} has it",
             f"set contrastive.embedding_dim={stored}",
         )
-    return directory.as_embedding_model(size)
+    return directory.as_embedding_model(size, head == "matches")
 
 
 def _with_masks(recipe: Recipe, directory: HFDirectory) -> HFDirectory:

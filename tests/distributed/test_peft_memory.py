@@ -27,6 +27,7 @@ MODES: dict[str, dict[str, Any]] = {
     "IA3": {"components": f"{COMPONENTS}ia3"},
     "adapters, width 16": {"components": f"{COMPONENTS}adapter size=16"},
     "parallel adapters, width 16": {"components": f"{COMPONENTS}parallel_adapter size=16"},
+    "cross-modal adapters, width 16": {"components": f"{COMPONENTS}cross_modal_adapter size=16"},
     "prefix, 16 tokens": {"components": f"{COMPONENTS}prefix tokens=16"},
 }
 

@@ -211,7 +211,7 @@ def recipe_of(root: Path, reference: Reference, **changes: dict[str, Any]) -> Re
     if reference.family in MASKS:
         sections["data"] = {"train": (str(root / "masks.jsonl"),)}
     if reference.stage != "sft":
-        special = {"kto": "marked", "prm": "steps", "contrastive": "captions"}
+        special = {"kto": "marked", "prm": "steps", "contrastive": "captions", "matching": "captions"}
         sections["data"] = {"train": (str(root / f"{special.get(reference.stage, 'pairs')}.jsonl"),)}
     for name, values in changes.items():
         sections[name] = sections.get(name, {}) | values

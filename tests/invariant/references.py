@@ -66,6 +66,11 @@ def _masks(model: str, peft: dict[str, Any] | None = None) -> Reference:
     return Reference(model, objective=objective | ({"peft": peft} if peft else {}))
 
 
+def _matching(family: str, **knobs: Any) -> Reference:
+    contrastive = {"embedding_dim": 24, "temperature": 0.3}
+    return Reference(family, {"lr": 3e-4}, stage="matching", objective={"contrastive": contrastive, "matching": knobs})
+
+
 def _tuned(lr: float = 1e-3, **peft: Any) -> Reference:
     return Reference("qwen3_vl", {"lr": lr}, objective={"peft": peft})
 
@@ -115,11 +120,16 @@ REFERENCES: dict[str, Reference] = {
     "dpo, adapters off": _compared("adapter_off"),
     "contrastive": _contrastive("qwen3_vl", temperature=0.3),
     "contrastive, sigmoid": _contrastive("llava", loss_type="sigmoid", logit_bias=-2.0, text_prompt="in one word"),
+    "matching": _matching("qwen3_vl", match_prompt="in this image"),
+    "matching, hardest": _matching("llava", negatives="hardest", max_texts_per_image=1, contrastive_coeff=0.5),
     "LoRA": _tuned(tuner_type="lora", lorap_lr_ratio=4.0),
     "DoRA": _tuned(tuner_type="lora", use_dora=True),
     "QLoRA": _tuned(tuner_type="lora", bnb_4bit_quant_type="nf4"),
     "IA3": _tuned(1e-1, tuner_type="ia3"),
     "adapters": _tuned(3e-3, components="vision: adapter, projector: adapter, language: parallel_adapter size=16"),
+    "cross-modal adapters": _tuned(
+        3e-3, components="vision: frozen, projector: full, language: cross_modal_adapter size=16"
+    ),
     "prefix": _tuned(3e-3, components="vision: frozen, projector: lora, language: prefix"),
     "prefix of the tower, frozen language": _tuned(
         5e-2, components="vision: prefix, projector: frozen, language: frozen"

@@ -1,4 +1,4 @@
-"""What the workers run: a training step on embeddings of images and texts."""
+"""What the workers run: a training step on embeddings of images and texts, and on whether they match."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,21 +19,22 @@ def step_against(
     micro_batch_size: int,
     parallel: Mapping[str, Any],
     broken: bool = False,
+    matching: Mapping[str, Any] | None = None,
 ) -> Measured:
     """One step on all rows of a file as one global batch; ranks that the layout leaves over are data ranks.
 
-    `broken`: embeddings have no gradient from the rows of others.
+    `broken`: embeddings have no gradient from the rows of others. `matching`: knobs of that stage, which is run then.
     """
     from megavlm.checkpoint.hf_io import HFDirectory
     from megavlm.config.schema import DataConfig, OptimizerConfig, TrainConfig
-    from megavlm.config.stage_knobs import ContrastiveConfig
+    from megavlm.config.stage_knobs import ContrastiveConfig, MatchingConfig
     from megavlm.losses import contrastive
     from megavlm.train.state import build_state
     from megavlm.train.step import train_step
 
     num_rows = len(rows_file.read_text().splitlines())
     train = TrainConfig(
-        stage="contrastive",
+        stage="contrastive" if matching is None else "matching",
         train_iters=1,
         precision="fp32",
         global_batch_size=num_rows,
@@ -47,12 +48,13 @@ def step_against(
         optimizer=OptimizerConfig(clip_grad=0.0),
         train=train,
         contrastive=ContrastiveConfig(**knobs),
+        matching=MatchingConfig(**(matching or {})),
     )
     gather = contrastive._Gather.backward
     lost = staticmethod(lambda _ctx, grad_MD: (torch.zeros_like(grad_MD), None, None))
     with patch.object(contrastive._Gather, "backward", lost if broken else gather):
         state = build_state(recipe)
         result = train_step(state, 0)
-    judge = HFDirectory(hf_dir).as_embedding_model(recipe.contrastive.embedding_dim)
+    judge = HFDirectory(hf_dir).as_embedding_model(recipe.contrastive.embedding_dim, matching is not None)
     measured = compare_gradients(state.models, expected.gradients, judge)
-    return measured | {"loss": abs(result.loss / expected.loss - 1)}
+    return measured | {"loss": abs(result.loss / expected.loss - 1), "accuracy": result.figures.get("accuracy", -1.0)}

@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from megavlm.config.schema import Recipe
+from megavlm.data.dataset import Dataset
 from megavlm.data.sample import Batch
 from megavlm.errors import RunError
 from megavlm.losses.contrastive import clip_loss, retrieval_hits, siglip_loss
@@ -49,11 +50,16 @@ class WholeBatch:
     loss_type: Literal["softmax", "sigmoid"]
     embedding_dim: int
 
+    @property
+    def num_columns(self) -> int:
+        """2 D + K, of `result`."""
+        return 2 * self.embedding_dim + len(_TOLD)
+
     def read(self, batch: Batch) -> Batch:
         """All of the row."""
         return batch
 
-    def remaining(self, batch: Batch) -> Batch:
+    def remaining(self, batch: Batch, ahead: torch.Tensor, rows: Dataset) -> Batch:
         """All of it again, this time to learn."""
         return batch
 
@@ -93,7 +99,7 @@ class WholeBatch:
             else:
                 loss_sum, _, _ = siglip_loss(images_ND, texts_ND, scale, bias, everybody)
             loss_sum.backward()
-        told_MK = sums.new_zeros(len(images_MD), 2 * self.embedding_dim + len(_TOLD))
+        told_MK = sums.new_zeros(len(images_MD), self.num_columns)
         if len(images_ND):
             assert images_ND.grad is not None and texts_ND.grad is not None and scale.grad is not None
             slope = torch.zeros_like(bias) if bias.grad is None else bias.grad

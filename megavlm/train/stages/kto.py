@@ -14,6 +14,7 @@ import torch
 from megavlm.config.numerics import row_multiples
 from megavlm.config.objectives import loss_types
 from megavlm.config.schema import Recipe
+from megavlm.data.dataset import Dataset
 from megavlm.data.packing import part_of
 from megavlm.data.sample import Batch
 from megavlm.losses.kto import KtoOptions, kl_estimate, kl_sums, kto_loss
@@ -45,7 +46,7 @@ class ReferencePoint:
         """The answers of other rows."""
         return part_of(batch, OTHER, self.image_token_id, self.total_multiple)
 
-    def remaining(self, batch: Batch) -> Batch:
+    def remaining(self, batch: Batch, ahead: torch.Tensor, rows: Dataset) -> Batch:
         """The row's own answers."""
         return part_of(batch, OWN, self.image_token_id, self.total_multiple)
 

@@ -9,6 +9,7 @@ from megavlm.models.architecture import Architecture, Head
 from megavlm.parallel.groups import Groups
 from megavlm.train.stages.contrastive import build_contrastive
 from megavlm.train.stages.kto import build_kto
+from megavlm.train.stages.matching import build_matching
 from megavlm.train.stages.preference import build_cpo, build_dpo, build_orpo, build_simpo
 from megavlm.train.stages.prm import build_prm
 from megavlm.train.stages.reward import build_rm
@@ -42,5 +43,6 @@ STAGES: dict[str, StageKind] = {
     "simpo": StageKind(build_simpo, "pair"),
     "orpo": StageKind(build_orpo, "pair"),
     "contrastive": StageKind(build_contrastive, "image_text", head="embeddings"),
+    "matching": StageKind(build_matching, "image_text", head="matches"),
     "kto": StageKind(build_kto, "marked", needs_reference=True),
 }

@@ -47,12 +47,19 @@ def sequence_rows(outputs_LX: torch.Tensor, places_Q: torch.Tensor, batch: Batch
     return summed_over_context(rows_QX.index_add(0, sequences_L[held], outputs_LX[held].float()), context)
 
 
-def last_wanted_tokens(wanted_T: torch.Tensor, batch: Batch) -> torch.Tensor:
+def last_wanted_tokens(wanted_T: torch.Tensor, batch: Batch, first: int = 0, count: int = -1) -> torch.Tensor:
     """Position in the packed row of the last wanted token of each sequence: int64 [Q].
 
     In a row that only fills up a round none is wanted, and any will do.
+
+    Args:
+        wanted_T: bool, or a number that is not 0.
+        batch: the row.
+        first: of the sequences that are looked at.
+        count: how many they are; -1: those of the samples.
     """
-    borders = batch.cu_seqlens[: num_sequences(batch) + 1].tolist()
+    num = num_sequences(batch) if count < 0 else count
+    borders = batch.cu_seqlens[first : first + num + 1].tolist()
     places = [torch.nonzero(wanted_T[start:end])[:, 0].tolist() or [0] for start, end in itertools.pairwise(borders)]
     return torch.tensor([start + place[-1] for start, place in zip(borders, places, strict=False)])
 

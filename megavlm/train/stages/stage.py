@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from megavlm.data.dataset import Dataset
 from megavlm.data.sample import Batch
 
 Sums = Mapping[str, torch.Tensor]
@@ -22,8 +23,8 @@ class LookAhead(Protocol):
     def read(self, batch: Batch) -> Batch:
         """What goes through it of a row."""
 
-    def remaining(self, batch: Batch) -> Batch:
-        """What is left of the row for the step."""
+    def remaining(self, batch: Batch, ahead: torch.Tensor, rows: Dataset) -> Batch:
+        """What the row is in the step: `ahead` is of `result`, and `rows` are those that the batch is of."""
 
     def new_sums(self, num_samples: int, device: torch.device) -> torch.Tensor:
         """Zeros, for what is added up over microbatches and ranks of so many samples."""

@@ -90,6 +90,7 @@ def test_mistakes_in_components(components: str, message: str) -> None:
             ),
             "parallel.cp_comm_type: got p2p with peft prefix",
         ),
+        (recipe_of(tuner_type="cross_modal_adapter"), "peft: got vision: cross_modal_adapter; expected language"),
         (recipe_of(tuner_type="lora", target_modules=()), "peft.target_modules: got nothing"),
         (
             dataclasses.replace(

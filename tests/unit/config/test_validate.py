@@ -114,6 +114,15 @@ def test_good_recipes_pass(folder: Path, overrides: list[str]) -> None:
         ),
         (["train.stage=contrastive", "data.too_long=cut_turns"], ["data.too_long", "are not cut"]),
         (["train.stage=contrastive", "data.template=llava_plain"], ["data.template", "prints questions"]),
+        (["matching.negatives=hardest"], ["matching", "train.stage sft", "train.stage=matching"]),
+        (["train.stage=contrastive", "matching.match_prompt=why"], ["matching", "train.stage contrastive"]),
+        (["train.stage=matching", "matching.max_texts_per_image=0"], ["matching.max_texts_per_image", "at least 1"]),
+        (["train.stage=matching", "matching.negatives=random"], ["matching.negatives", "sampled"]),
+        (["train.stage=matching", "data.too_long=cut_turns"], ["data.too_long", "are not cut"]),
+        (
+            ["train.stage=matching", "train.global_batch_size=1", "train.micro_batch_size=1"],
+            ["train.global_batch_size", "1 with train.stage matching"],
+        ),
         (["train.stage=contrastive", "model.hidden_dropout=0.1"], ["model.hidden_dropout", "computed twice"]),
         (
             ["model.backend=flash", "parallel.context_parallel_size=2", "parallel.cp_comm_type=p2p"],

@@ -21,10 +21,11 @@ from megavlm.parallel.topology import Topology
 from megavlm.pipeline.actions import Compute, Schedule
 from megavlm.planner import activations, encoder_activations
 from megavlm.planner.activations import Kept, Row
-from megavlm.planner.decoder_activations import decoder_layers
+from megavlm.planner.decoder_activations import decoder_layers, layer_learns
 from megavlm.planner.encoder_activations import Images
 from megavlm.planner.experts import ExpertRanks, Routed
 from megavlm.planner.parameters import StateBytes, encoder_held, experts_held, language_held, state_bytes
+from megavlm.planner.tuned import tuned_of
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ class RankMemory:
         self.dtype = compute_dtype(recipe)
         self.element_bytes = 4 if self.dtype == "fp32" else 2
         self.recompute = activations.recompute_of(recipe.parallel)
+        self.tuned = tuned_of(recipe)
         self.stage = position - topology.first_position
         self.layers = _layers_of(recipe, architecture, self.stage) if self.stage >= 0 else ()
         self.tower_layers = _tower_layers_of(architecture, topology, position)
@@ -138,20 +140,18 @@ class RankMemory:
         if self.stage >= 0:
             layers = [number for chunk in self.layers for number in chunk]
             held = language_held(
-                self.architecture, recipe.optimizer, topology.tensor, layers, self.stage, topology.pipeline
+                self.architecture, self.tuned, topology.tensor, layers, self.stage, topology.pipeline
             )
             copies = topology.data * topology.context
             parts.append(state_bytes(held, recipe.parallel, self.dtype, copies))
             ranks = self.expert_ranks
-            experts = experts_held(
-                self.architecture.language, recipe.optimizer, len(layers), ranks.expert, ranks.tensor
-            )
+            experts = experts_held(self.architecture.language, self.tuned, layers, ranks.expert, ranks.tensor)
             copies = topology.layer_size // (ranks.expert * ranks.tensor)
             parts.append(state_bytes(experts, recipe.parallel, self.dtype, copies))
         if self.tower_layers is not None:
             first, last = self._encoder_ends
             encoder = encoder_held(
-                self.architecture, recipe.optimizer, topology.vision_tensor, len(self.tower_layers), first, last
+                self.architecture, self.tuned, topology.vision_tensor, self.tower_layers, first, last
             )
             parts.append(state_bytes(encoder, recipe.parallel, self.dtype, len(topology.replicas)))
         return StateBytes(
@@ -171,6 +171,11 @@ class RankMemory:
         )
 
     @property
+    def _trains_encoder(self) -> bool:
+        """Whether there is a gradient for visual features."""
+        return self.tuned.plan.learns("vision") or self.tuned.plan.learns("projector")
+
+    @property
     def _encoder_ends(self) -> tuple[bool, bool]:
         """Whether this position has the encoder's first and last stage."""
         if self.topology.placement != "stage":
@@ -187,7 +192,7 @@ class RankMemory:
             context=self.topology.context,
             context_kind=parallel.cp_comm_type,
             element_bytes=self.element_bytes,
-            trained=not self.recipe.optimizer.freeze_llm,
+            trained=self.tuned.of("language", None).method == "full",
             expert_ranks=self.expert_ranks,
             routed=load.routed,
             is_balanced=self.recipe.model.moe_aux_loss_coeff > 0,
@@ -198,8 +203,9 @@ class RankMemory:
         """What a chunk of the language model keeps of a microbatch."""
         architecture, row, numbers = self.architecture, self.row(load), self.layers[number]
         language = architecture.language
-        kept = decoder_layers(architecture, row, numbers, self.recompute)
         is_first = self.stage == 0 and number == 0
+        differentiated = not is_first or row.trained or self._trains_encoder
+        kept = decoder_layers(architecture, row, numbers, self.recompute, self.tuned, differentiated)
         is_last = self.stage == self.topology.pipeline - 1 and number == len(self.layers) - 1
         head = loss = 0.0
         if is_last and self.recipe.model.cross_entropy_loss_fusion:
@@ -216,21 +222,18 @@ class RankMemory:
             border += activations.feature_bytes(architecture, load.num_visual_tokens, self.element_bytes)
         else:
             border += activations.slots_before(architecture, before) * width
-        ids = activations.embedding(architecture, row, self.recompute) if is_first else 0.0
+        ids = 0.0
+        if is_first and numbers:
+            learns = layer_learns(architecture, self.tuned, numbers[0], row)
+            ids = activations.embedding(architecture, row, self.recompute, learns)
         return ChunkBytes(kept.bytes + ids, head, loss, kept.redone_bytes, border)
 
     def encoder(self, grids: tuple[Grid, ...]) -> Kept:
         """What the rank's encoder keeps of some images."""
         if self.tower_layers is None:
             return Kept(0.0)
-        optimizer, (first, last) = self.recipe.optimizer, self._encoder_ends
-        images = Images(
-            grids,
-            tensor=self.topology.vision_tensor,
-            element_bytes=self.element_bytes,
-            trains_tower=not optimizer.freeze_vit,
-            trains_connectors=not optimizer.freeze_aligner,
-        )
+        first, last = self._encoder_ends
+        images = Images(grids, self.tuned, tensor=self.topology.vision_tensor, element_bytes=self.element_bytes)
         return encoder_activations.encoder(self.architecture, images, self.recompute, self.tower_layers, first, last)
 
     def temporary(self, load: Load) -> float:

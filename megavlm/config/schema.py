@@ -92,6 +92,13 @@ class ParallelConfig:
     cpu_offloading: bool = False
     """Activations wait for their backward pass in CPU memory, of encoder and language model; copied to and fro without
     overlap."""
+    optimizer_cpu_offload: bool = False
+    """AdamW's averages and main weights are kept in CPU memory, and updated there (Megatron-Core's hybrid optimizer)."""
+    optimizer_offload_fraction: float = 1.0
+    """With optimizer_cpu_offload: which part of the weights; what is left is updated on the GPU."""
+    overlap_cpu_optimizer_d2h_h2d: bool = False
+    """With optimizer_cpu_offload: a weight is updated while gradients of others are on their way to the CPU, and
+    weights on their way back."""
     gradient_accumulation_fusion: bool = False
     """Gradients of weights are added to those of the step in the product itself: kernels of Transformer Engine or apex,
     on GPUs only."""

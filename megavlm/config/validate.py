@@ -20,6 +20,7 @@ from megavlm.config.placement import check_placement
 from megavlm.config.ranges import LEAST, check_numbers
 from megavlm.config.rope import check_rope
 from megavlm.config.schema import DataConfig, ParallelConfig, Recipe
+from megavlm.config.speed import check_speed
 from megavlm.config.tasks import check_boxes, check_tasks
 from megavlm.config.tokens import check_tokens
 from megavlm.config.tuning import check_tuning
@@ -56,6 +57,7 @@ def validate_recipe(recipe: Recipe, check_paths: bool = True) -> None:
     _check_schedule(recipe)
     check_tuning(recipe)
     check_learning(recipe)
+    check_speed(recipe)
     check_mixture(recipe)
     _check_data(recipe)
     _check_media_limits(recipe.data)

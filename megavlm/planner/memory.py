@@ -1,15 +1,16 @@
 """Memory of a rank in training, by part: what it holds all the time, and what a schedule makes it hold at the worst.
 
 Weights, gradients, optimizer and activations are exact for the `torch` backend (up to the alignment of small tensors);
-tests compare them with the bytes of real runs. Of experts they are those of balanced routing, or of given numbers of
+tests compare them with the bytes of real runs, of parameter-efficient tuning too. Of experts they are those of balanced routing, or of given numbers of
 tokens. `buffers` is an estimate: messages that wait, and the largest temporary tensors. What an allocator adds
 (fragments), and the CUDA context, are not in here: leave some memory free for them.
 
 Flash attention and Transformer Engine fuse norms and rotary positions and keep less than the layers of the `torch`
-backend. Their figures here are those of the `torch` backend, an upper bound that no run has verified.
+backend. Their figures here are those of the `torch` backend, an upper bound that no run has verified. Of activations in
+CPU memory (`cpu_offloading`) counted is each storage once; views that several operations keep are copied for each.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from megavlm.config.inputs import Grid
@@ -57,6 +58,7 @@ class Memory:
         language: activations of the language model.
         logits: what the loss keeps.
         buffers: an estimate of messages that wait, and of temporary tensors.
+        host: in CPU memory: optimizer state and activations that are kept there, and in no other part.
     """
 
     weights: float
@@ -66,6 +68,7 @@ class Memory:
     language: float
     logits: float
     buffers: float
+    host: float = 0.0
 
     @property
     def total(self) -> float:
@@ -158,6 +161,7 @@ class RankMemory:
             sum(part.weights for part in parts),
             sum(part.gradients for part in parts),
             sum(part.optimizer for part in parts),
+            sum(part.host for part in parts),
         )
 
     @property
@@ -271,14 +275,19 @@ class RankMemory:
             schedule: whose list at this position the rank executes.
             loads: one for each microbatch.
         """
-        live = _Live()
         chunks = {
             (number, m): self.chunk(number, load) for number in range(len(self.layers)) for m, load in enumerate(loads)
         }
         images = [self.encoder(load.grids) for load in loads]
-        for compute in schedule.computes(self.position):
-            _play(compute, chunks, images, live)
-        state = self.state
+        computes = schedule.computes(self.position)
+        state, host = self.state, 0.0
+        live = _played(computes, chunks, images)
+        if self.recipe.parallel.cpu_offloading:
+            host = live.most_kept
+            chunks = {key: _away(chunk, len(self.layers[key[0]])) for key, chunk in chunks.items()}
+            num_layers = max(1, len(self.tower_layers or ()))
+            images = [Kept(0.0, kept.redone_bytes + kept.bytes / num_layers) for kept in images]
+            live = _played(computes, chunks, images)
         language, logits, encoder = live.worst
         return Memory(
             weights=state.weights,
@@ -288,6 +297,7 @@ class RankMemory:
             language=language,
             logits=logits,
             buffers=live.most_border + max(self.temporary(load) for load in loads),
+            host=state.host + host,
         )
 
 
@@ -295,7 +305,7 @@ class _Live:
     """What is alive, and the worst moment."""
 
     def __init__(self) -> None:
-        self.language = self.logits = self.encoder = self.border = self.most_border = 0.0
+        self.language = self.logits = self.encoder = self.border = self.most_border = self.most_kept = 0.0
         self.worst = (0.0, 0.0, 0.0)
 
     def look(self, more_language: float = 0.0, more_encoder: float = 0.0) -> None:
@@ -303,6 +313,22 @@ class _Live:
         if sum(now) > sum(self.worst):
             self.worst = now
         self.most_border = max(self.most_border, self.border)
+        self.most_kept = max(self.most_kept, self.language + self.encoder)
+
+
+def _away(chunk: ChunkBytes, num_layers: int) -> ChunkBytes:
+    """A chunk whose activations wait in CPU memory, but for the loss's: those of about a layer are back at a time."""
+    return ChunkBytes(0.0, 0.0, chunk.logits, chunk.redone + chunk.layers / max(1, num_layers), chunk.border)
+
+
+def _played(
+    computes: Iterable[Compute], chunks: dict[tuple[int, int], ChunkBytes], images: list[Kept]
+) -> _Live:
+    """What is alive over all of a rank's work."""
+    live = _Live()
+    for compute in computes:
+        _play(compute, chunks, images, live)
+    return live
 
 
 def _play(compute: Compute, chunks: dict[tuple[int, int], ChunkBytes], images: list[Kept], live: _Live) -> None:

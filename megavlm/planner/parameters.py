@@ -67,11 +67,12 @@ def together(parts: Iterable[Held]) -> Held:
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Bytes of a rank's parameters and of what training keeps for them."""
+    """Bytes of a rank's parameters and of what training keeps for them; `host`: in CPU memory."""
 
     weights: float
     gradients: float
     optimizer: float
+    host: float = 0.0
 
 
 def decoder_layer_sizes(language: LanguageArchitecture, tensor: int) -> Sizes:
@@ -296,11 +297,12 @@ def state_bytes(held: Held, parallel: ParallelConfig, precision: str, num_copies
     """Weights, gradients and optimizer state of a rank.
 
     Gradients are fp32 always. AdamW keeps two averages in fp32, and an fp32 copy of weights in bf16 or fp16; the
-    distributed optimizer shards these over all ranks that hold a copy of the weights.
+    distributed optimizer shards these over all ranks that hold a copy of the weights, and may have a part of them in
+    CPU memory.
 
     Args:
         held: the rank's parameters.
-        parallel: reads `use_distributed_optimizer`.
+        parallel: reads `use_distributed_optimizer` and what follows `optimizer_cpu_offload`.
         precision: fp32, bf16 or fp16.
         num_copies: ranks that hold the same parameters (for the language model data x context ranks, for experts the
             ranks of a stage over those that share them).
@@ -310,8 +312,14 @@ def state_bytes(held: Held, parallel: ParallelConfig, precision: str, num_copies
     num_frozen, num_trained = num_elements(held.frozen), num_elements(held.trained)
     if not parallel.use_distributed_optimizer:
         return StateBytes(weight * (num_frozen + num_trained) + held.packed, 4 * num_trained, kept * num_trained)
-    padded = _padded(held.trained, num_copies)
-    return StateBytes(weight * (num_frozen + padded) + held.packed, 4 * padded, kept * num_trained / num_copies)
+    padded, own = _padded(held.trained, num_copies), num_trained / num_copies
+    away = parallel.optimizer_offload_fraction if parallel.optimizer_cpu_offload else 0.0
+    return StateBytes(
+        weight * (num_frozen + padded) + held.packed,
+        4 * padded,
+        kept * own * (1 - away),
+        (kept + 4) * own * away,  # gradients in fp32 wait there as well
+    )
 
 
 def _padded(sizes: Sizes, num_copies: int) -> int:

@@ -150,7 +150,8 @@ def build_parts(recipe: Recipe, directory: HFDirectory, groups: Groups, bucket_s
         _initialise_head(recipe, held)
     plan = tuning_plan(recipe)
     quantise_frozen(held, directory.entries, plan, recipe.peft, directory.read_parts, config.params_dtype)
-    attach(held, directory.entries, plan, recipe.peft, recipe.train.seed, config.params_dtype)
+    backend = recipe.model.backend
+    attach(held, directory.entries, plan, recipe.peft, recipe.train.seed, config.params_dtype, backend)
     freeze(held, plan)
     if recipe.peft.adapters:
         load_adapter(Path(recipe.peft.adapters), directory, held)

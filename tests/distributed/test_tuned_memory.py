@@ -15,7 +15,7 @@ MOST_ERROR = 0.05
 _ALONE = "vision: frozen, projector: frozen, language: "
 _LORA: dict[str, Any] = {"components": f"{_ALONE}lora r=4"}
 _EVERYWHERE: dict[str, Any] = {"tuner_type": "lora", "lora_rank": 4}
-_QUANTISED: dict[str, Any] = {"bnb_4bit_quant_type": "nf4", "quantized_components": ("language", "vision")}
+_QUANTISED: dict[str, Any] = {"bnb_4bit_quant_type": "nf4"}
 _TP, _SELECTIVE = layout(tp=2, sp=True), ("core_attn", "mlp", "layernorm")
 
 # name: (family, ranks, layout, peft, whether it runs every time)
@@ -56,7 +56,7 @@ CASES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any], bool]] = {
         "qwen3_vl",
         2,
         _TP,
-        _EVERYWHERE | _QUANTISED | {"bnb_4bit_use_double_quant": False, "quantized_components": ("language",)},
+        _EVERYWHERE | _QUANTISED | {"bnb_4bit_use_double_quant": False,},
         False,
     ),
     "ia3": ("qwen3_vl", 1, {}, {"tuner_type": "ia3", "target_modules": ("k_proj", "v_proj", "down_proj")}, True),

@@ -89,7 +89,7 @@ def allocate_offloaded(optimizer: HybridDeviceOptimizer) -> None:
     """Give an optimizer that is partly in CPU memory the state that it has before its first step: moments of 0.
 
     Megatron-Core would take a step with random gradients, which changes weights and draws from the run's random state
-    (0.16.1, optimizer/cpu_offloading/hybrid_optimizer.py:451).
+    (0.16.1, optimizer/cpu_offloading/hybrid_optimizer.py:453).
     """
     for one in optimizer.sub_optimizers:
         for parameter in itertools.chain.from_iterable(group["params"] for group in one.param_groups):

@@ -6,6 +6,7 @@ of megatron-core 0.16.1.
 
 from megavlm.config.numerics import compute_dtype
 from megavlm.config.schema import Recipe
+from megavlm.config.tuning import tuning_plan
 from megavlm.errors import use_error
 
 
@@ -16,6 +17,39 @@ def check_speed(recipe: Recipe) -> None:
         UseError: the first contradiction found.
     """
     _check_optimizer_offload(recipe)
+    if recipe.parallel.tp_comm_overlap:
+        _check_tensor_overlap(recipe)
+
+
+def _check_tensor_overlap(recipe: Recipe) -> None:
+    """Transformer Engine's user buffers are made once, for rows of one length on ranks that follow each other."""
+    parallel, where = recipe.parallel, "parallel.tp_comm_overlap"
+    wanted = {
+        f"model.backend {recipe.model.backend}": (recipe.model.backend == "te", "model.backend=te"),
+        f"tensor_model_parallel_size {parallel.tensor_model_parallel_size}": (
+            parallel.tensor_model_parallel_size > 1,
+            "parallel.tensor_model_parallel_size to more than 1",
+        ),
+        "sequence_parallel false": (parallel.sequence_parallel, "parallel.sequence_parallel=true"),
+        "data.pad_to_packing_length false": (recipe.data.pad_to_packing_length, "data.pad_to_packing_length=true"),
+        f"vision_placement {parallel.vision_placement}": (
+            parallel.vision_placement != "own_ranks",  # tensor ranks would begin anywhere
+            "another parallel.vision_placement",
+        ),
+        "peft": (not tuning_plan(recipe).has_adapters, "parallel.tp_comm_overlap=false: adapters have messages too"),
+        f"observe.num_report_samples {recipe.observe.num_report_samples}": (
+            recipe.observe.num_report_samples == 0,  # questions are put into a row of another length
+            "observe.num_report_samples=0",
+        ),
+    }
+    for got, (is_met, fix) in wanted.items():
+        if not is_met:
+            raise use_error(
+                where,
+                f"true with {got}",
+                "te, sequence parallelism, and rows of one length (data.pad_to_packing_length)",
+                f"set {fix}, or {where}=false" if not fix.startswith(where) else f"set {fix}",
+            )
 
 
 def _check_optimizer_offload(recipe: Recipe) -> None:
@@ -36,14 +70,14 @@ def _check_optimizer_offload(recipe: Recipe) -> None:
             "above 0, and at most 1",
             "give the part of the weights that is updated on the CPU, or set optimizer_cpu_offload=false",
         )
-    if not parallel.use_distributed_optimizer:  # optimizer_config.py:371
+    if not parallel.use_distributed_optimizer:  # optimizer_config.py:379
         raise use_error(
             where,
             "true with use_distributed_optimizer false",
             "the distributed optimizer",
             "set parallel.use_distributed_optimizer=true",
         )
-    # weights in fp32 are not found when its state is loaded (hybrid_optimizer.py:380); none has tried a loss scale
+    # weights in fp32 are not found when its state is loaded (hybrid_optimizer.py:373); none has tried a loss scale
     if compute_dtype(recipe) != "bf16" or recipe.fp8.fp8_param_gather:
         got = "fp8.fp8_param_gather" if recipe.fp8.fp8_param_gather else f"train.precision {recipe.train.precision}"
         raise use_error(
@@ -52,7 +86,7 @@ def _check_optimizer_offload(recipe: Recipe) -> None:
             "weights in bf16, which Megatron-Core's hybrid optimizer has main weights for",
             "set train.precision=bf16 (or fp8 without fp8_param_gather), or optimizer_cpu_offload=false",
         )
-    if recipe.optimizer.unfreeze:  # every group is asked for its rate in every step (hybrid_optimizer.py:333)
+    if recipe.optimizer.unfreeze:  # every group is asked for its rate in every step (hybrid_optimizer.py:349)
         raise use_error(
             where,
             f"true with optimizer.unfreeze `{recipe.optimizer.unfreeze}`",

@@ -211,6 +211,13 @@ def _check_data(recipe: Recipe) -> None:
             "data.packing=true",
             "set data.packing=true or data.packing_length=0",
         )
+    if data.pad_to_packing_length and not data.packing:
+        raise use_error(
+            "data.pad_to_packing_length",
+            "true without data.packing",
+            "data.packing=true",
+            "set data.packing=true or data.pad_to_packing_length=false",
+        )
     if data.packing and 0 < data.packing_length < data.max_length:
         raise use_error(
             "data.packing_length",

@@ -175,7 +175,9 @@ def lora_merged(parts: Iterable[Part]) -> Iterator[None]:
     The weights themselves are kept on the host meanwhile, and are put back bit for bit. Other adapters stay.
     """
     held = list(parts)
-    linears = [linear for part in held for _, linear in adapted_linears(part) if isinstance(linear.adapter, LoraAdapter)]
+    linears = [
+        linear for part in held for _, linear in adapted_linears(part) if isinstance(linear.adapter, LoraAdapter)
+    ]
     kept = [(linear.store, linear.weight.detach().to("cpu", copy=True)) for linear in linears]
     try:
         with torch.no_grad():

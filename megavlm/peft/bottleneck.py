@@ -50,7 +50,9 @@ class Bottleneck(nn.Module):
 class BottleneckAdapter(LinearAdapter):
     """At the row-parallel linear that a block ends with. `tap` is at the one that it begins with: beside the block."""
 
-    def __init__(self, linear: AdaptableLinear, num_inputs: int, size: int, dtype: torch.dtype, tap: "Tap | None") -> None:
+    def __init__(
+        self, linear: AdaptableLinear, num_inputs: int, size: int, dtype: torch.dtype, tap: "Tap | None"
+    ) -> None:
         super().__init__()
         self.bottleneck = Bottleneck(num_inputs, size, linear.output_size, dtype)
         self.group = linear.tp_group

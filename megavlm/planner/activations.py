@@ -326,7 +326,8 @@ def slots_before(architecture: Architecture, layer: int) -> int:
 def embedding(architecture: Architecture, row: Row, recompute: Recompute, learns: LayerKept = LEARNS) -> float:
     """Token ids, where the visual features go, and what sequence-parallel ranks keep of each other's tokens.
 
-    `learns`: the first layer. The first layer gets a view of all the rank's tokens; where that itself is kept, so are the other ranks' parts.
+    The first layer (which learns as `learns` says) gets a view of all the rank's tokens; where that itself is kept, so
+    are the other ranks' parts.
     """
     kept = row.tokens * (2 * INDEX_BYTES + 1 if row.num_visual_tokens else INDEX_BYTES)
     num_slots = slots_before(architecture, 0)

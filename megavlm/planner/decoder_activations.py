@@ -23,7 +23,12 @@ def layer_learns(architecture: Architecture, tuned: Tuned, number: int, row: Row
 
 
 def decoder_layers(
-    architecture: Architecture, row: Row, layers: Sequence[int], recompute: Recompute, tuned: Tuned, differentiated: bool
+    architecture: Architecture,
+    row: Row,
+    layers: Sequence[int],
+    recompute: Recompute,
+    tuned: Tuned,
+    differentiated: bool,
 ) -> Kept:
     """Some decoder layers in a chunk.
 

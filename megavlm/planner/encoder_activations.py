@@ -37,23 +37,17 @@ class Images:
         grids: (frames, rows, columns) of each, in patches.
         tensor: tensor-parallel ranks of the encoder.
         element_bytes: 4 in fp32, 2 in bf16.
-        tuned: how everything learns. A frozen tower keeps nothing; then connectors begin what is differentiated.
+        tuned: how everything learns.
+        trains_tower: whether something in it does; a frozen tower keeps nothing.
+        trains_connectors: with a frozen tower, these begin what is differentiated.
     """
 
     grids: tuple[Grid, ...]
     tuned: Tuned
     tensor: int = 1
     element_bytes: int = FP32_BYTES
-
-    @property
-    def trains_tower(self) -> bool:
-        """Whether something in the tower learns."""
-        return self.tuned.plan.learns("vision")
-
-    @property
-    def trains_connectors(self) -> bool:
-        """Whether something in the connectors learns."""
-        return self.tuned.plan.learns("projector")
+    trains_tower: bool = True
+    trains_connectors: bool = True
 
     @property
     def patches(self) -> int:

@@ -1,9 +1,9 @@
 """Memory of a rank in training, by part: what it holds all the time, and what a schedule makes it hold at the worst.
 
 Weights, gradients, optimizer and activations are exact for the `torch` backend (up to the alignment of small tensors);
-tests compare them with the bytes of real runs, of parameter-efficient tuning too. Of experts they are those of balanced routing, or of given numbers of
-tokens. `buffers` is an estimate: messages that wait, and the largest temporary tensors. What an allocator adds
-(fragments), and the CUDA context, are not in here: leave some memory free for them.
+tests compare them with the bytes of real runs, of parameter-efficient tuning too. Of experts they are those of balanced
+routing, or of given numbers of tokens. `buffers` is an estimate: messages that wait, and the largest temporary tensors.
+What an allocator adds (fragments), and the CUDA context, are not in here: leave some memory free for them.
 
 Flash attention and Transformer Engine fuse norms and rotary positions and keep less than the layers of the `torch`
 backend. Their figures here are those of the `torch` backend, an upper bound that no run has verified. Of activations in
@@ -26,7 +26,7 @@ from megavlm.planner.decoder_activations import decoder_layers, layer_learns
 from megavlm.planner.encoder_activations import Images
 from megavlm.planner.experts import ExpertRanks, Routed
 from megavlm.planner.parameters import StateBytes, encoder_held, experts_held, language_held, state_bytes
-from megavlm.planner.tuned import tuned_of
+from megavlm.planner.tuned import connector_matrices, tower_matrices, tuned_of
 
 
 @dataclass(frozen=True)
@@ -142,9 +142,7 @@ class RankMemory:
         parts = []
         if self.stage >= 0:
             layers = [number for chunk in self.layers for number in chunk]
-            held = language_held(
-                self.architecture, self.tuned, topology.tensor, layers, self.stage, topology.pipeline
-            )
+            held = language_held(self.architecture, self.tuned, topology.tensor, layers, self.stage, topology.pipeline)
             copies = topology.data * topology.context
             parts.append(state_bytes(held, recipe.parallel, self.dtype, copies))
             ranks = self.expert_ranks
@@ -237,7 +235,14 @@ class RankMemory:
         if self.tower_layers is None:
             return Kept(0.0)
         first, last = self._encoder_ends
-        images = Images(grids, self.tuned, tensor=self.topology.vision_tensor, element_bytes=self.element_bytes)
+        images = Images(
+            grids,
+            self.tuned,
+            tensor=self.topology.vision_tensor,
+            element_bytes=self.element_bytes,
+            trains_tower=self.tuned.finds("vision", tower_matrices(self.architecture)),
+            trains_connectors=self.tuned.finds("projector", connector_matrices(self.architecture)),
+        )
         return encoder_activations.encoder(self.architecture, images, self.recompute, self.tower_layers, first, last)
 
     def temporary(self, load: Load) -> float:
@@ -321,9 +326,7 @@ def _away(chunk: ChunkBytes, num_layers: int) -> ChunkBytes:
     return ChunkBytes(0.0, 0.0, chunk.logits, chunk.redone + chunk.layers / max(1, num_layers), chunk.border)
 
 
-def _played(
-    computes: Iterable[Compute], chunks: dict[tuple[int, int], ChunkBytes], images: list[Kept]
-) -> _Live:
+def _played(computes: Iterable[Compute], chunks: dict[tuple[int, int], ChunkBytes], images: list[Kept]) -> _Live:
     """What is alive over all of a rank's work."""
     live = _Live()
     for compute in computes:

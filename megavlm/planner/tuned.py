@@ -77,6 +77,18 @@ class Tuned:
         """How a layer (None: what is in no layer) of a component learns."""
         return self.plan.of(component, layer)
 
+    def finds(self, component: str, matrices: "Sequence[Matrix]") -> bool:
+        """Whether anything of a component with these linears learns: names may mean none of them."""
+        return any(
+            rule.component == component
+            and rule.tuning.method != "frozen"
+            and (
+                rule.tuning.method not in ("lora", "ia3")
+                or any(adapter_sizes(matrix, rule.tuning, self.peft, 1) for matrix in matrices)
+            )
+            for rule in self.plan.rules
+        )
+
     def quantises(self, component: str, tuning: Tuning) -> bool:
         """Whether linears of a component that learn in this way are kept in 4 bits."""
         is_meant = self.peft.bnb_4bit_quant_type != "none" and component in self.peft.quantized_components
@@ -273,9 +285,7 @@ LEARNS = LayerKept(True, dict.fromkeys(("qkv", "proj", "fc1", "fc2"), LinearKept
 """A layer whose own weights all learn."""
 
 
-def layer_kept(
-    tuned: Tuned, component: str, layer: int | None, matrices: Iterable[Matrix], tensor: int
-) -> LayerKept:
+def layer_kept(tuned: Tuned, component: str, layer: int | None, matrices: Iterable[Matrix], tensor: int) -> LayerKept:
     """Of a layer (None: what is in no layer) of a component, on one of `tensor` ranks that share these linears."""
     tuning = tuned.of(component, layer)
     return LayerKept(

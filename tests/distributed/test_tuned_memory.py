@@ -56,7 +56,7 @@ CASES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any], bool]] = {
         "qwen3_vl",
         2,
         _TP,
-        _EVERYWHERE | _QUANTISED | {"bnb_4bit_use_double_quant": False,},
+        _EVERYWHERE | _QUANTISED | {"bnb_4bit_use_double_quant": False},
         False,
     ),
     "ia3": ("qwen3_vl", 1, {}, {"tuner_type": "ia3", "target_modules": ("k_proj", "v_proj", "down_proj")}, True),

@@ -17,6 +17,7 @@ from tests.stand_ins.te_collectives import Copy, Gather, ScatterSum, Sum
 Group = dist.ProcessGroup | None
 # `fuse_wgrad_accumulation` writes into `main_grad` instead of returning a gradient: not known here, so it must be off.
 _HOW_IT_BEGINS = ("get_rng_state_tracker", "rng_tracker_name", "init_method", "device", "ub_name")
+_HOW_IT_TRAVELS = ("ub_bulk_wgrad", "ub_bulk_dgrad", "ub_overlap_ag", "ub_overlap_rs", "ub_overlap_rs_dgrad")
 
 
 def _mark(parameter: nn.Parameter, dimension: int) -> None:
@@ -147,7 +148,7 @@ class _TensorParallel(_Stateful):
 class Linear(_TensorParallel):
     """`te.pytorch.Linear`."""
 
-    @contracted("Linear.__init__", *_HOW_IT_BEGINS)
+    @contracted("Linear.__init__", *_HOW_IT_BEGINS, *_HOW_IT_TRAVELS)
     def __init__(
         self,
         in_features: int,
@@ -173,7 +174,7 @@ class Linear(_TensorParallel):
 class LayerNormLinear(_TensorParallel):
     """`te.pytorch.LayerNormLinear`."""
 
-    @contracted("LayerNormLinear.__init__", *_HOW_IT_BEGINS)
+    @contracted("LayerNormLinear.__init__", *_HOW_IT_BEGINS, *_HOW_IT_TRAVELS)
     def __init__(
         self,
         in_features: int,

@@ -53,8 +53,9 @@ def token_multiple(recipe: Recipe) -> int:
 def row_multiples(recipe: Recipe) -> tuple[int, int]:
     """What a sample, and a whole packed row, are padded to a multiple of.
 
-    That of a row is its whole length where rows have one length. Each context rank has two pieces of every sample, and of the segment that fills the row up; its tokens divide by the
-    sequence-parallel ranks, and what each of these holds by what FP8 asks for.
+    That of a row is its whole length where rows have one length. Each context rank has two pieces of every sample, and
+    of the segment that fills the row up; its tokens divide by the sequence-parallel ranks, and what each of these holds
+    by what FP8 asks for.
     """
     parallel = recipe.parallel
     context = parallel.context_parallel_size

@@ -50,8 +50,8 @@ class AdaptableLinear:
 
     Attributes:
         is_column: ranks share its outputs; else its inputs.
-        adapter: what stands in that place.
-        store: what stands in place of the weight.
+        adapter: a LinearAdapter in that place; None: there is none.
+        store: a WeightStore in place of the weight; None: the weight is a matrix.
         input_size: inputs of the whole linear.
         output_size: outputs of the whole linear.
         input_size_per_partition: inputs of this rank; of a column-parallel one that is all of them.
@@ -61,8 +61,8 @@ class AdaptableLinear:
     """
 
     is_column: bool
-    adapter: LinearAdapter | None
-    store: WeightStore | None
+    adapter: Any
+    store: Any
     input_size: int
     output_size: int
     input_size_per_partition: int

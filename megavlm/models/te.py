@@ -50,7 +50,10 @@ class TEColumnLinear(TEColumnParallelLinear, AdaptableLinear):
 
     def forward(self, x: torch.Tensor) -> Output:
         """Output, and the bias that is still to be added."""
-        return self.run(x) if self.adapter is None or not self.adapter.enabled else self.adapter(self, x)
+        if self.adapter is None or not self.adapter.enabled:
+            return self.run(x)
+        output: Output = self.adapter(self, x)
+        return output
 
     def run(self, x: torch.Tensor) -> Output:
         """The same without the adapter."""
@@ -87,7 +90,10 @@ class TENormColumnLinear(TELayerNormColumnParallelLinear, AdaptableLinear):
 
     def forward(self, x: torch.Tensor) -> Output:
         """Output, and the bias that is still to be added."""
-        return self.run(x) if self.adapter is None or not self.adapter.enabled else self.adapter(self, x)
+        if self.adapter is None or not self.adapter.enabled:
+            return self.run(x)
+        output: Output = self.adapter(self, x)
+        return output
 
     def run(self, x: torch.Tensor) -> Output:
         """The same without the adapter."""
@@ -131,7 +137,10 @@ class TERowLinear(TERowParallelLinear, AdaptableLinear):
 
     def forward(self, x: torch.Tensor) -> Output:
         """Output, and the bias that is still to be added."""
-        return self.run(x) if self.adapter is None or not self.adapter.enabled else self.adapter(self, x)
+        if self.adapter is None or not self.adapter.enabled:
+            return self.run(x)
+        output: Output = self.adapter(self, x)
+        return output
 
     def run(self, x: torch.Tensor) -> Output:
         """The same without the adapter."""

@@ -44,16 +44,18 @@ def decoder_layers(
     if not layers:
         return Kept(0.0)
     language, interval = architecture.language, architecture.gate_interval
-    learns = [layer_learns(architecture, tuned, number, row) for number in layers]
     kinds = [tuned.of("language", number) for number in layers]
-    decoders = {kind: decoder_layer(language, row, recompute, one) for kind, one in zip(kinds, learns, strict=True)}
-    each = []
-    for number, kind in zip(layers, kinds, strict=True):
-        cross = 0.0
-        if interval and number % interval == 0:
-            matrices = gated_matrices(language)
-            cross = cross_bytes(language, row, layer_kept(tuned, "language", number, matrices, row.tensor))
-        each.append(decoders[kind].bytes + cross)
+    some = dict(zip(kinds, layers, strict=True))  # of each kind one
+    learns = {kind: layer_learns(architecture, tuned, number, row) for kind, number in some.items()}
+    decoders = {kind: decoder_layer(language, row, recompute, learns[kind]) for kind in some}
+    crosses = dict.fromkeys(some, 0.0)
+    for kind, number in some.items() if interval else ():
+        matrices = gated_matrices(language)
+        crosses[kind] = cross_bytes(language, row, layer_kept(tuned, "language", number, matrices, row.tensor))
+    each = [
+        decoders[kind].bytes + (crosses[kind] if interval and number % interval == 0 else 0.0)
+        for number, kind in zip(layers, kinds, strict=True)
+    ]
     width = row.held_tokens * language.hidden_size * row.element_bytes
     if not recompute.full:
         redone = max(one.redone_bytes for one in decoders.values())
@@ -70,7 +72,9 @@ def decoder_layers(
     starts = slots[::number] if recompute.method == "uniform" else slots[:number]
     # the first norm of a group keeps the checkpoint itself, where it is one hidden state in fp32
     shared = width if row.element_bytes == FP32_BYTES and starts[-1] == 1 else 0.0
-    if interval and learns[0].at("qkv").takes and layers[0] % interval == 0:  # as do linear layers that read features
+    if (
+        interval and learns[kinds[0]].at("qkv").takes and layers[0] % interval == 0
+    ):  # as do linear layers that read features
         shared = 2 * width
     if recompute.method == "block":  # the layers behind are through when the first ones are computed again
         behind = sum(each[number:])

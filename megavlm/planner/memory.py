@@ -131,6 +131,8 @@ class RankMemory:
         self.element_bytes = 4 if self.dtype == "fp32" else 2
         self.recompute = activations.recompute_of(recipe.parallel)
         self.tuned = tuned_of(recipe)
+        self._trains_tower = self.tuned.finds("vision", tower_matrices(architecture))
+        self._trains_connectors = self.tuned.finds("projector", connector_matrices(architecture))
         self.stage = position - topology.first_position
         self.layers = _layers_of(recipe, architecture, self.stage) if self.stage >= 0 else ()
         self.tower_layers = _tower_layers_of(architecture, topology, position)
@@ -240,8 +242,8 @@ class RankMemory:
             self.tuned,
             tensor=self.topology.vision_tensor,
             element_bytes=self.element_bytes,
-            trains_tower=self.tuned.finds("vision", tower_matrices(self.architecture)),
-            trains_connectors=self.tuned.finds("projector", connector_matrices(self.architecture)),
+            trains_tower=self._trains_tower,
+            trains_connectors=self._trains_connectors,
         )
         return encoder_activations.encoder(self.architecture, images, self.recompute, self.tower_layers, first, last)
 

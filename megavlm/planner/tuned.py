@@ -6,9 +6,10 @@ with the real modules. Where there are fewer key/value groups than tensor ranks,
 rank may have none of a projection: counted is the even share, rounded up.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megavlm.config.peft import PeftConfig
 from megavlm.config.schema import Recipe
@@ -72,12 +73,16 @@ class Tuned:
 
     plan: TuningPlan
     peft: PeftConfig
+    _found: dict[tuple[str, int | None], Tuning] = field(default_factory=dict, compare=False, repr=False)
 
     def of(self, component: str, layer: int | None) -> Tuning:
-        """How a layer (None: what is in no layer) of a component learns."""
-        return self.plan.of(component, layer)
+        """How a layer (None: what is in no layer) of a component learns; a search asks very often."""
+        key = component, layer
+        if key not in self._found:
+            self._found[key] = self.plan.of(component, layer)
+        return self._found[key]
 
-    def finds(self, component: str, matrices: "Sequence[Matrix]") -> bool:
+    def finds(self, component: str, matrices: Sequence[Matrix]) -> bool:
         """Whether anything of a component with these linears learns: names may mean none of them."""
         return any(
             rule.component == component
@@ -100,6 +105,7 @@ def tuned_of(recipe: Recipe) -> Tuned:
     return Tuned(tuning_plan(recipe), recipe.peft)
 
 
+@functools.cache
 def decoder_matrices(language: LanguageArchitecture) -> tuple[Matrix, ...]:
     """Of a decoder layer; of a mixture without the experts."""
     width, groups = language.num_attention_heads * language.head_dim, language.num_query_groups * language.head_dim
@@ -118,6 +124,7 @@ def decoder_matrices(language: LanguageArchitecture) -> tuple[Matrix, ...]:
     )
 
 
+@functools.cache
 def expert_matrices(experts: ExpertsArchitecture, hidden_size: int) -> tuple[Matrix, ...]:
     """Of one expert."""
     inner = experts.ffn_hidden_size

@@ -23,33 +23,52 @@ def check_speed(recipe: Recipe) -> None:
 
 def _check_tensor_overlap(recipe: Recipe) -> None:
     """Transformer Engine's user buffers are made once, for rows of one length on ranks that follow each other."""
-    parallel, where = recipe.parallel, "parallel.tp_comm_overlap"
-    wanted = {
-        f"model.backend {recipe.model.backend}": (recipe.model.backend == "te", "model.backend=te"),
-        f"tensor_model_parallel_size {parallel.tensor_model_parallel_size}": (
-            parallel.tensor_model_parallel_size > 1,
-            "parallel.tensor_model_parallel_size to more than 1",
+    parallel, data, observe = recipe.parallel, recipe.data, recipe.observe
+    where = "parallel.tp_comm_overlap"
+    two_types = recipe.train.precision == "fp8" and recipe.fp8.first_last_layers_bf16
+    # (what is wrong, what was got, what is expected, what mends it)
+    for is_wrong, got, expected, fix in (
+        (
+            recipe.model.backend != "te",
+            f"model.backend {recipe.model.backend}",
+            "te, whose buffers these are",
+            "model.backend=te",
         ),
-        "sequence_parallel false": (parallel.sequence_parallel, "parallel.sequence_parallel=true"),
-        "data.pad_to_packing_length false": (recipe.data.pad_to_packing_length, "data.pad_to_packing_length=true"),
-        f"vision_placement {parallel.vision_placement}": (
-            parallel.vision_placement != "own_ranks",  # tensor ranks would begin anywhere
-            "another parallel.vision_placement",
+        (
+            parallel.tensor_model_parallel_size == 1,
+            "tensor_model_parallel_size 1",
+            "several tensor ranks",
+            "parallel.tensor_model_parallel_size=2",
         ),
-        "peft": (not tuning_plan(recipe).has_adapters, "parallel.tp_comm_overlap=false: adapters have messages too"),
-        f"observe.num_report_samples {recipe.observe.num_report_samples}": (
-            recipe.observe.num_report_samples == 0,  # questions are put into a row of another length
+        (
+            not parallel.sequence_parallel,
+            "sequence_parallel false",
+            "sequence parallelism, whose messages travel so",
+            "parallel.sequence_parallel=true",
+        ),
+        (
+            not data.pad_to_packing_length,
+            "data.pad_to_packing_length false",
+            "rows of one length",
+            "data.pad_to_packing_length=true",
+        ),
+        (
+            parallel.vision_placement == "own_ranks",
+            "vision_placement own_ranks",
+            "tensor ranks that begin at multiples of their number",
+            "parallel.vision_placement=stage",
+        ),
+        (two_types, "fp8.first_last_layers_bf16", "buffers of one type", "fp8.first_last_layers_bf16=false"),
+        (tuning_plan(recipe).has_adapters, "peft", "no adapters, which have messages of their own", f"{where}=false"),
+        (
+            observe.num_report_samples > 0,
+            f"observe.num_report_samples {observe.num_report_samples}",
+            "0: questions are put into rows of other lengths",
             "observe.num_report_samples=0",
         ),
-    }
-    for got, (is_met, fix) in wanted.items():
-        if not is_met:
-            raise use_error(
-                where,
-                f"true with {got}",
-                "te, sequence parallelism, and rows of one length (data.pad_to_packing_length)",
-                f"set {fix}, or {where}=false" if not fix.startswith(where) else f"set {fix}",
-            )
+    ):
+        if is_wrong:
+            raise use_error(where, f"true with {got}", expected, f"set {fix}")
 
 
 def _check_optimizer_offload(recipe: Recipe) -> None:

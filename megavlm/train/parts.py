@@ -145,7 +145,7 @@ def build_parts(recipe: Recipe, directory: HFDirectory, groups: Groups, bucket_s
     row_tokens = row_multiples(recipe)[1] if parallel.tp_comm_overlap else 0
     if parallel.tp_comm_overlap:
         held = row_tokens // parallel.context_parallel_size
-        start_userbuffers(groups.tensor, held, config.hidden_size, config.fp8 is not None)
+        start_userbuffers(groups.tensor, held, config.hidden_size, config.params_dtype, config.fp8 is not None)
     bare = build_language_chunks(architecture, config, recipe.model, groups)
     models = [unwrap(chunk) for chunk in bare]
     encoder = build_encoder(

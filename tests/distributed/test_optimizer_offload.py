@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from megavlm.config.schema import Recipe
+from tests.contracts import TRANSFORMER_ENGINE
 from tests.distributed import offload_cases
 from tests.invariant import canon
 from tests.invariant.layouts import layout
@@ -45,7 +46,8 @@ def test_trains_to_the_same(workers: PoolKeeper, inputs: Path, tmp_path: Path, n
 
     def run(where: str, parallel: dict[str, Any], num_steps: int, save: bool = False) -> list[offload_cases.Trained]:
         recipe = recipe_of(inputs, tmp_path / where, parallel)
-        found: list[offload_cases.Trained] = workers(size).run(
+        # Megatron-Core asks for the version of Transformer Engine
+        found: list[offload_cases.Trained] = workers(size, TRANSFORMER_ENGINE[0]).run(
             "tests.distributed.offload_cases:train", recipe=recipe, num_steps=num_steps, save=save
         )
         return found

@@ -59,9 +59,10 @@ def get_cpu_offload_context(
 
 
 @contracted("initialize_ub", "bootstrap_backend", "use_fp8")
-def initialize_ub(shape: list[int], tp_size: int, ub_cfgs: Any) -> None:
+def initialize_ub(shape: list[int], tp_size: int, dtype: Any, ub_cfgs: Any) -> None:
     """Buffers for messages: nothing travels through them here."""
     num_tokens, hidden_size = shape
+    assert isinstance(dtype, torch.dtype)
     assert num_tokens % tp_size == 0 and hidden_size > 0 and ub_cfgs == {}
 
 

@@ -67,6 +67,10 @@ def test_what_goes_together(sections: dict[str, Any]) -> None:
         (parallel_of(OVERLAPPED, vision_placement="own_ranks"), "vision_placement own_ranks"),
         (OVERLAPPED | {"data": DataConfig(packing=True)}, "data.pad_to_packing_length false"),
         (OVERLAPPED | {"peft": PeftConfig(tuner_type="lora")}, "true with peft"),
+        (
+            OVERLAPPED | {"train": TrainConfig(precision="fp8"), "fp8": Fp8Config(first_last_layers_bf16=True)},
+            "true with fp8.first_last_layers_bf16",
+        ),
         (OVERLAPPED | {"observe": ObserveConfig()}, "observe.num_report_samples 4"),
     ],
 )

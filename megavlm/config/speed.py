@@ -61,7 +61,7 @@ def _check_tensor_overlap(recipe: Recipe) -> None:
         (two_types, "fp8.first_last_layers_bf16", "buffers of one type", "fp8.first_last_layers_bf16=false"),
         (tuning_plan(recipe).has_adapters, "peft", "no adapters, which have messages of their own", f"{where}=false"),
         (
-            observe.num_report_samples > 0,
+            observe.report and bool(data.eval) and observe.num_report_samples > 0,
             f"observe.num_report_samples {observe.num_report_samples}",
             "0: questions are put into rows of other lengths",
             "observe.num_report_samples=0",

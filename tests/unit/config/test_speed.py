@@ -42,6 +42,7 @@ def parallel_of(base: dict[str, Any], **changes: Any) -> dict[str, Any]:
         parallel_of(OFFLOADED, optimizer_offload_fraction=0.5, overlap_cpu_optimizer_d2h_h2d=True),
         OFFLOADED | {"train": TrainConfig(precision="fp8"), "model": ModelConfig(backend="te")},
         OVERLAPPED,
+        OVERLAPPED | {"observe": ObserveConfig()},  # no held-out rows, no answers
         parallel_of(OVERLAPPED, context_parallel_size=2, vision_placement="stage", pipeline_model_parallel_size=2),
     ],
 )
@@ -71,7 +72,11 @@ def test_what_goes_together(sections: dict[str, Any]) -> None:
             OVERLAPPED | {"train": TrainConfig(precision="fp8"), "fp8": Fp8Config(first_last_layers_bf16=True)},
             "true with fp8.first_last_layers_bf16",
         ),
-        (OVERLAPPED | {"observe": ObserveConfig()}, "observe.num_report_samples 4"),
+        (
+            OVERLAPPED
+            | {"observe": ObserveConfig(), "data": dataclasses.replace(OVERLAPPED["data"], eval=("held_out.jsonl",))},
+            "observe.num_report_samples 4",
+        ),
     ],
 )
 def test_what_does_not(sections: dict[str, Any], message: str) -> None:

@@ -13,11 +13,11 @@ import torch
 
 
 @contextlib.contextmanager
-def apart() -> Iterator[dict[str, int]]:
-    """Have the hybrid optimizer see two memories; gives the numbers of elements that it put into the host's."""
+def apart() -> Iterator[None]:
+    """Have the hybrid optimizer see two memories."""
     from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
-    sort, counted = HybridDeviceOptimizer._get_sub_optimizer_param_groups, {"host": 0, "device": 0}
+    sort = HybridDeviceOptimizer._get_sub_optimizer_param_groups
 
     def sorted_apart(self: Any, offload_fraction: float) -> Any:
         hosts: dict[int, torch.Tensor] = {}
@@ -37,10 +37,7 @@ def apart() -> Iterator[dict[str, int]]:
             patch.object(torch.Tensor, "float", as_float),
             patch.object(torch.Tensor, "is_cuda", is_cuda),
         ):
-            found = sort(self, offload_fraction)
-        for name, groups in (("host", found[0]), ("device", found[1])):
-            counted[name] += sum(one.numel() for group in groups for one in group["params"])
-        return found
+            return sort(self, offload_fraction)
 
     with patch.object(HybridDeviceOptimizer, "_get_sub_optimizer_param_groups", sorted_apart):
-        yield counted
+        yield

@@ -70,6 +70,7 @@ PACKAGES = {
             f"{_TE}module.grouped_linear:GroupedLinear",
             f"{_TE}module.layernorm:LayerNorm",
             f"{_TE}module.rmsnorm:RMSNorm",
+            f"{_TE}module.base:initialize_ub",
             f"{_TE}attention.dot_product_attention.dot_product_attention:DotProductAttention",
             f"{_TE}attention.rope:apply_rotary_pos_emb",
             f"{_TE}cpp_extensions.gemm:general_gemm",

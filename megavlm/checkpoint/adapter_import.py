@@ -14,7 +14,7 @@ from megavlm.checkpoint.hf_load import shard_of, tied_name
 from megavlm.checkpoint.prefix_adapter import PREFIX_TUNING, PrefixFolder
 from megavlm.checkpoint.safetensors_reader import SafetensorsFile
 from megavlm.errors import use_error
-from megavlm.models.linear import ColumnLinear, RowLinear
+from megavlm.models.linear import AdaptableLinear
 from megavlm.models.names import Part, is_adapter, named_parameters, stacked_name
 from megavlm.peft.attach import adapted_linears
 from megavlm.peft.hf_format import PREFIX, AdapterTensor, adapter_tensors
@@ -109,7 +109,7 @@ def load_adapter(path: Path, directory: HFDirectory, models: Iterable[Part]) -> 
         )
 
 
-def _fill(folder: AdapterFolder, name: str, linear: ColumnLinear | RowLinear) -> None:
+def _fill(folder: AdapterFolder, name: str, linear: AdaptableLinear) -> None:
     adapter = linear.adapter
     assert isinstance(adapter, LoraAdapter | Ia3Adapter)
     for projection, one in adapter.projections.items():

@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -95,6 +96,8 @@ def optimizer_state(
         if isinstance(inner, DistributedOptimizer):
             if is_loading:
                 optimizer_shards.prepare_to_load(inner)
+            elif isinstance(inner.optimizer, HybridDeviceOptimizer):
+                optimizer_shards.allocate_offloaded(inner.optimizer)
             state[name] = optimizer_shards.sharded_state(inner, model)
         else:
             state[name], _local = extract_sharded_base(_plain_state(inner, model, is_loading))
@@ -140,7 +143,9 @@ def _unwrapped(value: Any) -> Any:
 def allocate_moments(optimizer: ChainedOptimizer) -> None:
     """Give Adam moments of 0, which it would begin with, where it has none: checkpoints hold those of all weights."""
     for inner in optimizer.chained_optimizers:
-        if inner.optimizer is not None:
+        if isinstance(inner.optimizer, HybridDeviceOptimizer):
+            optimizer_shards.allocate_offloaded(inner.optimizer)
+        elif inner.optimizer is not None:
             inner.init_state_fn(inner.optimizer, inner.config)
 
 

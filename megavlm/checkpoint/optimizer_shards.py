@@ -15,6 +15,7 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 
@@ -52,7 +53,8 @@ def sharded_state(inner: DistributedOptimizer, model: Mapping[str, Any]) -> dict
     """This rank's pieces of every parameter's fp32 value and moments; they share memory with the optimizer.
 
     Args:
-        inner: the optimizer; it has taken a step, or `prepare_to_load` has been called.
+        inner: the optimizer; it has taken a step, or `prepare_to_load` has been called, or (partly in CPU memory)
+            `allocate_offloaded`.
         model: sharded weights (`native.model_state`), which say where in the whole model a parameter lies.
 
     Returns:
@@ -76,8 +78,27 @@ def sharded_state(inner: DistributedOptimizer, model: Mapping[str, Any]) -> dict
 
 def prepare_to_load(inner: DistributedOptimizer) -> None:
     """Have the optimizer allocate its moments, as it would in its first step."""
-    assert not inner.config.use_precision_aware_optimizer, "it would hand out scaled copies, which are not loaded into"
+    if isinstance(inner.optimizer, HybridDeviceOptimizer):
+        allocate_offloaded(inner.optimizer)
+    else:
+        assert not inner.config.use_precision_aware_optimizer, "it would hand out scaled copies, not loaded into"
     inner.load_state_dict(inner.state_dict())
+
+
+def allocate_offloaded(optimizer: HybridDeviceOptimizer) -> None:
+    """Give an optimizer that is partly in CPU memory the state that it has before its first step: moments of 0.
+
+    Megatron-Core would take a step with random gradients, which changes weights and draws from the run's random state
+    (0.16.1, optimizer/cpu_offloading/hybrid_optimizer.py:453).
+    """
+    for one in optimizer.sub_optimizers:
+        for parameter in itertools.chain.from_iterable(group["params"] for group in one.param_groups):
+            if one.state[parameter]:
+                continue
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            step = {"step": torch.zeros((), device=parameter.device)} if isinstance(one, torch.optim.AdamW) else {}
+            one.state[parameter] = step | moments
+    optimizer._sync_sub_optimizers_state_to_hdo()
 
 
 def _own_ranges(inner: DistributedOptimizer) -> Iterator[tuple[torch.nn.Parameter, range]]:

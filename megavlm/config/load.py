@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeGuard, get_args, get_origin, get_type_hints
 
 import yaml
 
+from megavlm.config.not_offered import NOT_OFFERED
 from megavlm.config.schema import Recipe
 from megavlm.errors import UseError, use_error
 
@@ -153,10 +154,12 @@ def _all_keys(section: type = Recipe, prefix: str = "") -> dict[str, Any]:
 
 
 def _unknown_key(place: str, key: str, names: Sequence[str]) -> UseError:
-    """Name the keys that were probably meant: that name elsewhere, else alike ones of the section, else of any."""
+    """Say why there is no such key, or name those that were probably meant: that name elsewhere, or alike ones."""
     every_key = list(_all_keys())
     leaf = key.rsplit(".", 1)[-1].replace("-", "_")
     prefix = key[: len(key) - len(leaf)]
+    if leaf in NOT_OFFERED:
+        return use_error(f"{place}: {key}", "a knob that is not offered", NOT_OFFERED[leaf], "remove it")
     leaves = [known.rsplit(".", 1)[-1] for known in every_key]
     nearest = [known for known in every_key if known.rsplit(".", 1)[-1] == leaf]
     if not nearest:

@@ -53,8 +53,9 @@ def token_multiple(recipe: Recipe) -> int:
 def row_multiples(recipe: Recipe) -> tuple[int, int]:
     """What a sample, and a whole packed row, are padded to a multiple of.
 
-    Each context rank has two pieces of every sample, and of the segment that fills the row up; its tokens divide by the
-    sequence-parallel ranks, and what each of these holds by what FP8 asks for.
+    That of a row is its whole length where rows have one length. Each context rank has two pieces of every sample, and
+    of the segment that fills the row up; its tokens divide by the sequence-parallel ranks, and what each of these holds
+    by what FP8 asks for.
     """
     parallel = recipe.parallel
     context = parallel.context_parallel_size
@@ -62,7 +63,10 @@ def row_multiples(recipe: Recipe) -> tuple[int, int]:
     ranks = context * (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
     held = token_multiple(recipe)
     tensor = ranks // context
-    return sample, math.lcm(sample * tensor, ranks * held)
+    row = math.lcm(sample * tensor, ranks * held)
+    if recipe.data.pad_to_packing_length:
+        row = -(-(recipe.data.packing_length or recipe.data.max_length) // row) * row
+    return sample, row
 
 
 def check_numerics(recipe: Recipe) -> None:

@@ -26,6 +26,7 @@ LEAST: dict[str, float] = {
     "parallel.vision_max_live_microbatches": 0,
     "parallel.vision_extra_microbatches_in_flight": 0,
     "parallel.recompute_num_layers": 1,
+    "parallel.optimizer_offload_fraction": 0,
     "data.max_length": 2,  # one token read, one predicted
     "data.max_row_bytes": 1,
     "data.max_member_bytes": 1,

@@ -92,6 +92,17 @@ class ParallelConfig:
     cpu_offloading: bool = False
     """Activations wait for their backward pass in CPU memory, of encoder and language model; copied to and fro without
     overlap."""
+    optimizer_cpu_offload: bool = False
+    """AdamW's averages and main weights are kept in CPU memory, and updated there, by Megatron-Core's hybrid optimizer;
+    for bf16 and the distributed optimizer."""
+    optimizer_offload_fraction: float = 1.0
+    """With optimizer_cpu_offload: which part of the weights; what is left is updated on the GPU."""
+    overlap_cpu_optimizer_d2h_h2d: bool = False
+    """With optimizer_cpu_offload: a weight is updated while gradients of others are on their way to the CPU, and
+    weights on their way back."""
+    tp_comm_overlap: bool = False
+    """Messages between tensor-parallel ranks travel while linears of the language model are computed: Transformer
+    Engine's user buffers, for rows of one length (data.pad_to_packing_length), on GPUs only."""
     gradient_accumulation_fusion: bool = False
     """Gradients of weights are added to those of the step in the product itself: kernels of Transformer Engine or apex,
     on GPUs only."""
@@ -249,6 +260,9 @@ class DataConfig:
     packing_length tokens; False: micro_batch_size samples a row, in their order."""
     packing_length: int = 0
     """Longest packed row in tokens; 0: max_length."""
+    pad_to_packing_length: bool = False
+    """Every packed row is filled up to that length, rounded up to what the layout asks for, by tokens without weight:
+    for kernels that want rows of one length."""
     shuffle: bool = True
     group_by: str = ""
     """Key of the rows, as `prompt_id`: rows of one source with the same value stay together in a step, a microbatch, a

@@ -214,13 +214,6 @@ def check_tuning(recipe: Recipe) -> None:
                 "no learning rate for what is frozen",
                 f"set optimizer.{name}=-1 or let {component} learn",
             )
-    if plan.has_adapters and recipe.model.backend == "te":
-        raise use_error(
-            "model.backend",
-            "te with peft",
-            "torch or flash: linears of Transformer Engine have no place for adapters here",
-            "set model.backend=flash",
-        )
     for rule in plan.rules:
         if rule.tuning.method == "cross_modal_adapter" and rule.component != "language":
             raise use_error(
@@ -241,6 +234,8 @@ def check_tuning(recipe: Recipe) -> None:
             )
     _check_across_ranks(recipe)
     _check_quantization(recipe, plan)
+    if recipe.model.backend == "te" and plan.has_adapters:
+        _check_transformer_engine(recipe, plan)
 
 
 # Knobs, and the methods that read them.
@@ -279,6 +274,31 @@ def _check_quantization(recipe: Recipe, plan: TuningPlan) -> None:
             f"{peft.bnb_4bit_quant_type}, and nothing in {', '.join(peft.quantized_components)} is frozen",
             "adapters beside frozen weights",
             "set peft.tuner_type=lora, or bnb_4bit_quant_type=none",
+        )
+
+
+def _check_transformer_engine(recipe: Recipe, plan: TuningPlan) -> None:
+    """What has no place in Transformer Engine's modules. Grouped experts are found when the model is there."""
+    if any(rule.tuning.method == "prefix" for rule in plan.rules):
+        raise use_error(
+            "model.backend",
+            "te with peft prefix",
+            "torch or flash: Transformer Engine's attention takes no keys of its own",
+            "set model.backend=torch",
+        )
+    if recipe.peft.bnb_4bit_quant_type != "none":
+        raise use_error(
+            "peft.bnb_4bit_quant_type",
+            f"{recipe.peft.bnb_4bit_quant_type} with model.backend te",
+            "torch or flash: Transformer Engine's linears multiply by whole matrices",
+            "set model.backend=flash",
+        )
+    if recipe.fp8.fp8_param_gather:
+        raise use_error(
+            "fp8.fp8_param_gather",
+            "true with peft",
+            "false: weights beside adapters are frozen, and gathered never",
+            "set fp8.fp8_param_gather=false",
         )
 
 

@@ -20,6 +20,7 @@ from megavlm.config.placement import check_placement
 from megavlm.config.ranges import LEAST, check_numbers
 from megavlm.config.rope import check_rope
 from megavlm.config.schema import DataConfig, ParallelConfig, Recipe
+from megavlm.config.speed import check_speed
 from megavlm.config.tasks import check_boxes, check_masks, check_tasks
 from megavlm.config.tokens import check_tokens
 from megavlm.config.tuning import check_tuning
@@ -56,6 +57,7 @@ def validate_recipe(recipe: Recipe, check_paths: bool = True) -> None:
     _check_schedule(recipe)
     check_tuning(recipe)
     check_learning(recipe)
+    check_speed(recipe)
     check_mixture(recipe)
     _check_data(recipe)
     _check_media_limits(recipe.data)
@@ -209,6 +211,13 @@ def _check_data(recipe: Recipe) -> None:
             f"{data.packing_length} without data.packing",
             "data.packing=true",
             "set data.packing=true or data.packing_length=0",
+        )
+    if data.pad_to_packing_length and not data.packing:
+        raise use_error(
+            "data.pad_to_packing_length",
+            "true without data.packing",
+            "data.packing=true",
+            "set data.packing=true or data.pad_to_packing_length=false",
         )
     if data.packing and 0 < data.packing_length < data.max_length:
         raise use_error(

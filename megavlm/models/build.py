@@ -39,8 +39,18 @@ def transformer_config(
 
     Fusions stay off: those of Megatron-Core without Transformer Engine change the arithmetic (tanh for erf GELU) or
     need CUDA.
+
+    Raises:
+        UseError: messages are to overlap in a model whose linears have inputs of several lengths.
     """
     language, dtype = architecture.language, DTYPES[precision]
+    if parallel.tp_comm_overlap and architecture.gate_interval:
+        raise use_error(
+            "parallel.tp_comm_overlap",
+            "true with gated cross-attention",
+            "false: its linears read rows of images, of other lengths",
+            "set parallel.tp_comm_overlap=false",
+        )
     interleaved = parallel.virtual_pipeline_model_parallel_size > 1
     config = TransformerConfig(
         num_layers=language.num_layers,
@@ -78,6 +88,7 @@ def transformer_config(
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=parallel.gradient_accumulation_fusion,
+        tp_comm_overlap=parallel.tp_comm_overlap,
         apply_rope_fusion=False,
         use_cpu_initialization=False,
         # also marks which parameters are sharded, and how; the values are overwritten

@@ -1,6 +1,7 @@
-"""Linears of the torch backend: Megatron-Core's, with a place for an adapter and for a weight that is not a matrix.
+"""Linears with a place for an adapter: what they have in common, and those of the torch backend (Megatron-Core's).
 
-What may stand in these places is `megavlm/peft`'s; here is only where. With both empty they are Megatron-Core's.
+Those of the torch backend also have a place for a weight that is not a matrix. What may stand in these places is
+`megavlm/peft`'s; here is only where. With both empty they are Megatron-Core's. Transformer Engine's are in `te.py`.
 """
 
 from typing import Any, Protocol
@@ -22,7 +23,7 @@ class LinearAdapter(nn.Module):
 
     enabled = True
 
-    def forward(self, linear: "ColumnLinear | RowLinear", input_: torch.Tensor) -> Output:
+    def forward(self, linear: "AdaptableLinear", input_: torch.Tensor) -> Output:
         """The output of the linear (`linear.run` gives it without the adapter), adapted."""
         raise NotImplementedError
 
@@ -44,7 +45,47 @@ class WeightStore(Protocol):
         """This rank's part of the weight [out, in], made anew with each call."""
 
 
-def weight_of(linear: "ColumnLinear | RowLinear") -> torch.Tensor:
+class AdaptableLinear:
+    """A linear with a place for an adapter, of whatever backend; its parameter is `weight` [out, in].
+
+    Attributes:
+        is_column: ranks share its outputs; else its inputs.
+        adapter: a LinearAdapter in that place; None: there is none.
+        store: a WeightStore in place of the weight; None: the weight is a matrix.
+        input_size: inputs of the whole linear.
+        output_size: outputs of the whole linear.
+        input_size_per_partition: inputs of this rank; of a column-parallel one that is all of them.
+        output_size_per_partition: outputs of this rank; of a row-parallel one that is all of them.
+        tp_group: the ranks.
+        sequence_parallel: whether each rank sees a part of the tokens outside of it.
+    """
+
+    is_column: bool
+    adapter: Any
+    store: Any
+    input_size: int
+    output_size: int
+    input_size_per_partition: int
+    output_size_per_partition: int
+    tp_group: Any
+    sequence_parallel: bool
+    weight: Any
+
+    @property
+    def own_bias(self) -> torch.Tensor | None:
+        """The bias that is in the output already."""
+        raise NotImplementedError
+
+    def run(self, input_: torch.Tensor) -> Output:
+        """Output, and the bias that is still to be added, without the adapter."""
+        raise NotImplementedError
+
+    def run_and_take(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """The same, and what the matrix takes: the input, or what a norm inside the linear makes of it."""
+        return *self.run(input_), input_
+
+
+def weight_of(linear: AdaptableLinear) -> torch.Tensor:
     """This rank's part of a linear's weight as a matrix."""
     weight: torch.Tensor = linear.weight if linear.store is None else linear.store.matrix()
     return weight
@@ -81,13 +122,21 @@ def _linear_from_store(
     return output if bias is None else output + bias
 
 
-class ColumnLinear(ColumnParallelLinear):
+class ColumnLinear(ColumnParallelLinear, AdaptableLinear):
     """Column-parallel linear with these places."""
+
+    is_column = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.register_module("adapter", None)
         self.store: WeightStore | None = None
+        self.input_size_per_partition = self.input_size
+
+    @property
+    def own_bias(self) -> torch.Tensor | None:
+        """The bias that is in the output already."""
+        return None if self.skip_bias_add else self.bias
 
     def forward(self, input_: torch.Tensor, *args: Any, **kwargs: Any) -> Output:
         """Output, and the bias that is still to be added."""
@@ -112,20 +161,28 @@ class ColumnLinear(ColumnParallelLinear):
     ) -> dict[str, Any]:
         """Sharded weights, the adapter's by its own word."""
         own = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        return _with_adapter(own, self.adapter, prefix, sharded_offsets, metadata)
+        return with_adapter(own, self.adapter, prefix, sharded_offsets, metadata)
 
 
-class RowLinear(RowParallelLinear):
+class RowLinear(RowParallelLinear, AdaptableLinear):
     """Row-parallel linear with these places, which hands out a copy of its bias (the layer adds it later).
 
     Selective recompute of an MLP runs it inside an autograd function, and what that returns becomes an output of the
     function: the parameter itself would get a history that leads from one microbatch into the one before, without end.
     """
 
+    is_column = False
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.register_module("adapter", None)
         self.store: WeightStore | None = None
+        self.output_size_per_partition = self.output_size
+
+    @property
+    def own_bias(self) -> torch.Tensor | None:
+        """The bias that is in the output already."""
+        return None if self.skip_bias_add else self.bias
 
     def forward(self, input_: torch.Tensor) -> Output:
         """Output, and the bias that is still to be added."""
@@ -150,17 +207,25 @@ class RowLinear(RowParallelLinear):
     ) -> dict[str, Any]:
         """Sharded weights, the adapter's by its own word."""
         own = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        return _with_adapter(own, self.adapter, prefix, sharded_offsets, metadata)
+        return with_adapter(own, self.adapter, prefix, sharded_offsets, metadata)
 
 
-def _with_adapter(
+def with_adapter(
     own: dict[str, Any],
     adapter: LinearAdapter | None,
     prefix: str,
     sharded_offsets: tuple[Any, ...],
     metadata: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Megatron-Core takes whatever is inside a linear for replicated."""
+    """Sharded weights of a linear with those of its adapter, which Megatron-Core takes for replicated.
+
+    Args:
+        own: what Megatron-Core says of the linear.
+        adapter: of the linear.
+        prefix: of names.
+        sharded_offsets: as Megatron-Core hands them on.
+        metadata: as Megatron-Core hands it on.
+    """
     if adapter is None:
         return own
     state = {name: value for name, value in own.items() if not name.startswith(f"{prefix}adapter.")}

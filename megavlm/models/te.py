@@ -28,18 +28,146 @@ from torch import nn
 from megavlm.errors import use_error
 from megavlm.models import kernels
 from megavlm.models.core_attention import PackedAttention
+from megavlm.models.linear import AdaptableLinear, Output, with_adapter
 
 # The first version whose all-gather takes packed rows under context parallelism; those before it refuse them.
 PACKED_ALL_GATHER_FROM = "2.18.0"
 
 
-class TERowLinear(TERowParallelLinear):
-    """Row-parallel linear that hands out a copy of its bias; see `specs.RowLinear` for why."""
+class TEColumnLinear(TEColumnParallelLinear, AdaptableLinear):
+    """Column-parallel linear with a place for an adapter."""
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    is_column = True
+
+    def __init__(self, input_size: int, output_size: int, **options: Any) -> None:
+        super().__init__(input_size, output_size, **options)
+        _make_adaptable(self, input_size, output_size)
+
+    @property
+    def own_bias(self) -> torch.Tensor | None:
+        """The bias that is in the output already."""
+        return _own_bias(self)
+
+    def forward(self, x: torch.Tensor) -> Output:
         """Output, and the bias that is still to be added."""
+        if self.adapter is None or not self.adapter.enabled:
+            return self.run(x)
+        output: Output = self.adapter(self, x)
+        return output
+
+    def run(self, x: torch.Tensor) -> Output:
+        """The same without the adapter."""
+        output: Output = super().forward(x)
+        return output
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Sharded weights, the adapter's by its own word."""
+        own = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        return with_adapter(own, self.adapter, prefix, sharded_offsets, metadata)
+
+
+class TENormColumnLinear(TELayerNormColumnParallelLinear, AdaptableLinear):
+    """Norm and column-parallel linear in one, with a place for an adapter behind the norm.
+
+    An adapter takes what the norm gives: with `return_layernorm_output` Transformer Engine gives it beside the output,
+    under sequence parallelism this rank's tokens of it. Megatron-Core's wrapper always says False to that, so it is
+    said to the module, which reads its attribute in each forward pass (2.11 and 2.20, module/layernorm_linear.py).
+    """
+
+    is_column = True
+
+    def __init__(self, input_size: int, output_size: int, **options: Any) -> None:
+        super().__init__(input_size, output_size, **options)
+        assert "return_layernorm_output" in vars(self), "Transformer Engine's LayerNormLinear is another one"
+        _make_adaptable(self, input_size, output_size)
+
+    @property
+    def own_bias(self) -> torch.Tensor | None:
+        """The bias that is in the output already."""
+        return _own_bias(self)
+
+    def forward(self, x: torch.Tensor) -> Output:
+        """Output, and the bias that is still to be added."""
+        if self.adapter is None or not self.adapter.enabled:
+            return self.run(x)
+        output: Output = self.adapter(self, x)
+        return output
+
+    def run(self, x: torch.Tensor) -> Output:
+        """The same without the adapter."""
+        output: Output = super().forward(x)
+        return output
+
+    def run_and_take(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """The same, and the norm's output."""
+        self.return_layernorm_output = True
+        try:
+            given = super().forward(x)
+        finally:
+            self.return_layernorm_output = False
+        if self.te_return_bias:
+            output, bias, normed = given
+            return output, bias, normed
+        (output, normed), _ = given
+        return output, None, normed
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Sharded weights, the adapter's by its own word."""
+        own = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        return with_adapter(own, self.adapter, prefix, sharded_offsets, metadata)
+
+
+class TERowLinear(TERowParallelLinear, AdaptableLinear):
+    """Row-parallel linear with a place for an adapter, which hands out a copy of its bias; see `RowLinear` for why."""
+
+    is_column = False
+
+    def __init__(self, input_size: int, output_size: int, **options: Any) -> None:
+        super().__init__(input_size, output_size, **options)
+        _make_adaptable(self, input_size, output_size)
+
+    @property
+    def own_bias(self) -> torch.Tensor | None:
+        """The bias that is in the output already."""
+        return _own_bias(self)
+
+    def forward(self, x: torch.Tensor) -> Output:
+        """Output, and the bias that is still to be added."""
+        if self.adapter is None or not self.adapter.enabled:
+            return self.run(x)
+        output: Output = self.adapter(self, x)
+        return output
+
+    def run(self, x: torch.Tensor) -> Output:
+        """The same without the adapter."""
         output, bias = super().forward(x)
         return output, None if bias is None else bias.clone()
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Sharded weights, the adapter's by its own word."""
+        own = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        return with_adapter(own, self.adapter, prefix, sharded_offsets, metadata)
+
+
+def _make_adaptable(
+    linear: TEColumnLinear | TENormColumnLinear | TERowLinear, input_size: int, output_size: int
+) -> None:
+    """Give it the place, and the sizes by their common names."""
+    linear.register_module("adapter", None)
+    linear.store = None
+    linear.input_size, linear.output_size = input_size, output_size
+    linear.output_size_per_partition, linear.input_size_per_partition = linear.weight.shape
+
+
+def _own_bias(linear: TEColumnLinear | TENormColumnLinear | TERowLinear) -> torch.Tensor | None:
+    bias: torch.Tensor | None = linear.bias if linear.use_bias and not linear.te_return_bias else None
+    return bias
 
 
 class TEAttention:
@@ -112,7 +240,7 @@ class TEProvider(LocalSpecProvider):
 
     def column_parallel_linear(self) -> type:
         """Return the linear split over its outputs."""
-        return TEColumnParallelLinear
+        return TEColumnLinear
 
     def row_parallel_linear(self) -> type:
         """Return the linear split over its inputs."""
@@ -124,7 +252,7 @@ class TEProvider(LocalSpecProvider):
 
     def column_parallel_layer_norm_linear(self) -> type:
         """Return norm and linear in one."""
-        return TELayerNormColumnParallelLinear
+        return TENormColumnLinear
 
     def core_attention(self) -> type:
         """Return the core attention module."""

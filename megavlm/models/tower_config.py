@@ -53,6 +53,7 @@ def tower_config(
         context_parallel_size=1,
         cp_comm_type=None,
         sequence_parallel=False,
+        tp_comm_overlap=False,
         num_moe_experts=None,
         moe_ffn_hidden_size=None,
         expert_model_parallel_size=1,

@@ -11,7 +11,7 @@ from megavlm.config.tuning import ADAPTERS, BOTTLENECKS, COMPONENTS, TuningPlan,
 from megavlm.errors import use_error
 from megavlm.models.chunk import LanguageChunk
 from megavlm.models.core_attention import PackedAttention, PrefixModule
-from megavlm.models.linear import ColumnLinear, LinearAdapter, RowLinear, weight_of
+from megavlm.models.linear import AdaptableLinear, LinearAdapter, weight_of
 from megavlm.models.names import Part, component_of, global_name, layer_of
 from megavlm.models.weight_map import Entry
 from megavlm.peft.bottleneck import Bottleneck, BottleneckAdapter, Tap
@@ -23,7 +23,13 @@ from megavlm.peft.targets import ALL_LINEAR, find_targets, is_meant, linears_of,
 
 
 def attach(
-    parts: Sequence[Part], entries: Sequence[Entry], plan: TuningPlan, peft: PeftConfig, seed: int, dtype: torch.dtype
+    parts: Sequence[Part],
+    entries: Sequence[Entry],
+    plan: TuningPlan,
+    peft: PeftConfig,
+    seed: int,
+    dtype: torch.dtype,
+    backend: str = "torch",
 ) -> None:
     """Put adapters where the plan says so. Every rank of the world calls this, before DDP wraps the parts.
 
@@ -34,13 +40,14 @@ def attach(
         peft: knobs of the adapters.
         seed: of the run.
         dtype: of the adapters' weights.
+        backend: of the parts.
 
     Raises:
-        UseError: a component is to be adapted in which no linear is meant.
+        UseError: a component is to be adapted in which no linear is meant, or experts in a way that cannot be.
     """
     if not plan.has_adapters:
         return
-    _check_experts(entries, plan, peft)
+    _check_experts(entries, plan, peft, backend)
     counts = dict.fromkeys(COMPONENTS, 0)
     for target in list(find_targets(parts, entries, plan, peft.target_modules, ("lora", "ia3"))):
         adapter: LoraAdapter | Ia3Adapter
@@ -103,10 +110,21 @@ def _attach_prefixes(part: Part, plan: TuningPlan, seed: int, dtype: torch.dtype
             counts[component_of(name)] += 1
 
 
-def _check_experts(entries: Sequence[Entry], plan: TuningPlan, peft: PeftConfig) -> None:
-    for entry in entries if peft.use_dora else ():
-        is_adapted = plan.of(component_of(entry.native), layer_of(entry.native)).method == "lora"
-        if entry.stacked and is_adapted and is_meant(module_names(entry)[0], peft.target_modules):
+def _check_experts(entries: Sequence[Entry], plan: TuningPlan, peft: PeftConfig, backend: str) -> None:
+    for entry in entries:
+        method = plan.of(component_of(entry.native), layer_of(entry.native)).method
+        if not entry.stacked or method not in ("lora", "ia3"):
+            continue
+        if not is_meant(module_names(entry)[0], peft.target_modules):
+            continue
+        if backend == "te":
+            raise use_error(
+                "peft.target_modules",
+                f"{', '.join(peft.target_modules)}, experts among them ({entry.names[0]}), with model.backend te",
+                "linears of attention: Transformer Engine computes all experts in one grouped product",
+                "set model.backend=flash, or peft.target_modules to q_proj, k_proj, v_proj, o_proj",
+            )
+        if peft.use_dora and method == "lora":
             raise use_error(
                 "peft.use_dora",
                 f"true for experts ({entry.names[0]})",
@@ -131,7 +149,7 @@ def _check_found(counts: dict[str, int], plan: TuningPlan, peft: PeftConfig) -> 
             )
 
 
-def adapted_linears(part: Part) -> Iterator[tuple[str, ColumnLinear | RowLinear]]:
+def adapted_linears(part: Part) -> Iterator[tuple[str, AdaptableLinear]]:
     """Linears of a part that have an adapter of peft's kinds, by their global names."""
     for name, linear in linears_of(part):
         if isinstance(linear.adapter, LoraAdapter | Ia3Adapter):
@@ -163,8 +181,9 @@ def lora_merged(parts: Iterable[Part]) -> Iterator[None]:
 
     The weights themselves are kept on the host meanwhile, and are put back bit for bit. Other adapters stay.
     """
+    held = list(parts)
     linears = [
-        linear for part in parts for _, linear in adapted_linears(part) if isinstance(linear.adapter, LoraAdapter)
+        linear for part in held for _, linear in adapted_linears(part) if isinstance(linear.adapter, LoraAdapter)
     ]
     kept = [(linear.store, linear.weight.detach().to("cpu", copy=True)) for linear in linears]
     try:
@@ -175,7 +194,8 @@ def lora_merged(parts: Iterable[Part]) -> Iterator[None]:
                     linear.weight.copy_(merged)
                 else:  # a weight in 4 bits is a matrix meanwhile
                     linear.weight, linear.store = merged.to(linear.weight.dtype), None
-        with adapters_disabled(linears):
+        _forget_copies(held)
+        with adapters_disabled([linear.adapter for linear in linears]):
             yield
     finally:
         with torch.no_grad():
@@ -184,3 +204,10 @@ def lora_merged(parts: Iterable[Part]) -> Iterator[None]:
                     linear.weight.copy_(weight)
                 else:
                     linear.weight, linear.store = weight.to(linear.weight.device), store
+        _forget_copies(held)
+
+
+def _forget_copies(parts: Iterable[Part]) -> None:
+    """Weights were changed: layers that keep an FP8 copy of theirs make it anew."""
+    for part in parts:
+        part.set_is_first_microbatch()

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import nn
 
-from megavlm.models.linear import ColumnLinear, LinearAdapter, Output, RowLinear
+from megavlm.models.linear import AdaptableLinear, LinearAdapter, Output
 from megavlm.models.norm import mark_sequence_parallel
 from megavlm.peft.targets import seed_of
 
@@ -50,7 +50,7 @@ class Bottleneck(nn.Module):
 class BottleneckAdapter(LinearAdapter):
     """At the row-parallel linear that a block ends with. `tap` is at the one that it begins with: beside the block."""
 
-    def __init__(self, linear: RowLinear, bottleneck: nn.Module, tap: "Tap | None" = None) -> None:
+    def __init__(self, linear: AdaptableLinear, bottleneck: nn.Module, tap: "Tap | None" = None) -> None:
         super().__init__()
         self.bottleneck = bottleneck
         self.group = linear.tp_group
@@ -58,7 +58,7 @@ class BottleneckAdapter(LinearAdapter):
         self._taps = () if tap is None else (tap,)
         mark_sequence_parallel(self.bottleneck, linear.sequence_parallel)
 
-    def forward(self, linear: ColumnLinear | RowLinear, input_: torch.Tensor) -> Output:
+    def forward(self, linear: AdaptableLinear, input_: torch.Tensor) -> Output:
         """The block's output with what is added; its bias, if there is one, is added already."""
         output, bias = linear.run(input_)
         if bias is not None:
@@ -90,10 +90,10 @@ class Tap(LinearAdapter):
         super().__init__()
         self._kept: torch.Tensor | None = None
 
-    def forward(self, linear: ColumnLinear | RowLinear, input_: torch.Tensor) -> Output:
+    def forward(self, linear: AdaptableLinear, input_: torch.Tensor) -> Output:
         """The linear's output."""
-        self._kept = input_
-        return linear.run(input_)
+        output, bias, self._kept = linear.run_and_take(input_)
+        return output, bias
 
     def take(self) -> torch.Tensor:
         """What the block took."""

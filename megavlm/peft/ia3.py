@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from megavlm.models.linear import ColumnLinear, LinearAdapter, Output, RowLinear
+from megavlm.models.linear import AdaptableLinear, LinearAdapter, Output
 from megavlm.peft.splits import Lies, splits_of
 from megavlm.peft.targets import Target
 
@@ -45,7 +45,7 @@ class Ia3Adapter(LinearAdapter):
         self.projections = nn.ModuleDict({name: Scale(size, dtype) for name, size in sizes.items()})
         self.splits.mark(self.projections, self.lies)
 
-    def forward(self, linear: ColumnLinear | RowLinear, input_: torch.Tensor) -> Output:
+    def forward(self, linear: AdaptableLinear, input_: torch.Tensor) -> Output:
         """The linear's output, it or the input scaled."""
         if not self.splits.is_column:
             (vector,) = (one() for one in self.projections.values())
@@ -68,6 +68,6 @@ class Ia3Adapter(LinearAdapter):
 
 def scales(target: Target) -> bool:
     """Whether a linear is one that IA3 scales when all linears are meant."""
-    if isinstance(target.linear, ColumnLinear):
+    if target.linear.is_column:
         return all(one.name in SCALED_OUTPUTS for one in target.projections)
     return target.name.endswith(SCALED_INPUTS)

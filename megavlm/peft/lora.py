@@ -30,7 +30,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import nn
 
-from megavlm.models.linear import ColumnLinear, LinearAdapter, Output, RowLinear, weight_of
+from megavlm.models.linear import AdaptableLinear, LinearAdapter, Output, weight_of
 from megavlm.peft.dora import changed_norms, squares_of_rows
 from megavlm.peft.splits import Lies, splits_of
 from megavlm.peft.targets import Projection, Target, seed_of
@@ -88,15 +88,15 @@ class LoraAdapter(LinearAdapter):
         """Ranks that have parts of a weight's rows; None: this one has whole rows."""
         return None if self.splits.is_column or not self.splits.spread else self.splits.group
 
-    def forward(self, linear: ColumnLinear | RowLinear, input_: torch.Tensor) -> Output:
+    def forward(self, linear: AdaptableLinear, input_: torch.Tensor) -> Output:
         """The linear's output and what the matrices add to it; with DoRA, then scaled row by row."""
-        output, bias = linear.run(input_)
+        output, bias, taken = linear.run_and_take(input_)
         if self.squares_O is None:
-            return output + self.added(input_), bias
-        own_bias = linear.bias if linear.bias is not None and not linear.skip_bias_add else None
+            return output + self.added(taken), bias
+        own_bias = linear.own_bias
         if own_bias is not None:
             output = output - own_bias
-        output = (output + self.added(input_)) * self.magnitudes(weight_of(linear)).to(output.dtype)
+        output = (output + self.added(taken)) * self.magnitudes(weight_of(linear)).to(output.dtype)
         return output if own_bias is None else output + own_bias, bias
 
     def magnitudes(self, weight_OI: torch.Tensor) -> torch.Tensor:

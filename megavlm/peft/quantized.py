@@ -21,7 +21,7 @@ import torch
 from megavlm.config.peft import PeftConfig
 from megavlm.config.tuning import TuningPlan
 from megavlm.errors import use_error
-from megavlm.models.linear import ColumnLinear, RowLinear
+from megavlm.models.linear import AdaptableLinear
 from megavlm.models.names import Part, component_of, layer_of, stacked_name
 from megavlm.models.weight_map import Entry
 from megavlm.peft.targets import held_rows, linears_of
@@ -179,7 +179,7 @@ def quantise_frozen(
 
 
 def _put(
-    linear: ColumnLinear | RowLinear,
+    linear: AdaptableLinear,
     entry: Entry,
     expert: int | None,
     quantised: Sequence[Quantised],
@@ -189,7 +189,7 @@ def _put(
     size, rank = linear.tp_group.size(), linear.tp_group.rank()
     order: Any = entry.to_native if expert is None else lambda tensors: tensors[0]
     rows, columns = torch.arange(linear.output_size), (size, rank)
-    if isinstance(linear, ColumnLinear):
+    if linear.is_column:
         rows, columns = held_rows(linear.output_size, size, rank, entry.halves), (1, 0)
     store = QuantisedWeight(quantised, order, rows.to(quantised[0].codes.device), columns, dtype, quant_type)
     del linear.weight
@@ -197,8 +197,8 @@ def _put(
     linear.store = store
 
 
-def _check_blocks(linear: ColumnLinear | RowLinear, name: str) -> None:
-    size = 1 if isinstance(linear, ColumnLinear) else linear.tp_group.size()
+def _check_blocks(linear: AdaptableLinear, name: str) -> None:
+    size = 1 if linear.is_column else linear.tp_group.size()
     if linear.input_size % (BLOCK * size):
         raise use_error(
             "peft.bnb_4bit_quant_type",

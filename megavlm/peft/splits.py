@@ -17,7 +17,6 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import nn
 
-from megavlm.models.linear import ColumnLinear
 from megavlm.peft.targets import Projection, Target, places_of
 
 Lies = Mapping[str, Literal["by output", "by input"]]
@@ -124,15 +123,14 @@ class Splits:
 def splits_of(target: Target) -> Splits:
     """How ranks share a linear."""
     linear = target.linear
-    is_column = isinstance(linear, ColumnLinear)
-    num_outputs = linear.output_size_per_partition if is_column else linear.output_size
+    is_column, num_outputs = linear.is_column, linear.output_size_per_partition
     return Splits(
         is_column=is_column,
         is_expert=target.is_expert,
         group=linear.tp_group,
         halves=target.halves,
         sequence_parallel=linear.sequence_parallel and not target.is_expert,
-        num_inputs=linear.input_size if is_column else linear.input_size_per_partition,
+        num_inputs=linear.input_size_per_partition,
         num_outputs=num_outputs,
         projections={one.name: one for one in target.projections},
         places=places_of(target.projections, num_outputs),

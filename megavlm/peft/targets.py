@@ -12,7 +12,7 @@ import torch
 from blake3 import blake3
 
 from megavlm.config.tuning import Tuning, TuningPlan
-from megavlm.models.linear import ColumnLinear, RowLinear
+from megavlm.models.linear import AdaptableLinear
 from megavlm.models.names import Part, component_of, global_name, layer_of, stacked_name
 from megavlm.models.weight_map import Entry
 
@@ -52,7 +52,7 @@ class Target:
         is_expert: whether it is of an expert.
     """
 
-    linear: ColumnLinear | RowLinear
+    linear: AdaptableLinear
     name: str
     projections: tuple[Projection, ...]
     tuning: Tuning
@@ -86,10 +86,10 @@ def find_targets(
                 yield Target(module, name, meant, tuning, halves, expert is not None)
 
 
-def linears_of(part: Part) -> Iterator[tuple[str, ColumnLinear | RowLinear]]:
+def linears_of(part: Part) -> Iterator[tuple[str, AdaptableLinear]]:
     """Linears that may be adapted, by their global names."""
     for name, module in list(part.named_modules()):
-        if isinstance(module, ColumnLinear | RowLinear):
+        if isinstance(module, AdaptableLinear):
             yield global_name(part, f"{name}.weight").removesuffix(".weight"), module
 
 
@@ -108,9 +108,9 @@ def projection_names(entry: Entry) -> list[str]:
     return [module.rpartition(".")[2] for module in module_names(entry)]
 
 
-def _projections(linear: ColumnLinear | RowLinear, entry: Entry) -> list[Projection]:
+def _projections(linear: AdaptableLinear, entry: Entry) -> list[Projection]:
     """All projections of a linear, with the rows that this rank has of each."""
-    is_column = isinstance(linear, ColumnLinear)
+    is_column = linear.is_column
     num_rows = linear.output_size_per_partition if is_column else linear.output_size
     modules, names = module_names(entry), projection_names(entry)
     assert len(set(names)) == len(names), f"{entry.native}: projections of one name"

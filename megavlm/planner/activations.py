@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from megavlm.config.schema import ParallelConfig
 from megavlm.models.architecture import Architecture, ExpertsArchitecture, LanguageArchitecture
 from megavlm.planner.experts import FP32_BYTES, INDEX_BYTES, ExpertRanks, Routed, kept_bytes
+from megavlm.planner.tuned import LEARNS, LayerKept, LinearKept
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Row:
         context: context-parallel ranks.
         context_kind: `all_gather` or `p2p`; anything else counts as `all_gather`.
         element_bytes: of an activation: 4 in fp32, 2 in bf16.
-        trained: whether the language model learns; otherwise no linear layer keeps its input.
+        trained: whether what the language model has outside of layers learns.
         expert_ranks: how experts are shared out.
         routed: tokens at the rank's experts; None: as many as balanced routing sends there.
         is_balanced: whether there is a load-balancing loss.
@@ -125,6 +126,7 @@ class Attention:
     element_bytes: int
     mixed: float
     own_query_key: bool = True
+    num_virtual_tokens: int = 0
 
     @property
     def mixed_bytes(self) -> float:
@@ -141,10 +143,21 @@ class Attention:
         """All segments are of one length: they run as one batch, without being put in order."""
         return len({length for length in self.lengths if length}) == 1
 
+    @property
+    def _prefix_bytes(self) -> float:
+        """Keys and values behind a prefix, where they are not copied anyway, and the masks that see it."""
+        number = self.num_virtual_tokens
+        if not number:
+            return 0.0
+        lengths = [length for length in self.lengths if length]
+        copied = number * len(lengths) + (self.tokens if self.is_even else 0)
+        masks = sum(length * (number + length) for length in set(lengths))
+        return (2 * copied * self.key + masks) * self.element_bytes
+
     def core(self) -> Kept:
         """What attention within one rank keeps, and what is there again while it is computed again."""
         out = self.tokens * self.query * self.element_bytes
-        logsumexp = self.tokens * self.num_heads * FP32_BYTES
+        logsumexp = self.tokens * self.num_heads * FP32_BYTES + self._prefix_bytes
         if self.is_even:
             return Kept(self.query_key_bytes + self.mixed_bytes + out + logsumexp, out + logsumexp)
         copies = self.tokens * (self.query + 2 * self.key) * self.element_bytes
@@ -186,7 +199,19 @@ def _gathered_attention(row: Row, attention: Attention, recompute: Recompute, mi
     return Kept(query + inside + out)
 
 
-def decoder_layer(language: LanguageArchitecture, row: Row, recompute: Recompute) -> Kept:
+def extra_bytes(kept: LinearKept, tokens: float, gives_tokens: float, element_bytes: int) -> float:
+    """What adapters at a linear keep beside its input.
+
+    Args:
+        kept: at the linear.
+        tokens: whose product with a narrow matrix a rank has.
+        gives_tokens: whose output it has.
+        element_bytes: e.
+    """
+    return (kept.low * tokens + kept.gives * gives_tokens + kept.joined) * element_bytes
+
+
+def decoder_layer(language: LanguageArchitecture, row: Row, recompute: Recompute, learns: LayerKept = LEARNS) -> Kept:
     """One decoder layer, without full recompute."""
     e, held, tokens = row.element_bytes, row.held_tokens, row.tokens
     groups = max(1.0, language.num_query_groups / row.tensor)
@@ -200,31 +225,35 @@ def decoder_layer(language: LanguageArchitecture, row: Row, recompute: Recompute
         element_bytes=e,
         # with fewer groups than ranks every rank gathers the whole and takes its part
         mixed=all_channels / (row.tensor if language.num_query_groups >= row.tensor else 1),
+        num_virtual_tokens=learns.num_virtual_tokens,
     )
-    learns = 1 if row.trained else 0
     width = held * language.hidden_size
-    linear_in = learns * width * e
-    norm = rms_norm(width, held, learns)
+    linear_in = learns.at("qkv").takes * width * e
+    norm = rms_norm(width, held, learns.norms)
     rotary = 4 * tokens * language.head_dim * e
     mixed_is_kept = language.qk_norm and e == FP32_BYTES  # in fp32 these norms keep parts of it as their inputs
-    heads_norm = _heads_norm(language, row, attention, groups) if language.qk_norm else 0.0
+    heads = rotary + extra_bytes(learns.at("qkv"), tokens, tokens, e)
+    heads += _heads_norm(language, row, attention, groups, learns.norms) if language.qk_norm else 0.0
     across = row.context > 1
     core = (
         _gathered_attention(row, attention, recompute, mixed_is_kept)
         if across
         else attention_bytes(attention, recompute, mixed_is_kept)
     )
-    if not row.trained:  # the projection keeps no input; behind attention in one batch that is its own output
+    if not learns.at("proj").takes:  # its input is not kept; behind attention in one batch that is its own output
         shared = attention.is_even and not across and not recompute.attention
         core = Kept(core.bytes - (0 if shared else tokens * attention.query * e), core.redone_bytes)
+    core = Kept(core.bytes + extra_bytes(learns.at("proj"), held, held, e), core.redone_bytes)
     redone_norm = norm - (width * FP32_BYTES if e == FP32_BYTES else 0)  # in fp32 its input is the kept one
-    mlp_in, mlp = linear_in, (4 + learns) * tokens * language.ffn_hidden_size / row.tensor * e
+    mlp_in = learns.at("fc1").takes * width * e
+    mlp = (4 + learns.at("fc2").takes) * tokens * language.ffn_hidden_size / row.tensor * e
+    mlp += extra_bytes(learns.at("fc1"), tokens, tokens, e) + extra_bytes(learns.at("fc2"), held, held, e)
     if language.experts is not None:  # the router keeps its input even where it does not learn
-        mlp_in, mlp = width * e, _experts(language, language.experts, row)
-    return layer_bytes(recompute, norm, redone_norm, width * e, linear_in, rotary + heads_norm, core, mlp, mlp_in)
+        mlp_in, mlp = width * e, _experts(language, language.experts, row, learns)
+    return layer_bytes(recompute, norm, redone_norm, width * e, linear_in, heads, core, mlp, mlp_in)
 
 
-def _experts(language: LanguageArchitecture, experts: ExpertsArchitecture, row: Row) -> float:
+def _experts(language: LanguageArchitecture, experts: ExpertsArchitecture, row: Row, learns: LayerKept) -> float:
     """What a mixture keeps behind its norm."""
     routed = row.routed or row.expert_ranks.balanced(experts, row.held_tokens)
     return kept_bytes(
@@ -234,16 +263,17 @@ def _experts(language: LanguageArchitecture, experts: ExpertsArchitecture, row: 
         row.held_tokens,
         language.hidden_size,
         row.element_bytes,
-        row.trained,
+        (learns.at("fc1"), learns.at("fc2")),
         row.is_balanced,
     )
 
 
-def _heads_norm(language: LanguageArchitecture, row: Row, attention: Attention, groups: float) -> float:
+def _heads_norm(
+    language: LanguageArchitecture, row: Row, attention: Attention, groups: float, norms_learn: bool
+) -> float:
     """The norms of each head's query and key."""
-    learns = 1 if row.trained else 0
     roots = row.tokens * (attention.num_heads + groups) * FP32_BYTES
-    normalised = learns * row.tokens * (attention.query + attention.key) * FP32_BYTES
+    normalised = norms_learn * row.tokens * (attention.query + attention.key) * FP32_BYTES
     if row.element_bytes != FP32_BYTES:
         return roots + normalised + row.tokens * (attention.query + attention.key) * FP32_BYTES
     # Of the mixed output keys are a part always, queries only where there is one group of heads.
@@ -251,7 +281,7 @@ def _heads_norm(language: LanguageArchitecture, row: Row, attention: Attention, 
     return roots + normalised + attention.mixed_bytes + own_query
 
 
-def rms_norm(width: float, tokens: float, learns: int) -> float:
+def rms_norm(width: float, tokens: float, learns: bool | int) -> float:
     """What an RMSNorm keeps of `width` elements: input and normalised copy in fp32, and the root of each token."""
     return FP32_BYTES * (width * (1 + learns) + tokens)
 
@@ -293,30 +323,30 @@ def slots_before(architecture: Architecture, layer: int) -> int:
     return 2 if architecture.gate_interval else 1 + max(0, architecture.num_deepstack - layer)
 
 
-def embedding(architecture: Architecture, row: Row, recompute: Recompute) -> float:
+def embedding(architecture: Architecture, row: Row, recompute: Recompute, learns: LayerKept = LEARNS) -> float:
     """Token ids, where the visual features go, and what sequence-parallel ranks keep of each other's tokens.
 
-    The first layer gets a view of all the rank's tokens; where that itself is kept, so are the other ranks' parts.
+    The first layer (which learns as `learns` says) gets a view of all the rank's tokens; where that itself is kept, so
+    are the other ranks' parts.
     """
     kept = row.tokens * (2 * INDEX_BYTES + 1 if row.num_visual_tokens else INDEX_BYTES)
     num_slots = slots_before(architecture, 0)
     is_kept = recompute.full or (num_slots == 1 and (row.element_bytes == FP32_BYTES or recompute.norms))
     if architecture.gate_interval:  # the linear layers that read features keep it
-        is_kept = recompute.full or row.trained
+        is_kept = recompute.full or learns.at("qkv").takes
     others = (row.tokens - row.held_tokens) * num_slots * architecture.language.hidden_size * row.element_bytes
     return kept + (others if is_kept else 0.0)
 
 
 def output_layer(language: LanguageArchitecture, row: Row) -> float:
     """The final norm and the input of the output layer."""
-    learns = 1 if row.trained else 0
     width = row.held_tokens * language.hidden_size
-    return rms_norm(width, row.held_tokens, learns) + learns * width * row.element_bytes
+    return rms_norm(width, row.held_tokens, row.trained) + row.trained * width * row.element_bytes
 
 
 def chunked_output_layer(language: LanguageArchitecture, row: Row) -> float:
     """The final norm alone, where the loss computes the logits."""
-    return rms_norm(row.held_tokens * language.hidden_size, row.held_tokens, 1 if row.trained else 0)
+    return rms_norm(row.held_tokens * language.hidden_size, row.held_tokens, row.trained)
 
 
 def chunked_logits(language: LanguageArchitecture, row: Row) -> float:

@@ -9,6 +9,7 @@ Letters in formulas: e bytes of an element, S tokens of the rank between the lay
 from dataclasses import dataclass
 
 from megavlm.models.architecture import ExpertsArchitecture
+from megavlm.planner.tuned import LinearKept
 
 FP32_BYTES = 4
 INDEX_BYTES = 8
@@ -55,7 +56,7 @@ def kept_bytes(
     held_tokens: float,
     hidden_size: int,
     element_bytes: int,
-    trained: bool,
+    learns: tuple[LinearKept, LinearKept],
     is_balanced: bool,
 ) -> float:
     """What router, dispatcher and experts keep in a layer, beside the layer's norm and its output.
@@ -67,10 +68,10 @@ def kept_bytes(
         held_tokens: S.
         hidden_size: of the language model.
         element_bytes: e.
-        trained: whether experts learn; otherwise their linear layers keep no inputs.
+        learns: at an expert's first and second linear layer.
         is_balanced: whether there is a load-balancing loss.
     """
-    e, learns, arriving = element_bytes, int(trained), routed.arriving
+    e, arriving, (first, second) = element_bytes, routed.arriving, learns
     # the chosen numbers, and their softmax in fp32
     kept = held_tokens * experts.top_k * (INDEX_BYTES + FP32_BYTES)
     if is_balanced:  # the softmax over all experts, and which tokens count
@@ -81,8 +82,9 @@ def kept_bytes(
     kept += routed.looked_at * seen * (e + 1)
     kept += INDEX_BYTES * (arriving if gathers else held_tokens * experts.top_k)
     # the first linear layer's input; its output, the parts of the gate, and their product before and after weighting
-    inner = (5 + learns) * experts.ffn_hidden_size / ranks.tensor
-    return kept + arriving * (learns * hidden_size + inner + 1) * e
+    inner = (5 + second.takes) * experts.ffn_hidden_size / ranks.tensor
+    beside = first.low + first.gives + second.low + second.gives
+    return kept + arriving * (first.takes * hidden_size + inner + 1 + beside) * e
 
 
 def sent_bytes(

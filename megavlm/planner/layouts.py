@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from megavlm.config.layout import split_evenly
 from megavlm.config.schema import ParallelConfig, Recipe
+from megavlm.config.tuning import tuning_plan
 from megavlm.errors import use_error
 from megavlm.models.architecture import Architecture
 from megavlm.parallel.topology import Topology
@@ -262,7 +263,8 @@ def _placed(
         else:
             why_not["more pipeline stages than layers"] += 1
         return
-    trains = not (recipe.optimizer.freeze_vit and recipe.optimizer.freeze_aligner)
+    plan = tuning_plan(recipe)
+    trains = plan.learns("vision") or plan.learns("projector")
     for placement in space.placements:
         for vision_tensor in sorted({1, grid.tensor}):
             if _vision_tensor_problem(architecture, vision_tensor):

@@ -1,15 +1,16 @@
 """Memory of a rank in training, by part: what it holds all the time, and what a schedule makes it hold at the worst.
 
 Weights, gradients, optimizer and activations are exact for the `torch` backend (up to the alignment of small tensors);
-tests compare them with the bytes of real runs. Of experts they are those of balanced routing, or of given numbers of
-tokens. `buffers` is an estimate: messages that wait, and the largest temporary tensors. What an allocator adds
-(fragments), and the CUDA context, are not in here: leave some memory free for them.
+tests compare them with the bytes of real runs, of parameter-efficient tuning too. Of experts they are those of balanced
+routing, or of given numbers of tokens. `buffers` is an estimate: messages that wait, and the largest temporary tensors.
+What an allocator adds (fragments), and the CUDA context, are not in here: leave some memory free for them.
 
 Flash attention and Transformer Engine fuse norms and rotary positions and keep less than the layers of the `torch`
-backend. Their figures here are those of the `torch` backend, an upper bound that no run has verified.
+backend. Their figures here are those of the `torch` backend, an upper bound that no run has verified. Of activations in
+CPU memory (`cpu_offloading`) counted is each storage once; views that several operations keep are copied for each.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from megavlm.config.inputs import Grid
@@ -21,10 +22,11 @@ from megavlm.parallel.topology import Topology
 from megavlm.pipeline.actions import Compute, Schedule
 from megavlm.planner import activations, encoder_activations
 from megavlm.planner.activations import Kept, Row
-from megavlm.planner.decoder_activations import decoder_layers
+from megavlm.planner.decoder_activations import decoder_layers, layer_learns
 from megavlm.planner.encoder_activations import Images
 from megavlm.planner.experts import ExpertRanks, Routed
 from megavlm.planner.parameters import StateBytes, encoder_held, experts_held, language_held, state_bytes
+from megavlm.planner.tuned import connector_matrices, tower_matrices, tuned_of
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Memory:
         language: activations of the language model.
         logits: what the loss keeps.
         buffers: an estimate of messages that wait, and of temporary tensors.
+        host: in CPU memory: optimizer state and activations that are kept there, and in no other part.
     """
 
     weights: float
@@ -65,6 +68,7 @@ class Memory:
     language: float
     logits: float
     buffers: float
+    host: float = 0.0
 
     @property
     def total(self) -> float:
@@ -126,6 +130,9 @@ class RankMemory:
         self.dtype = compute_dtype(recipe)
         self.element_bytes = 4 if self.dtype == "fp32" else 2
         self.recompute = activations.recompute_of(recipe.parallel)
+        self.tuned = tuned_of(recipe)
+        self._trains_tower = self.tuned.finds("vision", tower_matrices(architecture))
+        self._trains_connectors = self.tuned.finds("projector", connector_matrices(architecture))
         self.stage = position - topology.first_position
         self.layers = _layers_of(recipe, architecture, self.stage) if self.stage >= 0 else ()
         self.tower_layers = _tower_layers_of(architecture, topology, position)
@@ -137,27 +144,24 @@ class RankMemory:
         parts = []
         if self.stage >= 0:
             layers = [number for chunk in self.layers for number in chunk]
-            held = language_held(
-                self.architecture, recipe.optimizer, topology.tensor, layers, self.stage, topology.pipeline
-            )
+            held = language_held(self.architecture, self.tuned, topology.tensor, layers, self.stage, topology.pipeline)
             copies = topology.data * topology.context
             parts.append(state_bytes(held, recipe.parallel, self.dtype, copies))
             ranks = self.expert_ranks
-            experts = experts_held(
-                self.architecture.language, recipe.optimizer, len(layers), ranks.expert, ranks.tensor
-            )
+            experts = experts_held(self.architecture.language, self.tuned, layers, ranks.expert, ranks.tensor)
             copies = topology.layer_size // (ranks.expert * ranks.tensor)
             parts.append(state_bytes(experts, recipe.parallel, self.dtype, copies))
         if self.tower_layers is not None:
             first, last = self._encoder_ends
             encoder = encoder_held(
-                self.architecture, recipe.optimizer, topology.vision_tensor, len(self.tower_layers), first, last
+                self.architecture, self.tuned, topology.vision_tensor, self.tower_layers, first, last
             )
             parts.append(state_bytes(encoder, recipe.parallel, self.dtype, len(topology.replicas)))
         return StateBytes(
             sum(part.weights for part in parts),
             sum(part.gradients for part in parts),
             sum(part.optimizer for part in parts),
+            sum(part.host for part in parts),
         )
 
     @property
@@ -169,6 +173,11 @@ class RankMemory:
             topology.expert_tensor or topology.tensor,
             self.recipe.parallel.moe_token_dispatcher_type,
         )
+
+    @property
+    def _trains_encoder(self) -> bool:
+        """Whether there is a gradient for visual features."""
+        return self.tuned.plan.learns("vision") or self.tuned.plan.learns("projector")
 
     @property
     def _encoder_ends(self) -> tuple[bool, bool]:
@@ -187,7 +196,7 @@ class RankMemory:
             context=self.topology.context,
             context_kind=parallel.cp_comm_type,
             element_bytes=self.element_bytes,
-            trained=not self.recipe.optimizer.freeze_llm,
+            trained=self.tuned.of("language", None).method == "full",
             expert_ranks=self.expert_ranks,
             routed=load.routed,
             is_balanced=self.recipe.model.moe_aux_loss_coeff > 0,
@@ -198,8 +207,9 @@ class RankMemory:
         """What a chunk of the language model keeps of a microbatch."""
         architecture, row, numbers = self.architecture, self.row(load), self.layers[number]
         language = architecture.language
-        kept = decoder_layers(architecture, row, numbers, self.recompute)
         is_first = self.stage == 0 and number == 0
+        differentiated = not is_first or row.trained or self._trains_encoder
+        kept = decoder_layers(architecture, row, numbers, self.recompute, self.tuned, differentiated)
         is_last = self.stage == self.topology.pipeline - 1 and number == len(self.layers) - 1
         head = loss = 0.0
         if is_last and self.recipe.model.cross_entropy_loss_fusion:
@@ -216,20 +226,24 @@ class RankMemory:
             border += activations.feature_bytes(architecture, load.num_visual_tokens, self.element_bytes)
         else:
             border += activations.slots_before(architecture, before) * width
-        ids = activations.embedding(architecture, row, self.recompute) if is_first else 0.0
+        ids = 0.0
+        if is_first and numbers:
+            learns = layer_learns(architecture, self.tuned, numbers[0], row)
+            ids = activations.embedding(architecture, row, self.recompute, learns)
         return ChunkBytes(kept.bytes + ids, head, loss, kept.redone_bytes, border)
 
     def encoder(self, grids: tuple[Grid, ...]) -> Kept:
         """What the rank's encoder keeps of some images."""
         if self.tower_layers is None:
             return Kept(0.0)
-        optimizer, (first, last) = self.recipe.optimizer, self._encoder_ends
+        first, last = self._encoder_ends
         images = Images(
             grids,
+            self.tuned,
             tensor=self.topology.vision_tensor,
             element_bytes=self.element_bytes,
-            trains_tower=not optimizer.freeze_vit,
-            trains_connectors=not optimizer.freeze_aligner,
+            trains_tower=self._trains_tower,
+            trains_connectors=self._trains_connectors,
         )
         return encoder_activations.encoder(self.architecture, images, self.recompute, self.tower_layers, first, last)
 
@@ -268,14 +282,19 @@ class RankMemory:
             schedule: whose list at this position the rank executes.
             loads: one for each microbatch.
         """
-        live = _Live()
         chunks = {
             (number, m): self.chunk(number, load) for number in range(len(self.layers)) for m, load in enumerate(loads)
         }
         images = [self.encoder(load.grids) for load in loads]
-        for compute in schedule.computes(self.position):
-            _play(compute, chunks, images, live)
-        state = self.state
+        computes = schedule.computes(self.position)
+        state, host = self.state, 0.0
+        live = _played(computes, chunks, images)
+        if self.recipe.parallel.cpu_offloading:
+            host = live.most_kept
+            chunks = {key: _away(chunk, len(self.layers[key[0]])) for key, chunk in chunks.items()}
+            num_layers = max(1, len(self.tower_layers or ()))
+            images = [Kept(0.0, kept.redone_bytes + kept.bytes / num_layers) for kept in images]
+            live = _played(computes, chunks, images)
         language, logits, encoder = live.worst
         return Memory(
             weights=state.weights,
@@ -285,6 +304,7 @@ class RankMemory:
             language=language,
             logits=logits,
             buffers=live.most_border + max(self.temporary(load) for load in loads),
+            host=state.host + host,
         )
 
 
@@ -292,7 +312,7 @@ class _Live:
     """What is alive, and the worst moment."""
 
     def __init__(self) -> None:
-        self.language = self.logits = self.encoder = self.border = self.most_border = 0.0
+        self.language = self.logits = self.encoder = self.border = self.most_border = self.most_kept = 0.0
         self.worst = (0.0, 0.0, 0.0)
 
     def look(self, more_language: float = 0.0, more_encoder: float = 0.0) -> None:
@@ -300,6 +320,20 @@ class _Live:
         if sum(now) > sum(self.worst):
             self.worst = now
         self.most_border = max(self.most_border, self.border)
+        self.most_kept = max(self.most_kept, self.language + self.encoder)
+
+
+def _away(chunk: ChunkBytes, num_layers: int) -> ChunkBytes:
+    """A chunk whose activations wait in CPU memory, but for the loss's: those of about a layer are back at a time."""
+    return ChunkBytes(0.0, 0.0, chunk.logits, chunk.redone + chunk.layers / max(1, num_layers), chunk.border)
+
+
+def _played(computes: Iterable[Compute], chunks: dict[tuple[int, int], ChunkBytes], images: list[Kept]) -> _Live:
+    """What is alive over all of a rank's work."""
+    live = _Live()
+    for compute in computes:
+        _play(compute, chunks, images, live)
+    return live
 
 
 def _play(compute: Compute, chunks: dict[tuple[int, int], ChunkBytes], images: list[Kept], live: _Live) -> None:

@@ -39,13 +39,14 @@ def _plan_lines(number: int, plan: Plan) -> list[str]:
     parts = ", ".join(f"{name} {vars(memory)[name] / 1e9:.1f}" for name in _PARTS)
     end = plan.end
     layers = "+".join(map(str, plan.counts))
+    host = f"; {memory.host / 1e9:.1f} GB in CPU memory, whose copies take no time here" if memory.host else ""
     return [
         f"{number}. {describe(plan.layout)}",
         f"   {plan.step_s:.3f} s a step, MFU {plan.mfu:.1%}, bubble {plan.bubble:.1%}, "
         f"{plan.num_microbatches} microbatches, layers {layers}",
         f"   behind the pipeline: language model's gradients and weights {end.language_sync_s:.3f} s, encoder's "
         f"{end.encoder_sync_s:.3f} s, optimizer {end.optimizer_s:.3f} s",
-        f"   memory of the fullest rank {memory.total / 1e9:.1f} GB: {parts} (encoder, language: activations)",
+        f"   memory of the fullest rank {memory.total / 1e9:.1f} GB: {parts} (encoder, language: activations){host}",
     ]
 
 

@@ -13,6 +13,7 @@ from megavlm.planner.memory import Load, Memory, RankMemory
 from megavlm.planner.parameters import encoder_held, experts_held, language_held, num_elements
 from megavlm.planner.stepcosts import Pieces, Played, Problem, least_makespan_s, pieces_of, played, schedule_of
 from megavlm.planner.timing import StepEnd, sync_s, update_s
+from megavlm.planner.tuned import tuned_of
 from megavlm.planner.workload import Pack
 
 
@@ -144,21 +145,22 @@ def recipe_of(recipe: Recipe, layout: Layout, counts: tuple[int, ...]) -> Recipe
 
 def step_end(problem: Problem, layout: Layout, counts: tuple[int, ...]) -> StepEnd:
     """Reduction of gradients, gathering of weights and the update, of the rank with most."""
-    architecture, optimizer = problem.workload.architecture, problem.recipe.optimizer
+    architecture, tuned = problem.workload.architecture, tuned_of(problem.recipe)
     topology, hardware = layout.topology, problem.hardware
     copies = layout.data * layout.context
     layers = _layers_a_rank(layout, counts)
     largest = max(
-        num_elements(language_held(architecture, optimizer, layout.tensor, numbers, stage, layout.pipeline).trained)
+        num_elements(language_held(architecture, tuned, layout.tensor, numbers, stage, layout.pipeline).trained)
         for stage, numbers in enumerate(layers)
     )
     spanned = layout.tensor * copies
-    most = max(map(len, layers))
-    held = experts_held(architecture.language, optimizer, most, topology.expert, layout.expert_tensor)
+    most = max(layers, key=len)
+    held = experts_held(architecture.language, tuned, most, topology.expert, layout.expert_tensor)
     experts, expert_copies = num_elements(held.trained), spanned // (topology.expert * layout.expert_tensor)
     stages = layout.vision_stages if layout.placement == "stage" else 1
     encoder_layers = -(-architecture.vision.num_computed_layers // stages)
-    held = encoder_held(architecture, optimizer, layout.vision_tensor, encoder_layers, True, True)
+    numbers = range(architecture.vision.num_computed_layers)[-encoder_layers:]
+    held = encoder_held(architecture, tuned, layout.vision_tensor, numbers, True, True)
     encoder = num_elements(held.trained)
     encoder_copies = len(topology.replicas)
     return StepEnd(

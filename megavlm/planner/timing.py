@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megavlm.config.schema import Recipe
+from megavlm.config.tuning import tuning_plan
 from megavlm.models.architecture import Architecture
 from megavlm.planner.experts import ExpertRanks, sent_bytes
 from megavlm.planner.flops import num_gated_layers
@@ -32,7 +33,14 @@ ELEMENT_BYTES = 2
 
 @dataclass(frozen=True)
 class Trained:
-    """What learns."""
+    """What learns.
+
+    Attributes:
+        tower: something in it does; adapters are taken for its own weights, an upper bound.
+        connectors: something in them does.
+        language: its own weights do, in some layer. Beside adapters it only passes gradients on; the adapters' own
+            products are a percent of it.
+    """
 
     tower: bool
     connectors: bool
@@ -46,8 +54,9 @@ class Trained:
 
 def trained_of(recipe: Recipe) -> Trained:
     """What a recipe trains."""
-    optimizer = recipe.optimizer
-    return Trained(not optimizer.freeze_vit, not optimizer.freeze_aligner, not optimizer.freeze_llm)
+    plan = tuning_plan(recipe)
+    own = any(rule.component == "language" and rule.tuning.method == "full" for rule in plan.rules)
+    return Trained(plan.learns("vision"), plan.learns("projector"), own)
 
 
 @dataclass(frozen=True)

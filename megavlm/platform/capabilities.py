@@ -85,6 +85,8 @@ def needs_of(recipe: Recipe) -> tuple[str, ...]:
     needed = BACKEND_NEEDS[recipe.model.backend]
     if recipe.parallel.gradient_accumulation_fusion and recipe.model.backend != "te":
         needed += ("apex",)  # whose kernel Megatron-Core's own linear layers call
+    if recipe.parallel.optimizer_cpu_offload and recipe.model.backend != "te":
+        needed += ("transformer-engine",)  # whose version Megatron-Core asks for (0.16.1, optimizer_config.py:383)
     return needed
 
 

@@ -33,6 +33,7 @@ from megavlm.parallel.topology import Topology, topology_of
 from megavlm.planner.hardware import Hardware, find_hardware
 from megavlm.planner.memory import Load, Memory, RankMemory
 from megavlm.planner.parameters import encoder_held, experts_held, language_held, num_elements
+from megavlm.planner.tuned import tuned_of
 from megavlm.platform.pretend import on_meta, pretended_rank
 from megavlm.platform.seeds import seed_everything
 from megavlm.train.inputs import CostModel, StepInputs
@@ -131,13 +132,13 @@ def dry_run(recipe: Recipe, world_size: int, model_dir: Path) -> DryRun:
 
 def whole_model(architecture: Architecture) -> int:
     """Parameters of the whole model, by the planner's arithmetic."""
-    everything_learns = Recipe().optimizer
+    everything_learns = tuned_of(Recipe())
     language = architecture.language
     layers = list(range(language.num_layers))
     held = (
         language_held(architecture, everything_learns, 1, layers, 0, 1),
-        experts_held(language, everything_learns, language.num_layers, 1, 1),
-        encoder_held(architecture, everything_learns, 1, architecture.vision.num_computed_layers, True, True),
+        experts_held(language, everything_learns, layers, 1, 1),
+        encoder_held(architecture, everything_learns, 1, range(architecture.vision.num_computed_layers), True, True),
     )
     return sum(num_elements(one.trained) + num_elements(one.frozen) for one in held)
 

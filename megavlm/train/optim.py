@@ -21,7 +21,7 @@ from megatron.core.transformer.module import param_is_not_shared
 
 from megavlm.checkpoint.native import named_optimizers
 from megavlm.config.numerics import compute_dtype
-from megavlm.config.schema import Recipe
+from megavlm.config.schema import ParallelConfig, Recipe
 from megavlm.errors import use_error
 from megavlm.models.build import DTYPES
 from megavlm.models.names import is_adapter
@@ -71,6 +71,7 @@ def build_optimizer(
         use_distributed_optimizer=recipe.parallel.use_distributed_optimizer,
         overlap_param_gather=recipe.parallel.overlap_param_gather,
         log_num_zeros_in_grad=False,
+        **_offloaded(recipe.parallel),
     )
     inner: list[MegatronOptimizer] = []  # in the order of `native.OPTIMIZERS`
     for chunks, collection in ((parts.chunks, parts.groups.language), ((parts.encoder_chunk,), parts.groups.vision)):
@@ -103,6 +104,29 @@ def build_optimizer(
         lr_wsd_decay_style="linear",
     )
     return optimizer, scheduler
+
+
+def _offloaded(parallel: ParallelConfig) -> dict[str, Any]:
+    """Knobs of an optimizer in CPU memory.
+
+    Only with a "precision-aware" optimizer are main weights there, too: its parameters are the weights themselves, and
+    gradients stand beside them as `decoupled_grad`, since they are of another type (megatron-core 0.16.1,
+    optimizer/distrib_optimizer.py:2411).
+    """
+    if not parallel.optimizer_cpu_offload:
+        return {}
+    return {
+        "use_precision_aware_optimizer": True,
+        "optimizer_cpu_offload": True,
+        "optimizer_offload_fraction": parallel.optimizer_offload_fraction,
+        "overlap_cpu_optimizer_d2h_h2d": parallel.overlap_cpu_optimizer_d2h_h2d,
+    }
+
+
+def _gradient_of(parameter: torch.Tensor, decoupled: bool) -> torch.Tensor | None:
+    """Where an optimizer reads a gradient (see `_offloaded`)."""
+    gradient: torch.Tensor | None = vars(parameter).get("decoupled_grad") if decoupled else parameter.grad
+    return gradient
 
 
 def _overrides(learning: Learning) -> dict[ParamKey, Any]:
@@ -176,8 +200,9 @@ def gradient_norms(
                 counts = param_is_not_shared(parameter) and tensor_parallel.param_is_not_tensor_parallel_duplicate(
                     parameter, tensor
                 )
-                if counts and parameter.grad is not None:
-                    squares[int(group["lr_mult"]) - 1] += _sum_of_squares(parameter.grad)
+                gradient = _gradient_of(parameter, inner.config.use_precision_aware_optimizer)
+                if counts and gradient is not None:
+                    squares[int(group["lr_mult"]) - 1] += _sum_of_squares(gradient)
     dist.all_reduce(squares)
     by_component = dict.fromkeys(components, 0.0)
     by_unit: dict[str, float] = {}
@@ -201,10 +226,16 @@ def clip_and_update(
     step: int,
 ) -> None:
     """Scale each unit's gradients to its limit, and update the weights that learn in a step (from 0)."""
+    decoupled = any(inner.config.use_precision_aware_optimizer for inner in optimizer.chained_optimizers)
     for group in _live_groups(optimizer):
         own = learning.tagged(group["lr_mult"])
         if own.clip_grad > 0:
-            clip_grad_by_total_norm_fp32(group["params"], max_norm=own.clip_grad, total_norm=norms.by_unit[own.unit])
+            clip_grad_by_total_norm_fp32(
+                group["params"],
+                max_norm=own.clip_grad,
+                total_norm=norms.by_unit[own.unit],
+                use_decoupled_grad=decoupled,
+            )
         if learning.warmup_iters:
             group["lr"] = scheduler.get_lr(group) * learning.rate_factor(own, step)
     with _only_learning(optimizer, learning, step):

@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megavlm.checkpoint.adapter_import import load_adapter
 from megavlm.checkpoint.hf_io import HFDirectory
 from megavlm.checkpoint.hf_load import load_weights
-from megavlm.config.numerics import compute_dtype, fp8_recipes
+from megavlm.config.numerics import compute_dtype, fp8_recipes, row_multiples
 from megavlm.config.schema import Recipe
 from megavlm.config.tuning import tuning_plan
 from megavlm.data.sample import Batch
@@ -30,6 +30,7 @@ from megavlm.parallel.groups import Groups
 from megavlm.parallel.wrap import wrap_encoder, wrap_language
 from megavlm.peft.attach import attach
 from megavlm.peft.quantized import quantise_frozen
+from megavlm.platform.userbuffers import start_userbuffers
 from megavlm.train.freeze import freeze
 
 
@@ -65,6 +66,7 @@ class Parts:
         fp8: what is emulated, if anything is.
         chunk_tokens: tokens whose logits exist at a time; 0: the last chunk gives all of a row.
         offloads: whether activations wait in CPU memory.
+        row_tokens: that every row must have, as buffers were made for so many; 0: any number.
     """
 
     groups: Groups
@@ -78,6 +80,7 @@ class Parts:
     fp8: EmulatedFp8 | None = None
     chunk_tokens: int = 0
     offloads: bool = False
+    row_tokens: int = 0
 
     @property
     def rank(self) -> int:
@@ -141,6 +144,10 @@ def build_parts(recipe: Recipe, directory: HFDirectory, groups: Groups, bucket_s
     config = transformer_config(
         architecture, recipe.model, parallel, compute_dtype(recipe), fp8_settings("language", recipe)
     )
+    row_tokens = row_multiples(recipe)[1] if parallel.tp_comm_overlap else 0
+    if parallel.tp_comm_overlap:
+        rank_tokens = row_tokens // parallel.context_parallel_size
+        start_userbuffers(groups.tensor, rank_tokens, config.hidden_size, config.params_dtype, config.fp8 is not None)
     bare = build_language_chunks(architecture, config, recipe.model, groups)
     models = [unwrap(chunk) for chunk in bare]
     encoder = build_encoder(
@@ -155,7 +162,8 @@ def build_parts(recipe: Recipe, directory: HFDirectory, groups: Groups, bucket_s
             initialise_masks(named_parameters(part), recipe.train.seed)
     plan = tuning_plan(recipe)
     quantise_frozen(held, directory.entries, plan, recipe.peft, directory.read_parts, config.params_dtype)
-    attach(held, directory.entries, plan, recipe.peft, recipe.train.seed, config.params_dtype)
+    backend = recipe.model.backend
+    attach(held, directory.entries, plan, recipe.peft, recipe.train.seed, config.params_dtype, backend)
     freeze(held, plan)
     if recipe.peft.adapters:
         load_adapter(Path(recipe.peft.adapters), directory, held)
@@ -172,6 +180,7 @@ def build_parts(recipe: Recipe, directory: HFDirectory, groups: Groups, bucket_s
         noise=embedding_noise_of(recipe, architecture.language.hidden_size),
         fp8=_emulated(recipe, architecture, held, groups) if recipe.train.precision == "fp8_emulated" else None,
         offloads=parallel.cpu_offloading,
+        row_tokens=row_tokens,
         chunk_tokens=recipe.model.cross_entropy_chunk_tokens if recipe.model.cross_entropy_loss_fusion else 0,
     )
     for chunk in parts.wrapped:

@@ -13,6 +13,7 @@ import torch
 from megavlm.config.inputs import Grid
 from megavlm.data.image_patches import PixelBytes, normalised
 from megavlm.data.sample import Batch
+from megavlm.errors import RunError
 from megavlm.losses.chunked import ProjectedLogits
 from megavlm.losses.masks import LogitsAndMasks
 from megavlm.models.head import output_weight
@@ -101,6 +102,11 @@ class _LanguageWork:
         """`taken`: hidden states [S, K, H] of the stage before, or, on the first chunk, features [V, K, H]."""
         parts, batch = self._parts, self._rows.batches[microbatch]
         model, wrapped = parts.models[chunk], parts.chunks[chunk]
+        if parts.row_tokens and len(batch.tokens_T) != parts.row_tokens:
+            raise RunError(
+                f"a row has {len(batch.tokens_T)} tokens where parallel.tp_comm_overlap has buffers for "
+                f"{parts.row_tokens}; give data.packing_length what the longest sample needs"
+            )
         if taken is not None and (parts.trains_encoder or not model.pre_process):
             taken.requires_grad_(torch.is_grad_enabled())
         model.set_input_tensor(None if model.pre_process else taken)

@@ -209,7 +209,7 @@ def count_step(recipe: Recipe) -> Counted:
     )
     lengths = tuple(tuple((b.cu_seqlens[1:] - b.cu_seqlens[:-1]).tolist()) for b in rows.batches)
     return Counted(
-        weights=sum(storages.values()),
+        weights=sum(storages.values()) + _packed_bytes(state),
         gradients=_gradient_bytes(state),
         optimizer=_optimizer_bytes(state, set(storages)),
         encoder=saved.peaks["encoder"],
@@ -233,13 +233,12 @@ def count_tuning(recipe: Recipe) -> dict[str, int]:
     """Bytes of a training step by part, matrices in 4 bits included; `all` is everything together."""
     state = build_state(recipe)
     storages = _weight_storages(state)
-    stores = [linear.store for part in state.parts.all for _, linear in linears_of(part) if linear.store is not None]
     saved = SavedBytes(set(storages))
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack), _Watch(saved):
         step_module.train_step(state, 0)
     state.loader.close()
     figures = {
-        "weights": sum(storages.values()) + sum(store.num_bytes for store in stores),
+        "weights": sum(storages.values()) + _packed_bytes(state),
         "gradients": _gradient_bytes(state),
         "optimizer": _optimizer_bytes(state, set(storages)),
         "activations": saved.peaks["together"],
@@ -276,6 +275,12 @@ def _weight_storages(state: TrainState) -> dict[int, int]:
     """Bytes of parameters and buffers by storage."""
     tensors = [tensor for part in state.parts.all for tensor in (*part.parameters(), *part.buffers())]
     return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+
+
+def _packed_bytes(state: TrainState) -> int:
+    """Of matrices in 4 bits, which are no parameters."""
+    linears = [linear for part in state.parts.all for _, linear in linears_of(part)]
+    return sum(linear.store.num_bytes for linear in linears if linear.store is not None)
 
 
 def _gradient_bytes(state: TrainState) -> int:

@@ -71,6 +71,8 @@ PLAIN = layout(sharded_optimizer=False)
 
 # Rows of at most 160 tokens, split by cost (the longest sample has fewer).
 PACKED = {"packing": True, "max_length": 160}
+# All of one length.
+FILLED = PACKED | {"packing_length": 200, "pad_to_packing_length": True}
 PACKED_PAIRS = PACKED | {"packing_length": 320}
 
 # Fewer tokens than any row has, and no divisor of their number.

@@ -10,7 +10,7 @@ import pytest
 from megavlm.config.schema import Recipe
 from tests.contracts import TRANSFORMER_ENGINE
 from tests.invariant import canon
-from tests.invariant.layouts import EP2, EP2_TP2, PLAIN, Member, layout
+from tests.invariant.layouts import EP2, EP2_TP2, FILLED, PLAIN, Member, layout
 from tests.invariant.measure import StepRow, broken, distances, record
 from tests.invariant.references import REFERENCES
 from tests.pool import PoolKeeper
@@ -19,6 +19,7 @@ Canonical = Callable[[str], list[StepRow]]
 OLD, NEWEST = TRANSFORMER_ENGINE
 TIMEOUT_S = 300.0
 SWITCH_AT = 10
+_UNDERWAY = layout(tp=2, sp=True) | {"tp_comm_overlap": True}
 _SELECTIVE = layout(recompute="selective", recompute_modules=("core_attn", "mlp", "layernorm"))
 _CALLS = {
     "te": ("LayerNormLinear.forward", "DotProductAttention.forward", "FusedAdam.__init__"),
@@ -37,6 +38,13 @@ MEMBERS: tuple[tuple[Member, str], ...] = (
     (Member("CP2 all_gather", 2, layout(cp=2), True), NEWEST),
     (Member("PP2, selective recompute", 2, layout(pp=2) | _SELECTIVE, True), OLD),
     (Member("PP2 x VPP2", 2, layout(pp=2, vpp=2)), NEWEST),
+    (Member("TP2+SP, messages overlap", 2, _UNDERWAY, True, data=FILLED), OLD),
+    (Member("TP2+SP, messages overlap, PP2", 4, _UNDERWAY | layout(pp=2), data=FILLED), NEWEST),
+    (Member("LoRA", 1, {}, True, "LoRA"), OLD),
+    (Member("LoRA, TP2+SP", 2, layout(tp=2, sp=True), True, "LoRA"), NEWEST),
+    (Member("DoRA, TP2", 2, layout(tp=2), False, "DoRA"), OLD),
+    (Member("IA3, TP2+SP", 2, layout(tp=2, sp=True), False, "IA3"), OLD),
+    (Member("adapters, TP2+SP", 2, layout(tp=2, sp=True), True, "adapters"), OLD),
     (Member("encoder spread, TP2+SP", 2, layout(placement="spread", tp=2, sp=True)), OLD),
     (Member("experts EP2", 2, EP2, True, "experts balanced"), OLD),
     (Member("experts EP2 of TP2+SP", 2, EP2_TP2, False, "experts balanced"), NEWEST),
@@ -51,6 +59,7 @@ MEMBERS: tuple[tuple[Member, str], ...] = (
 
 _ONE = Member("one process", 1)
 _EXPERTS = Member("one process", 1, against="experts balanced")
+_ADAPTED = Member("one process", 1, against="LoRA")
 # A checkpoint that one backend writes and the other goes on from, in another layout.
 SWITCHES: tuple[tuple[str, Member, str, Member, str], ...] = (
     ("te TP2+SP to torch", Member("TP2+SP", 2, layout(tp=2, sp=True)), OLD, _ONE, ""),
@@ -62,21 +71,21 @@ SWITCHES: tuple[tuple[str, Member, str, Member, str], ...] = (
         OLD,
     ),
     ("te experts EP2 to torch", Member("EP2", 2, EP2, against="experts balanced"), OLD, _EXPERTS, ""),
+    ("te LoRA TP2+SP to torch", Member("TP2+SP", 2, layout(tp=2, sp=True), against="LoRA"), OLD, _ADAPTED, ""),
     ("torch to te experts EP2 of TP2+SP", _EXPERTS, "", Member("", 2, EP2_TP2, against="experts balanced"), OLD),
 )
-QUICK_SWITCHES = (0, 3)
+QUICK_SWITCHES = (0, 3, 4)
 # What make test-next runs with the newest megatron-core, too.
 NEXT_CORE = ("CP2 all_gather", "experts EP2", "torch to te experts EP2 of TP2+SP")
 
 
 def _recipe(inputs: Path, member: Member, backend: str) -> Recipe:
     reference = REFERENCES[member.against]
-    return canon.recipe(
+    return canon.recipe_of(
         inputs,
-        reference.family,
+        reference,
         parallel=member.parallel,
-        optimizer=reference.optimizer,
-        model=reference.model | {"backend": backend},
+        model={"backend": backend},
         train={"micro_batch_size": member.micro_batch_size},
         data=member.data,
     )

@@ -58,6 +58,14 @@ def get_cpu_offload_context(
     return contextlib.nullcontext(), lambda tensor: tensor
 
 
+@contracted("initialize_ub", "bootstrap_backend", "use_fp8")
+def initialize_ub(shape: list[int], tp_size: int, dtype: Any, ub_cfgs: Any) -> None:
+    """Buffers for messages: nothing travels through them here."""
+    num_tokens, hidden_size = shape
+    assert isinstance(dtype, torch.dtype)
+    assert num_tokens % tp_size == 0 and hidden_size > 0 and ub_cfgs == {}
+
+
 @contracted("general_gemm", "use_split_accumulator", "grad", "bulk_overlap")
 def general_gemm(
     A: torch.Tensor,  # noqa: N803
@@ -131,6 +139,7 @@ IMPLEMENTED: dict[str, Any] = {
     "fp8_autocast": fp8_autocast,
     "general_gemm": general_gemm,
     "get_cpu_offload_context": get_cpu_offload_context,
+    "initialize_ub": initialize_ub,
     "multi_tensor_applier": MultiTensorApply(),
     "multi_tensor_l2norm": multi_tensor_l2norm,
     "multi_tensor_scale": multi_tensor_scale,

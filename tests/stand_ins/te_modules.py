@@ -17,6 +17,7 @@ from tests.stand_ins.te_collectives import Copy, Gather, ScatterSum, Sum
 Group = dist.ProcessGroup | None
 # `fuse_wgrad_accumulation` writes into `main_grad` instead of returning a gradient: not known here, so it must be off.
 _HOW_IT_BEGINS = ("get_rng_state_tracker", "rng_tracker_name", "init_method", "device", "ub_name")
+_HOW_IT_TRAVELS = ("ub_bulk_wgrad", "ub_bulk_dgrad", "ub_overlap_ag", "ub_overlap_rs", "ub_overlap_rs_dgrad")
 
 
 def _mark(parameter: nn.Parameter, dimension: int) -> None:
@@ -147,7 +148,7 @@ class _TensorParallel(_Stateful):
 class Linear(_TensorParallel):
     """`te.pytorch.Linear`."""
 
-    @contracted("Linear.__init__", *_HOW_IT_BEGINS)
+    @contracted("Linear.__init__", *_HOW_IT_BEGINS, *_HOW_IT_TRAVELS)
     def __init__(
         self,
         in_features: int,
@@ -173,7 +174,7 @@ class Linear(_TensorParallel):
 class LayerNormLinear(_TensorParallel):
     """`te.pytorch.LayerNormLinear`."""
 
-    @contracted("LayerNormLinear.__init__", *_HOW_IT_BEGINS)
+    @contracted("LayerNormLinear.__init__", *_HOW_IT_BEGINS, *_HOW_IT_TRAVELS)
     def __init__(
         self,
         in_features: int,
@@ -187,10 +188,12 @@ class LayerNormLinear(_TensorParallel):
         return_bias: bool,
         params_dtype: torch.dtype,
         parallel_mode: str | None,
+        return_layernorm_output: bool,
     ) -> None:
         super().__init__()
         sizes, tp = (in_features, out_features), (tp_group, tp_size)
         self._build(sizes, sequence_parallel, tp, bias, return_bias, params_dtype, parallel_mode)
+        self.return_layernorm_output = return_layernorm_output
         self.eps, self.normalization = eps, normalization
         self.layer_norm_weight = _unset(in_features, dtype=params_dtype)
         vars(self.layer_norm_weight)["sequence_parallel"] = self.sequence_parallel
@@ -201,13 +204,16 @@ class LayerNormLinear(_TensorParallel):
 
     @contracted("LayerNormLinear.forward", "is_first_microbatch")
     def forward(self, inp: torch.Tensor) -> Any:
-        """Normalise, then as Linear."""
+        """Normalise, then as Linear; `return_layernorm_output` puts this rank's normalised tokens behind the rest."""
         shape = self.layer_norm_weight.shape
         if self.normalization == "RMSNorm":
             normed = F.rms_norm(inp, shape, self.layer_norm_weight, self.eps)
         else:
             normed = F.layer_norm(inp, shape, self.layer_norm_weight, self.layer_norm_bias, self.eps)
-        return self._linear(normed)
+        given = self._linear(normed)
+        if not self.return_layernorm_output:
+            return given
+        return (*given, normed) if self.return_bias else (given, normed)
 
 
 class GroupedLinear(_Stateful):

@@ -7,6 +7,7 @@ import pytest
 
 from megavlm.config.load import recipe_from_dict
 from megavlm.config.peft import PeftConfig
+from megavlm.config.precision import Fp8Config
 from megavlm.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, Recipe
 from megavlm.config.tuning import Tuning, check_tuning, describe_tuning, tuning_plan
 from megavlm.errors import UseError
@@ -80,8 +81,22 @@ def test_mistakes_in_components(components: str, message: str) -> None:
         (recipe_of(bnb_4bit_quant_type="nf4"), "nothing in language is frozen"),
         (recipe_of(tuner_type="lora", bnb_4bit_quant_type="nf4", quantized_components=("llm",)), "got `llm`"),
         (
-            dataclasses.replace(recipe_of(tuner_type="lora"), model=ModelConfig(backend="te")),
-            "model.backend: got te with peft",
+            dataclasses.replace(recipe_of(tuner_type="prefix"), model=ModelConfig(backend="te")),
+            "model.backend: got te with peft prefix",
+        ),
+        (
+            dataclasses.replace(
+                recipe_of(tuner_type="lora", bnb_4bit_quant_type="nf4"), model=ModelConfig(backend="te")
+            ),
+            "peft.bnb_4bit_quant_type: got nf4 with model.backend te",
+        ),
+        (
+            dataclasses.replace(
+                recipe_of(tuner_type="lora"),
+                model=ModelConfig(backend="te"),
+                fp8=Fp8Config(fp8_param_gather=True),
+            ),
+            "fp8.fp8_param_gather: got true with peft",
         ),
         (
             dataclasses.replace(

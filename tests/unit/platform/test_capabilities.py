@@ -216,12 +216,13 @@ def test_dali_has_one_distribution_per_cuda(package: Package, monkeypatch: pytes
 
 
 def test_a_recipe_needs_what_its_backend_and_its_fusions_do() -> None:
-    def needs(backend: str, fused: bool) -> tuple[str, ...]:
-        tree = {"model": {"backend": backend}, "parallel": {"gradient_accumulation_fusion": fused}}
-        return needs_of(recipe_from_dict(tree))
+    def needs(backend: str, fused: bool, away: bool = False) -> tuple[str, ...]:
+        parallel = {"gradient_accumulation_fusion": fused, "optimizer_cpu_offload": away}
+        return needs_of(recipe_from_dict({"model": {"backend": backend}, "parallel": parallel}))
 
     assert needs("torch", False) == () and needs("torch", True) == ("apex",)
-    assert needs("te", True) == needs("te", False) == ("transformer-engine",)
+    assert needs("te", True) == needs("te", False) == needs("te", False, away=True) == ("transformer-engine",)
+    assert needs("torch", False, away=True) == ("transformer-engine",)
 
 
 def test_backends_need_known_capabilities() -> None:

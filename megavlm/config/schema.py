@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megavlm.config.iterate import IterateConfig
+from megavlm.config.mixture_knobs import CurriculumPhase, MixtureSource, MixtureTask
 from megavlm.config.peft import PeftConfig
 from megavlm.config.precision import Fp8Config
 from megavlm.config.rope import RopeScalingConfig
@@ -132,48 +133,6 @@ class TokenWeightPhase(TokenWeights):
 
     from_progress: float = 0.0
     """Share of the optimizer steps that are done by then: 0 is the start, 0.5 the middle."""
-
-
-@dataclass(frozen=True)
-class MixtureSource:
-    """Rows that are mixed with those of other sources: an entry of data.mixture."""
-
-    name: str = ""
-    """In messages and logs."""
-    paths: tuple[str, ...] = ()
-    """Training rows, as data.train names them."""
-    weight: float = 1.0
-    """Its samples in a global batch are proportional to this (see data.mixture_temperature); 0: none, until
-    data.curriculum says otherwise."""
-    epochs: float = 0.0
-    """How often each of its rows is seen in one of train.num_train_epochs, in place of a weight; for all or none."""
-    task: str = ""
-    """A name out of data.mixture_tasks."""
-
-
-@dataclass(frozen=True)
-class MixtureTask:
-    """What sources of one kind share: an entry of data.mixture_tasks."""
-
-    name: str = ""
-    weight: float = 1.0
-    """Its samples in a global batch are proportional to this; its sources share them by their own weights."""
-
-
-@dataclass(frozen=True)
-class CurriculumPhase:
-    """What is drawn from a point of training on: an entry of data.curriculum."""
-
-    start_iters: int = 0
-    """Optimizer steps before it."""
-    start_fraction: float = 0.0
-    """Or the part of train.train_iters before it, rounded down to a step. Set at most one of the two."""
-    weights: tuple[float, ...] = ()
-    """One for each entry of data.mixture, in place of its weight; empty: its weight."""
-    max_length: int = 0
-    """Samples with more tokens are not drawn; 0: all are."""
-    order: Literal["default", "length"] = "default"
-    """`length`: each pass through a source goes from short to long samples; `default`: as data.shuffle says."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ import pytest
 
 from megavlm.config.load import load_recipe
 from megavlm.config.mixture import phase_starts
-from megavlm.config.schema import CurriculumPhase, MixtureSource, Recipe
+from megavlm.config.mixture_knobs import CurriculumPhase, MixtureSource
+from megavlm.config.schema import Recipe
 from megavlm.config.validate import validate_recipe
 from megavlm.errors import UseError
 

@@ -5,7 +5,8 @@ import logging
 import numpy as np
 import pytest
 
-from megavlm.config.schema import CurriculumPhase, DataConfig, MixtureSource, Recipe, TrainConfig
+from megavlm.config.mixture_knobs import CurriculumPhase, MixtureSource
+from megavlm.config.schema import DataConfig, Recipe, TrainConfig
 from megavlm.data.dataset import Dataset
 from megavlm.data.encode import open_encoder
 from megavlm.data.index_files import build_index

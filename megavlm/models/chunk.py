@@ -184,7 +184,7 @@ class LanguageChunk(MegatronModule):
         if self.architecture.gate_interval:
             hidden_LKH = carry_features(embeddings_LH, features_VKH, rows_L)
         else:
-            hidden_LKH = merge_features(embeddings_LH, features_VKH, rows_L, self.num_slots)
+            hidden_LKH = merge_features(embeddings_LH, features_VKH, rows_L)
         if self.config.sequence_parallel:
             hidden_LKH = tensor_parallel.scatter_to_sequence_parallel_region(hidden_LKH, group=self.groups.tensor)
         return ready_for_recompute(hidden_LKH.contiguous(), self)

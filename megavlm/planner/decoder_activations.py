@@ -29,11 +29,11 @@ def decoder_layers(architecture: Architecture, row: Row, layers: Sequence[int], 
         return Kept(sum(each), layer.redone_bytes)
     width = row.held_tokens * language.hidden_size * row.element_bytes
     angles = sum(row.lengths) * language.head_dim * FP32_BYTES
-    slots = [slots_before(architecture, number) for number in layers]
+    slots = [slots_before(architecture, number, row) for number in layers]
     number = min(recompute.num_layers, len(layers))
     starts = slots[::number] if recompute.method == "uniform" else slots[:number]
-    # the first norm of a group keeps the checkpoint itself, where it is one hidden state in fp32
-    shared = width if row.element_bytes == FP32_BYTES and starts[-1] == 1 else 0.0
+    # the first norm of a group keeps the checkpoint itself, where it is one hidden state
+    shared = width if starts[-1] == 1 else 0.0
     if interval and row.trained and layers[0] % interval == 0:  # as do the linear layers that read features
         shared = 2 * width
     if recompute.method == "block":  # the layers behind are through when the first ones are computed again

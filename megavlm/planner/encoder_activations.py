@@ -94,13 +94,14 @@ def _tower_layer(architecture: Architecture, images: Images, recompute: Recomput
     # of queries and of keys a copy in fp32, the normalised ones, and each token's root
     heads_norms = 2 * tokens * (size / images.tensor * (FP32_BYTES + e) + FP32_BYTES)
     if vision.normalization == "RMSNorm":
-        norm = rms_norm(tokens * size, tokens, 1)
-        redone_norm = norm - (width if e == FP32_BYTES else 0)  # in fp32 its input is the kept one
+        norm = rms_norm(tokens * size, tokens, e)
+        redone_norm = norm - width  # its input is the kept one
     else:
         redone_norm = 2 * tokens * e
         norm = width + redone_norm
     ffn = tokens * vision.ffn_hidden_size / images.tensor * e
     activation_copies = 2 if vision.activation == "quick_gelu" else 1  # its argument and the sigmoid
+    gated = 3 if vision.activation == "silu" else 5  # SwiGLU keeps both halves alone
     return layer_bytes(
         recompute,
         norm=norm,
@@ -111,7 +112,7 @@ def _tower_layer(architecture: Architecture, images: Images, recompute: Recomput
         + (2 * width if vision.layer_scale else 0)
         + (heads_norms if vision.qk_norm_epsilon is not None else 0),
         core=attention_bytes(attention, recompute, mixed_is_kept=False),
-        mlp=(5 if vision.gated_mlp else 1 + activation_copies) * ffn,
+        mlp=(gated if vision.gated_mlp else 1 + activation_copies) * ffn,
         mlp_in=width,
     )
 
@@ -153,7 +154,7 @@ def connectors(architecture: Architecture, images: Images, taps_last_layer: bool
     if not tower_traits(architecture).merger_norm:
         return linears
     if vision.normalization == "RMSNorm":
-        main = rms_norm(images.patches * vision.hidden_size, images.patches, 1) + linears
+        main = rms_norm(images.patches * vision.hidden_size, images.patches, e) + linears
     else:
         main = (images.patches * (vision.hidden_size + 2)) * e + linears
     if vision.window:  # the order that takes them apart again
@@ -207,7 +208,6 @@ def encoder(
     if recompute.full:
         kept = before + len(layers) * width + behind
         # the norm keeps the checkpoint itself; the connectors are through by then
-        shared = width if vision.normalization == "LayerNorm" or images.element_bytes == FP32_BYTES else 0
-        return Kept(kept, max(0.0, *(layer.bytes - shared - behind for layer in kept_layers)))
+        return Kept(kept, max(0.0, *(layer.bytes - width - behind for layer in kept_layers)))
     kept = before + sum(layer.bytes for layer in kept_layers) + behind
     return Kept(kept, max(0.0, *(layer.redone_bytes - behind for layer in kept_layers)))

@@ -80,8 +80,8 @@ def kept_bytes(
     seen = experts.num_experts / (ranks.expert if gathers else 1)
     kept += routed.looked_at * seen * (e + 1)
     kept += INDEX_BYTES * (arriving if gathers else held_tokens * experts.top_k)
-    # the first linear layer's input; its output, the parts of the gate, and their product before and after weighting
-    inner = (5 + learns) * experts.ffn_hidden_size / ranks.tensor
+    # the first linear layer's input; its output, and what SwiGLU and the weight make of it
+    inner = (2 + learns) * experts.ffn_hidden_size / ranks.tensor
     return kept + arriving * (learns * hidden_size + inner + 1) * e
 
 

@@ -20,10 +20,10 @@ def cross_bytes(language: LanguageArchitecture, row: Row) -> float:
     size, heads = language.hidden_size, language.num_attention_heads / row.tensor
     width = heads * language.head_dim
     hidden = held * size * e
-    norm = rms_norm(held * size, held, learns) + learns * hidden
+    norm = rms_norm(held * size, held, e) + learns * hidden
     # scaled queries and keys, values, and the probabilities: in fp32, as torch computes what no kernel fuses
     attention = (tokens * width + 2 * visual * width + heads * tokens * visual) * FP32_BYTES
     projection = learns * tokens * width * e + tokens
-    mlp = (4 + learns) * tokens * language.ffn_hidden_size / row.tensor * e
+    mlp = (2 + learns) * tokens * language.ffn_hidden_size / row.tensor * e
     # what keys and values are made of are the hidden states of both slots; what learned gates multiply is kept as well
     return learns * (2 + 2) * hidden + 2 * norm + attention + projection + mlp

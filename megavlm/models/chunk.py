@@ -55,7 +55,7 @@ class LanguageChunk(MegatronModule):
 
     @property
     def num_slots(self) -> int:
-        """K of the hidden states that leave the embedding."""
+        """K of the hidden states that leave the embedding, in a row with images."""
         return 2 if self.architecture.gate_interval else 1 + self.architecture.num_deepstack
 
     def watch_visual_tokens(self) -> VisualTokens:

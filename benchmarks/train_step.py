@@ -149,8 +149,13 @@ def theirs(root: Path, recipe: Recipe, rows: list[dict[str, Any]], num_steps: in
     path = root / "knobs.json"
     path.write_text(json.dumps(knobs))
     environment = os.environ | {"TRL_EXPERIMENTAL_SILENCE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    # In a session of its own, as a worker of the pool is: where a scheduler shares out by sessions, both get alike.
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.trl_side", str(path)], capture_output=True, text=True, env=environment
+        [sys.executable, "-m", "benchmarks.trl_side", str(path)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        start_new_session=True,
     )
     if done.returncode:
         raise RuntimeError(f"TRL failed:\n{done.stderr[-3000:]}")

@@ -149,8 +149,13 @@ def theirs(root: Path, recipe: Recipe, rows: list[dict[str, Any]], num_steps: in
     path = root / "knobs.json"
     path.write_text(json.dumps(knobs))
     environment = os.environ | {"TRL_EXPERIMENTAL_SILENCE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    # In a session of its own, as a worker of the pool is: where a scheduler shares out by sessions, both get alike.
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.trl_side", str(path)], capture_output=True, text=True, env=environment
+        [sys.executable, "-m", "benchmarks.trl_side", str(path)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        start_new_session=True,
     )
     if done.returncode:
         raise RuntimeError(f"TRL failed:\n{done.stderr[-3000:]}")
@@ -162,20 +167,21 @@ def bare(recipe: Recipe, num_steps: int) -> dict[str, list[float]]:
     """In a worker: a plain loop over the same modules and the same packed rows, with torch's AdamW."""
     import torch
 
+    from megavlm.checkpoint.hf_io import load_weights
     from megavlm.losses.cross_entropy import cross_entropy
-    from megavlm.train.parts import build_parts
+    from megavlm.models.build import build_encoder, build_language_chunks, transformer_config
     from megavlm.train.pipeline_work import run_chunk
     from megavlm.train.state import build_state
     from megavlm.train.step import load_rows
 
     state = build_state(recipe)
-    modules = build_parts(recipe, state.directory, state.groups, 0)
-    (model,), encoder = modules.models, modules.encoder
+    directory, groups = state.directory, state.groups
+    # Not the wrapped ones, whose gradients go into buffers.
+    config = transformer_config(directory.architecture, recipe.model, recipe.parallel, recipe.train.precision)
+    (model,) = build_language_chunks(directory.architecture, config, recipe.model, groups)
+    encoder = build_encoder(directory.family, directory.architecture, config, recipe.model.backend, groups)
     assert encoder is not None
-    # Not the wrapped ones: their hooks copy gradients into buffers.
-    import copy
-
-    model, encoder = copy.deepcopy(model), copy.deepcopy(encoder)
+    load_weights(directory, [model, encoder])
     parameters = [one for part in (model, encoder) for one in part.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LR, betas=(0.9, 0.95), weight_decay=0.1)
     found: dict[str, list[float]] = {"seconds": [], "losses": []}
@@ -187,7 +193,7 @@ def bare(recipe: Recipe, num_steps: int) -> dict[str, list[float]]:
         total = 0.0
         for batch in batches:
             logits = run_chunk(model, batch, None, state.device)
-            loss, _, _ = cross_entropy(logits, batch.labels_T, batch.loss_weights_T, state.groups.tensor)
+            loss, _, _ = cross_entropy(logits, batch.labels_T, batch.loss_weights_T, groups.tensor)
             (loss / count).backward()
             total += float(loss.detach()) / count
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -256,6 +262,7 @@ def main(arguments: list[str] | None = None) -> int:
             recipe = recipe_of(root, "sft", False)
             times: dict[str, list[float]] = {"ours": [], "bare": []}
             for _ in range(NUM_TURNS):
+                losses = []
                 for name in times:
                     (one,) = pool.run(
                         f"benchmarks.train_step:{name}",
@@ -264,6 +271,8 @@ def main(arguments: list[str] | None = None) -> int:
                         timeout_s=600.0,
                     )
                     times[name] += one["seconds"][NUM_WARM:]
+                    losses.append(one["losses"][0])
+                _agree("step over bare torch", *losses)
         finally:
             pool.close()
     overhead = min(times["ours"]) / min(times["bare"])

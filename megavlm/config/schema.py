@@ -106,7 +106,7 @@ class ParallelConfig:
     Engine's user buffers, for rows of one length (data.pad_to_packing_length), on GPUs only."""
     gradient_accumulation_fusion: bool = False
     """Gradients of weights are added to those of the step in the product itself: kernels of Transformer Engine or apex,
-    on GPUs only."""
+    on GPUs only. (On a CPU it is always so in fp32.)"""
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,8 @@ def transformer_config(
 
     `precision` is out of `DTYPES`; `fp8` are its own knobs of FP8 (`models.fp8.fp8_settings`), none: it is not in FP8.
 
-    Fusions stay off: those of Megatron-Core without Transformer Engine change the arithmetic (tanh for erf GELU) or
-    need CUDA.
+    Fusions stay off but for SwiGLU's: those of Megatron-Core without Transformer Engine change the arithmetic (tanh for
+    erf GELU) or need CUDA.
 
     Raises:
         UseError: messages are to overlap in a model whose linears have inputs of several lengths.
@@ -84,7 +84,7 @@ def transformer_config(
         calculate_per_token_loss=True,
         deallocate_pipeline_outputs=False,
         bias_dropout_fusion=False,
-        bias_activation_fusion=False,
+        bias_activation_fusion=True,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=parallel.gradient_accumulation_fusion,

@@ -55,7 +55,7 @@ class LanguageChunk(MegatronModule):
 
     @property
     def num_slots(self) -> int:
-        """K of the hidden states that leave the embedding."""
+        """K of the hidden states that leave the embedding, in a row with images."""
         return 2 if self.architecture.gate_interval else 1 + self.architecture.num_deepstack
 
     def watch_visual_tokens(self) -> VisualTokens:
@@ -184,7 +184,7 @@ class LanguageChunk(MegatronModule):
         if self.architecture.gate_interval:
             hidden_LKH = carry_features(embeddings_LH, features_VKH, rows_L)
         else:
-            hidden_LKH = merge_features(embeddings_LH, features_VKH, rows_L, self.num_slots)
+            hidden_LKH = merge_features(embeddings_LH, features_VKH, rows_L)
         if self.config.sequence_parallel:
             hidden_LKH = tensor_parallel.scatter_to_sequence_parallel_region(hidden_LKH, group=self.groups.tensor)
         return ready_for_recompute(hidden_LKH.contiguous(), self)

@@ -25,15 +25,15 @@ class DeepStackLayer(TransformerLayer):
     """A decoder layer that adds the next waiting DeepStack feature to its output.
 
     Hidden states are [T, K, H]: slot 0 is the hidden state, slots 1.. wait to be added, one a layer
-    (Qwen3-VL adds feature i after decoder layer i). Layers without waiting slots are plain.
+    (Qwen3-VL adds feature i after decoder layer i). Layers without waiting slots, and rows without images, are plain.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run the layer on slot 0; returns hidden states with one slot fewer, and the context."""
         hidden_TKH = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
-        output, context = super().forward(hidden_TKH[:, :1].contiguous(), *args[1:], **kwargs)
         if hidden_TKH.shape[1] == 1:
-            return output, context
+            return super().forward(hidden_TKH, *args[1:], **kwargs)
+        output, context = super().forward(hidden_TKH[:, :1].contiguous(), *args[1:], **kwargs)
         added = output + hidden_TKH[:, 1:2]
         return torch.cat((added, hidden_TKH[:, 2:]), dim=1), context
 

@@ -41,19 +41,17 @@ def carry_features(
 
 
 def merge_features(
-    embeddings_TH: torch.Tensor, features_VKH: torch.Tensor | None, rows_T: torch.Tensor, num_slots: int
+    embeddings_TH: torch.Tensor, features_VKH: torch.Tensor | None, rows_T: torch.Tensor
 ) -> torch.Tensor:
-    """Hidden states [T, K, H]: features at visual tokens, embeddings elsewhere.
+    """Hidden states [T, K, H]: features at visual tokens, embeddings elsewhere; [T, 1, H] of a batch without images.
 
     Args:
         embeddings_TH: word embeddings of the tokens.
         features_VKH: features of the whole batch's images, or None for a batch without any.
         rows_T: from `feature_rows`, or the part of it that this rank holds.
-        num_slots: K.
     """
     if features_VKH is None:
-        empty = embeddings_TH.new_zeros(len(embeddings_TH), num_slots - 1, embeddings_TH.shape[1])
-        return torch.cat((embeddings_TH[:, None], empty), dim=1)
+        return embeddings_TH[:, None]
     visual_T = rows_T >= 0
     taken_TKH = features_VKH.to(embeddings_TH.dtype).index_select(0, rows_T.clamp(min=0))
     taken_TKH = torch.where(visual_T[:, None, None], taken_TKH, taken_TKH.new_zeros(()))

@@ -17,6 +17,19 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import nn
 
+from megavlm.platform.cpu_kernels import rms_norm
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch's, with a kernel for CPUs: torch has one for GPUs only."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise the last dimension of a tensor of any floating type."""
+        if not x.is_cpu:
+            return super().forward(x)
+        assert self.eps is not None and len(self.normalized_shape) == 1
+        return rms_norm(x, self.weight, self.eps)
+
 
 class Norm:
     """RMSNorm or LayerNorm as the config says, its parameters marked for sequence parallelism.
@@ -28,8 +41,8 @@ class Norm:
     def __new__(  # type: ignore[misc]
         cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_kwargs: Any
     ) -> nn.Module:
-        """Build the norm; returns an nn.RMSNorm or nn.LayerNorm."""
-        kinds: dict[str, type[nn.Module]] = {"RMSNorm": nn.RMSNorm, "LayerNorm": nn.LayerNorm}
+        """Build the norm; returns an RMSNorm or nn.LayerNorm."""
+        kinds: dict[str, type[nn.Module]] = {"RMSNorm": RMSNorm, "LayerNorm": nn.LayerNorm}
         module = kinds[config.normalization](hidden_size, eps=eps, dtype=config.params_dtype)
         mark_sequence_parallel(module, config.sequence_parallel)
         return module
@@ -41,9 +54,9 @@ def mark_sequence_parallel(module: nn.Module, value: bool) -> None:
         vars(parameter)["sequence_parallel"] = value
 
 
-def plain_rms_norm(size: int, epsilon: float, dtype: torch.dtype) -> nn.RMSNorm:
+def plain_rms_norm(size: int, epsilon: float, dtype: torch.dtype) -> RMSNorm:
     """An RMSNorm that every tensor-parallel rank applies to the same whole input."""
-    module = nn.RMSNorm(size, eps=epsilon, dtype=dtype)
+    module = RMSNorm(size, eps=epsilon, dtype=dtype)
     mark_sequence_parallel(module, False)
     return module
 

@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megavlm.models.architecture import ConnectorArchitecture
-from megavlm.models.norm import plain_layer_norm
+from megavlm.models.norm import RMSNorm, plain_layer_norm
 
 
 def attend(query_IQW: torch.Tensor, key_ILW: torch.Tensor, value_ILW: torch.Tensor, head_dim: int) -> torch.Tensor:
@@ -53,13 +53,13 @@ class PerceiverLayer(nn.Module):
         super().__init__()
         self.head_dim = connector.head_dim
         wide, narrow = connector.num_heads * self.head_dim, connector.num_key_value_heads * self.head_dim
-        self.latents_norm = nn.RMSNorm(size, eps=connector.norm_epsilon, dtype=dtype)
-        self.context_norm = nn.RMSNorm(size, eps=connector.norm_epsilon, dtype=dtype)
+        self.latents_norm = RMSNorm(size, eps=connector.norm_epsilon, dtype=dtype)
+        self.context_norm = RMSNorm(size, eps=connector.norm_epsilon, dtype=dtype)
         self.query = nn.Linear(size, wide, bias=False, dtype=dtype)
         self.key = nn.Linear(size, narrow, bias=False, dtype=dtype)
         self.value = nn.Linear(size, narrow, bias=False, dtype=dtype)
         self.output = nn.Linear(wide, size, bias=False, dtype=dtype)
-        self.mlp_norm = nn.RMSNorm(size, eps=connector.norm_epsilon, dtype=dtype)
+        self.mlp_norm = RMSNorm(size, eps=connector.norm_epsilon, dtype=dtype)
         self.mlp = GatedMLP(size, 4 * size, size, dtype)
 
     def forward(self, latents_IQH: torch.Tensor, context_ILH: torch.Tensor) -> torch.Tensor:
@@ -96,7 +96,7 @@ class PerceiverResampler(MegatronModule):
         self.projection = GatedMLP(tower_size, middle_size, size, dtype)
         self.latents = nn.Parameter(torch.ones(connector.num_queries, size, dtype=dtype))
         self.layers = nn.ModuleList([PerceiverLayer(connector, size, dtype) for _ in range(connector.depth)])
-        self.norm = nn.RMSNorm(size, eps=connector.norm_epsilon, dtype=dtype)
+        self.norm = RMSNorm(size, eps=connector.norm_epsilon, dtype=dtype)
 
     def forward(self, hidden_PD: torch.Tensor) -> torch.Tensor:
         """[P, D] to [V, H]."""

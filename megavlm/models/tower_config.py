@@ -40,6 +40,7 @@ def tower_config(
         layernorm_epsilon=vision.norm_epsilon,
         normalization=vision.normalization,
         gated_linear_unit=vision.gated_mlp,
+        bias_activation_fusion=vision.gated_mlp and vision.activation == "silu",
         add_bias_linear=True,
         add_qkv_bias=vision.qkv_bias,
         qk_layernorm=vision.qk_norm_epsilon is not None,

@@ -6,6 +6,7 @@ Shape suffixes: T tokens of the rank's packed row, H query heads, G key/value he
 Ring attention: Liu et al., arXiv 2310.01889; online softmax: Milakov & Gimelshein, arXiv 1805.02867.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,9 @@ import torch.nn.functional as F
 
 Prefix = tuple[torch.Tensor, torch.Tensor]
 """Keys and values [P, G, D] that stand in front of every sample's."""
+
+RUNS_PER_LENGTH = 2
+"""So many runs of neighbours of one length, for each length, are attended to as they stand; more are put in order."""
 
 
 def packed_attention(
@@ -29,27 +33,25 @@ def packed_attention(
 ) -> torch.Tensor:
     """Attention inside each sample of a packed row, all samples on this rank.
 
-    Samples of equal length run as one batch. Costs sum(length^2), never T^2. All tokens of all samples see `prefix`.
+    Samples of equal length run as one batch: neighbours as they stand, or all of them, brought together by a copy, if
+    that makes few batches of many (windows of a vision tower). Costs sum(length^2), never T^2. All tokens of all
+    samples see `prefix`.
 
     Returns:
         [T, H * D], dtype of the query.
     """
-    by_length: dict[int, list[int]] = {}
-    for start, end in zip(borders[:-1], borders[1:], strict=True):
-        if end > start:
-            by_length.setdefault(end - start, []).append(start)
-    rows = [torch.tensor(starts)[:, None] + torch.arange(length) for length, starts in by_length.items()]
-    order = torch.cat([row.flatten() for row in rows]).to(query_THD.device)
-    ordered = len(by_length) == 1  # then the row already stands in batch order
-    outputs, offset = [], 0
-    if not ordered:
+    lengths = [end - start for start, end in itertools.pairwise(borders) if end > start]
+    runs = [(len(list(run)), length) for length, run in itertools.groupby(lengths)]
+    order = None
+    if len(runs) > RUNS_PER_LENGTH * len(set(lengths)):
+        order, runs = _by_length(borders)
+        order = order.to(query_THD.device)
         query_THD, key_TGD, value_TGD = (x.index_select(0, order) for x in (query_THD, key_TGD, value_TGD))
-    for row in rows:
-        count, length = row.shape
-        q, k, v = (
-            x[offset : offset + count * length].view(count, length, *x.shape[1:]).transpose(1, 2)
-            for x in (query_THD, key_TGD, value_TGD)
-        )
+    sizes = [count * length for count, length in runs]
+    cut = [(x,) if len(sizes) == 1 else x.split(sizes) for x in (query_THD, key_TGD, value_TGD)]
+    outputs = []
+    for (count, length), *parts in zip(runs, *cut, strict=True):
+        q, k, v = (x.view(count, length, *x.shape[1:]).transpose(1, 2) for x in parts)
         mask = None
         if prefix is not None:
             k, v = (_behind(one, x) for one, x in zip(prefix, (k, v), strict=True))
@@ -65,13 +67,22 @@ def packed_attention(
             enable_gqa=q.shape[1] != k.shape[1],
         )
         outputs.append(out.transpose(1, 2).reshape(count * length, -1))
-        offset += count * length
     packed = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    if ordered:
+    if order is None:
         return packed
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(len(order), device=order.device)
     return packed.index_select(0, inverse)
+
+
+def _by_length(borders: list[int]) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+    """The order of tokens (int64) that brings samples of equal length together, and (number, length) of those."""
+    starts: dict[int, list[int]] = {}
+    for start, end in itertools.pairwise(borders):
+        if end > start:
+            starts.setdefault(end - start, []).append(start)
+    rows = [torch.tensor(at)[:, None] + torch.arange(length) for length, at in starts.items()]
+    return torch.cat([row.flatten() for row in rows]), [(len(at), length) for length, at in starts.items()]
 
 
 def _behind(prefix_PGD: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:

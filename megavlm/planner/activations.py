@@ -1,14 +1,15 @@
 """Bytes that autograd keeps for the backward pass, module by module, with the layers of the `torch` backend.
 
-What is counted are the storages that each operation saves, each once: the input of a norm, its normalised copy (RMSNorm
-computes in fp32, whatever the weights are), the input of a linear layer, the angles of rotary positions, what attention
-keeps (queries, keys, values, output and the logarithm of the softmax's sum in fp32: never a square of the length), the
-parts of a gated MLP. Tests count them in real runs. The scheme is that of Korthikanti et al., arXiv 2205.05198,
-section 4; their constants are for another layer (GELU of four times the width, dropout).
+What is counted are the storages that each operation saves, each once: the input of a norm, the input of a linear layer,
+the angles of rotary positions, what attention keeps (queries, keys, values, output and the logarithm of the softmax's
+sum in fp32: never a square of the length), both halves that SwiGLU takes. Tests count them in real runs. The scheme is
+that of Korthikanti et al., arXiv 2205.05198, section 4; their constants are for another layer (GELU of four times the
+width, dropout).
 
 Letters in formulas: e bytes of an element, T tokens of the rank's row (the whole row's where a layer gathers it).
 """
 
+import itertools
 from dataclasses import dataclass
 
 from megavlm.config.schema import ParallelConfig
@@ -139,9 +140,19 @@ class Attention:
         return self.tokens * (self.query + self.key) * self.element_bytes if self.own_query_key else 0.0
 
     @property
+    def num_runs(self) -> int:
+        """Runs of neighbours of one length; each is a batch."""
+        return len(list(itertools.groupby(length for length in self.lengths if length)))
+
+    @property
     def is_even(self) -> bool:
-        """All segments are of one length: they run as one batch, without being put in order."""
-        return len({length for length in self.lengths if length}) == 1
+        """All segments are of one length: they run as one batch."""
+        return self.num_runs == 1
+
+    @property
+    def is_put_in_order(self) -> bool:
+        """As `parallel.attention.packed_attention` does where there are many runs of few lengths."""
+        return self.num_runs > 2 * len({length for length in self.lengths if length})
 
     @property
     def _prefix_bytes(self) -> float:
@@ -150,7 +161,7 @@ class Attention:
         if not number:
             return 0.0
         lengths = [length for length in self.lengths if length]
-        copied = number * len(lengths) + (self.tokens if self.is_even else 0)
+        copied = number * len(lengths) + (0 if self.is_put_in_order else self.tokens)
         masks = sum(length * (number + length) for length in set(lengths))
         return (2 * copied * self.key + masks) * self.element_bytes
 
@@ -158,7 +169,7 @@ class Attention:
         """What attention within one rank keeps, and what is there again while it is computed again."""
         out = self.tokens * self.query * self.element_bytes
         logsumexp = self.tokens * self.num_heads * FP32_BYTES + self._prefix_bytes
-        if self.is_even:
+        if not self.is_put_in_order:
             return Kept(self.query_key_bytes + self.mixed_bytes + out + logsumexp, out + logsumexp)
         copies = self.tokens * (self.query + 2 * self.key) * self.element_bytes
         ordered = copies + out + logsumexp + 2 * INDEX_BYTES * self.tokens
@@ -173,9 +184,10 @@ def attention_bytes(attention: Attention, recompute: Recompute, mixed_is_kept: b
     if recompute.attention:
         kept = attention.query_key_bytes + (0 if mixed_is_kept else mixed) + out
         return Kept(kept, core.redone_bytes)
-    if attention.is_even:  # the projection takes the very output
-        return Kept(core.bytes - (mixed if mixed_is_kept else 0))
-    return Kept(core.bytes + out)
+    if attention.is_put_in_order:
+        return Kept(core.bytes + out)
+    behind = 0 if attention.is_even else out  # of one batch the projection takes the very output
+    return Kept(core.bytes - (mixed if mixed_is_kept else 0) + behind)
 
 
 def _gathered_attention(row: Row, attention: Attention, recompute: Recompute, mixed_is_kept: bool) -> Kept:
@@ -229,11 +241,11 @@ def decoder_layer(language: LanguageArchitecture, row: Row, recompute: Recompute
     )
     width = held * language.hidden_size
     linear_in = learns.at("qkv").takes * width * e
-    norm = rms_norm(width, held, learns.norms)
+    norm = rms_norm(width, held, e)
     rotary = 4 * tokens * language.head_dim * e
-    mixed_is_kept = language.qk_norm and e == FP32_BYTES  # in fp32 these norms keep parts of it as their inputs
+    mixed_is_kept = language.qk_norm  # these norms keep parts of it as their inputs
     heads = rotary + extra_bytes(learns.at("qkv"), tokens, tokens, e)
-    heads += _heads_norm(language, row, attention, groups, learns.norms) if language.qk_norm else 0.0
+    heads += _heads_norm(language, row, attention, groups) if language.qk_norm else 0.0
     across = row.context > 1
     core = (
         _gathered_attention(row, attention, recompute, mixed_is_kept)
@@ -244,9 +256,9 @@ def decoder_layer(language: LanguageArchitecture, row: Row, recompute: Recompute
         shared = attention.is_even and not across and not recompute.attention
         core = Kept(core.bytes - (0 if shared else tokens * attention.query * e), core.redone_bytes)
     core = Kept(core.bytes + extra_bytes(learns.at("proj"), held, held, e), core.redone_bytes)
-    redone_norm = norm - (width * FP32_BYTES if e == FP32_BYTES else 0)  # in fp32 its input is the kept one
+    redone_norm = norm - width * e  # its input is the kept one
     mlp_in = learns.at("fc1").takes * width * e
-    mlp = (4 + learns.at("fc2").takes) * tokens * language.ffn_hidden_size / row.tensor * e
+    mlp = (2 + learns.at("fc2").takes) * tokens * language.ffn_hidden_size / row.tensor * e
     mlp += extra_bytes(learns.at("fc1"), tokens, tokens, e) + extra_bytes(learns.at("fc2"), held, held, e)
     if language.experts is not None:  # the router keeps its input even where it does not learn
         mlp_in, mlp = width * e, _experts(language, language.experts, row, learns)
@@ -268,22 +280,17 @@ def _experts(language: LanguageArchitecture, experts: ExpertsArchitecture, row: 
     )
 
 
-def _heads_norm(
-    language: LanguageArchitecture, row: Row, attention: Attention, groups: float, norms_learn: bool
-) -> float:
+def _heads_norm(language: LanguageArchitecture, row: Row, attention: Attention, groups: float) -> float:
     """The norms of each head's query and key."""
     roots = row.tokens * (attention.num_heads + groups) * FP32_BYTES
-    normalised = norms_learn * row.tokens * (attention.query + attention.key) * FP32_BYTES
-    if row.element_bytes != FP32_BYTES:
-        return roots + normalised + row.tokens * (attention.query + attention.key) * FP32_BYTES
     # Of the mixed output keys are a part always, queries only where there is one group of heads.
-    own_query = 0 if groups == 1 else row.tokens * attention.query * FP32_BYTES
-    return roots + normalised + attention.mixed_bytes + own_query
+    own_query = 0 if groups == 1 else row.tokens * attention.query * row.element_bytes
+    return roots + attention.mixed_bytes + own_query
 
 
-def rms_norm(width: float, tokens: float, learns: bool | int) -> float:
-    """What an RMSNorm keeps of `width` elements: input and normalised copy in fp32, and the root of each token."""
-    return FP32_BYTES * (width * (1 + learns) + tokens)
+def rms_norm(width: float, tokens: float, element_bytes: int) -> float:
+    """What an RMSNorm keeps of `width` elements: its input, and the root of each token in fp32."""
+    return width * element_bytes + tokens * FP32_BYTES
 
 
 def layer_bytes(
@@ -318,9 +325,11 @@ def layer_bytes(
     return Kept(kept, max(redone_norms + core.redone_bytes, redone_mlp))
 
 
-def slots_before(architecture: Architecture, layer: int) -> int:
+def slots_before(architecture: Architecture, layer: int, row: Row) -> int:
     """Hidden states that enter decoder layer `layer`: one, and DeepStack features that wait, or those that are read."""
-    return 2 if architecture.gate_interval else 1 + max(0, architecture.num_deepstack - layer)
+    if architecture.gate_interval:
+        return 2
+    return 1 + (max(0, architecture.num_deepstack - layer) if row.num_visual_tokens else 0)
 
 
 def embedding(architecture: Architecture, row: Row, recompute: Recompute, learns: LayerKept = LEARNS) -> float:
@@ -330,8 +339,8 @@ def embedding(architecture: Architecture, row: Row, recompute: Recompute, learns
     are the other ranks' parts.
     """
     kept = row.tokens * (2 * INDEX_BYTES + 1 if row.num_visual_tokens else INDEX_BYTES)
-    num_slots = slots_before(architecture, 0)
-    is_kept = recompute.full or (num_slots == 1 and (row.element_bytes == FP32_BYTES or recompute.norms))
+    num_slots = slots_before(architecture, 0, row)
+    is_kept = recompute.full or num_slots == 1
     if architecture.gate_interval:  # the linear layers that read features keep it
         is_kept = recompute.full or learns.at("qkv").takes
     others = (row.tokens - row.held_tokens) * num_slots * architecture.language.hidden_size * row.element_bytes
@@ -341,12 +350,12 @@ def embedding(architecture: Architecture, row: Row, recompute: Recompute, learns
 def output_layer(language: LanguageArchitecture, row: Row) -> float:
     """The final norm and the input of the output layer."""
     width = row.held_tokens * language.hidden_size
-    return rms_norm(width, row.held_tokens, row.trained) + row.trained * width * row.element_bytes
+    return rms_norm(width, row.held_tokens, row.element_bytes) + row.trained * width * row.element_bytes
 
 
 def chunked_output_layer(language: LanguageArchitecture, row: Row) -> float:
     """The final norm alone, where the loss computes the logits."""
-    return rms_norm(row.held_tokens * language.hidden_size, row.held_tokens, row.trained)
+    return rms_norm(row.held_tokens * language.hidden_size, row.held_tokens, row.element_bytes)
 
 
 def chunked_logits(language: LanguageArchitecture, row: Row) -> float:

@@ -64,17 +64,15 @@ def decoder_layers(
         first = next((index for index, kind in enumerate(kinds) if kind.method != "frozen"), len(kinds))
         # its norm is frozen, with nothing in front of it to differentiate
         held = row.held_tokens
-        norm = rms_norm(held * language.hidden_size, held, False) if first < len(kinds) else 0.0
+        norm = rms_norm(held * language.hidden_size, held, row.element_bytes) if first < len(kinds) else 0.0
         return Kept(max(0.0, sum(each[first:]) - norm), redone)
     angles = sum(row.lengths) * language.head_dim * FP32_BYTES
-    slots = [slots_before(architecture, number) for number in layers]
+    slots = [slots_before(architecture, number, row) for number in layers]
     number = min(recompute.num_layers, len(layers))
     starts = slots[::number] if recompute.method == "uniform" else slots[:number]
-    # the first norm of a group keeps the checkpoint itself, where it is one hidden state in fp32
-    shared = width if row.element_bytes == FP32_BYTES and starts[-1] == 1 else 0.0
-    if (
-        interval and learns[kinds[0]].at("qkv").takes and layers[0] % interval == 0
-    ):  # as do linear layers that read features
+    # the first norm of a group keeps the checkpoint itself, where it is one hidden state
+    shared = width if starts[-1] == 1 else 0.0
+    if interval and learns[kinds[0]].at("qkv").takes and layers[0] % interval == 0:  # as do linears that read features
         shared = 2 * width
     if recompute.method == "block":  # the layers behind are through when the first ones are computed again
         behind = sum(each[number:])

@@ -109,13 +109,14 @@ def _tower_layer(
     # of queries and of keys a copy in fp32, the normalised ones, and each token's root
     heads_norms = 2 * tokens * (size / images.tensor * (FP32_BYTES + learns.norms * e) + FP32_BYTES)
     if vision.normalization == "RMSNorm":
-        norm = rms_norm(tokens * size, tokens, learns.norms)
-        redone_norm = norm - (width if e == FP32_BYTES else 0)  # in fp32 its input is the kept one
+        norm = rms_norm(tokens * size, tokens, e)
+        redone_norm = norm - width  # its input is the kept one
     else:
         redone_norm = 2 * tokens * e
         norm = width + redone_norm
     ffn = tokens * vision.ffn_hidden_size / images.tensor * e
     activation_copies = 2 if vision.activation == "quick_gelu" else 1  # its argument and the sigmoid
+    gated = 2 if vision.activation == "silu" else 4  # SwiGLU keeps both halves alone
     heads = rotary + extra_bytes(learns.at("qkv"), tokens, tokens, e)
     heads += 2 * width if vision.layer_scale and learns.norms else 0
     heads += heads_norms if vision.qk_norm_epsilon is not None else 0
@@ -123,7 +124,7 @@ def _tower_layer(
     if not learns.at("proj").takes:
         shared = attention.is_even and not recompute.attention
         core = Kept(core.bytes - (0 if shared else width / images.tensor), core.redone_bytes)
-    mlp = ((4 if vision.gated_mlp else activation_copies) + learns.at("fc2").takes) * ffn
+    mlp = ((gated if vision.gated_mlp else activation_copies) + learns.at("fc2").takes) * ffn
     mlp += sum(extra_bytes(learns.at(place), tokens, tokens, e) for place in ("fc1", "fc2"))
     return layer_bytes(
         recompute,
@@ -175,7 +176,7 @@ def connectors(architecture: Architecture, images: Images, taps_last_layer: bool
     if not tower_traits(architecture).merger_norm:
         return linears
     if vision.normalization == "RMSNorm":
-        main = rms_norm(images.patches * vision.hidden_size, images.patches, 1) + linears
+        main = rms_norm(images.patches * vision.hidden_size, images.patches, e) + linears
     else:
         main = (images.patches * (vision.hidden_size + 2)) * e + linears
     if vision.window:  # the order that takes them apart again
@@ -241,8 +242,7 @@ def encoder(
     if recompute.full:
         kept = before + len(layers) * width + behind
         # the norm keeps the checkpoint itself; the connectors are through by then
-        shared = width if vision.normalization == "LayerNorm" or images.element_bytes == FP32_BYTES else 0
-        return Kept(kept, max(0.0, *(layer.bytes - shared - behind for layer in kept_layers)))
+        return Kept(kept, max(0.0, *(layer.bytes - width - behind for layer in kept_layers)))
     redone = max(0.0, *(layer.redone_bytes - behind for layer in kept_layers))
     if not first or before or recompute.modules:
         return Kept(before + sum(layer.bytes for layer in kept_layers) + behind, redone)
@@ -253,5 +253,5 @@ def encoder(
     norm = width + 2 * width // vision.hidden_size
     if vision.normalization == "RMSNorm":
         tokens = width // (vision.hidden_size * images.element_bytes)
-        norm = int(rms_norm(tokens * vision.hidden_size, tokens, False))
+        norm = int(rms_norm(tokens * vision.hidden_size, tokens, images.element_bytes))
     return Kept(max(0.0, own - (norm if any(learning) else 0)) + behind, redone)

@@ -81,8 +81,8 @@ def kept_bytes(
     seen = experts.num_experts / (ranks.expert if gathers else 1)
     kept += routed.looked_at * seen * (e + 1)
     kept += INDEX_BYTES * (arriving if gathers else held_tokens * experts.top_k)
-    # the first linear layer's input; its output, the parts of the gate, and their product before and after weighting
-    inner = (5 + second.takes) * experts.ffn_hidden_size / ranks.tensor
+    # the first linear layer's input; its output, and what SwiGLU and the weight make of it
+    inner = (2 + second.takes) * experts.ffn_hidden_size / ranks.tensor
     beside = first.low + first.gives + second.low + second.gives
     return kept + arriving * (first.takes * hidden_size + inner + 1 + beside) * e
 

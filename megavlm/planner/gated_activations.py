@@ -22,12 +22,12 @@ def cross_bytes(language: LanguageArchitecture, row: Row, learns: LayerKept = LE
     size, heads = language.hidden_size, language.num_attention_heads / row.tensor
     width = heads * language.head_dim
     hidden = held * size * e
-    norms = 2 * rms_norm(held * size, held, learns.norms)
+    norms = 2 * rms_norm(held * size, held, e)
     inputs = (learns.at("qkv").takes + learns.at("fc1").takes) * hidden
     # scaled queries and keys, values, and the probabilities: in fp32, as torch computes what no kernel fuses
     attention = (tokens * width + 2 * visual * width + heads * tokens * visual) * FP32_BYTES
     projection = learns.at("proj").takes * tokens * width * e + tokens
-    mlp = (4 + learns.at("fc2").takes) * tokens * language.ffn_hidden_size / row.tensor * e
+    mlp = (2 + learns.at("fc2").takes) * tokens * language.ffn_hidden_size / row.tensor * e
     # what keys and values are made of are the hidden states of both slots; what learned gates multiply is kept as well
     slots = 2 * (learns.at("qkv").takes + learns.norms) * hidden
     beside = sum(extra_bytes(learns.at(place), tokens, tokens, e) for place in ("fc1", "fc2", "proj"))

@@ -221,11 +221,11 @@ class RankMemory:
         width = row.held_tokens * language.hidden_size * self.element_bytes
         behind = architecture.num_deepstack  # the least that an empty chunk passes on
         before, after = (numbers[0], numbers[-1] + 1) if numbers else (behind, behind)
-        border += 0 if is_last else activations.slots_before(architecture, after) * width
+        border += 0 if is_last else activations.slots_before(architecture, after, row) * width
         if is_first:
             border += activations.feature_bytes(architecture, load.num_visual_tokens, self.element_bytes)
         else:
-            border += activations.slots_before(architecture, before) * width
+            border += activations.slots_before(architecture, before, row) * width
         ids = 0.0
         if is_first and numbers:
             learns = layer_learns(architecture, self.tuned, numbers[0], row)

@@ -48,14 +48,13 @@ def _perceiver(connector: ConnectorArchitecture, queried: Queried, tower: int, m
     e, learns, patches, queries = queried.element_bytes, int(queried.trained), queried.patches, queried.queries
     wide, narrow = connector.num_heads * connector.head_dim, connector.num_key_value_heads * connector.head_dim
     seen = patches + queries
-    # in fp32 every layer's norm keeps the same patches, in bf16 a copy of its own
-    shared = patches * size * FP32_BYTES if e == FP32_BYTES else 0
-    context_norm = rms_norm(patches * size, patches, learns) - shared
-    latents_norm = rms_norm(queries * size, queries, learns)
+    shared = patches * size * e  # every layer's norm keeps the same patches
+    context_norm = rms_norm(patches * size, patches, e) - shared
+    latents_norm = rms_norm(queries * size, queries, e)
     linears_in = learns * (queries + seen) * size * e
     attention = (2 * queries * wide + 2 * seen * narrow) * e + queries * connector.num_heads * FP32_BYTES
     layer = context_norm + 2 * latents_norm + linears_in + attention + _gated_mlp(queries, size, 4 * size, queried)
-    first = queries * size * FP32_BYTES if e == FP32_BYTES else 0  # the learned queries themselves
+    first = queries * size * e  # the learned queries themselves
     return _gated_mlp(patches, tower, middle, queried) + shared + connector.depth * layer - first + latents_norm
 
 

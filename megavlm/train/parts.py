@@ -27,9 +27,10 @@ from megavlm.models.mask_head import initialise_masks
 from megavlm.models.names import Part, named_parameters
 from megavlm.models.score import initialise_scores
 from megavlm.parallel.groups import Groups
-from megavlm.parallel.wrap import wrap_encoder, wrap_language
+from megavlm.parallel.wrap import add_gradients_in_products, wrap_encoder, wrap_language
 from megavlm.peft.attach import attach
 from megavlm.peft.quantized import quantise_frozen
+from megavlm.platform import cpu
 from megavlm.platform.userbuffers import start_userbuffers
 from megavlm.train.freeze import freeze
 
@@ -183,7 +184,10 @@ def build_parts(recipe: Recipe, directory: HFDirectory, groups: Groups, bucket_s
         row_tokens=row_tokens,
         chunk_tokens=recipe.model.cross_entropy_chunk_tokens if recipe.model.cross_entropy_loss_fusion else 0,
     )
+    adds_in_products = recipe.train.precision == "fp32" and cpu.uses_cpu()
     for chunk in parts.wrapped:
+        if adds_in_products:
+            add_gradients_in_products(chunk)
         chunk.train()
     return parts
 

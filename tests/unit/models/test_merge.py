@@ -21,7 +21,7 @@ def test_rows_count_visual_tokens_in_order():
 
 def test_features_stand_at_visual_tokens_and_words_elsewhere():
     embeddings, features = inputs()
-    hidden = merge_features(embeddings, features, feature_rows(TOKENS, IMAGE), SLOTS)
+    hidden = merge_features(embeddings, features, feature_rows(TOKENS, IMAGE))
     assert hidden.shape == (len(TOKENS), SLOTS, HIDDEN)
     assert torch.equal(hidden[[1, 2, 5]], features)
     words = [0, 3, 4, 6]
@@ -30,7 +30,7 @@ def test_features_stand_at_visual_tokens_and_words_elsewhere():
 
 def test_gradients_go_where_the_values_came_from():
     embeddings, features = inputs()
-    hidden = merge_features(embeddings, features, feature_rows(TOKENS, IMAGE), SLOTS)
+    hidden = merge_features(embeddings, features, feature_rows(TOKENS, IMAGE))
     weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
     (hidden * weights).sum().backward()
     assert torch.equal(features.grad, weights[[1, 2, 5]])
@@ -41,23 +41,22 @@ def test_gradients_go_where_the_values_came_from():
 def test_a_rank_that_holds_a_part_of_the_row_takes_its_features():
     embeddings, features = inputs()
     rows = feature_rows(TOKENS, IMAGE)
-    whole = merge_features(embeddings, features, rows, SLOTS)
+    whole = merge_features(embeddings, features, rows)
     part = [5, 6, 0, 1]  # any order, as context parallelism cuts
-    assert torch.equal(merge_features(embeddings[part], features, rows[part], SLOTS), whole[part])
-    assert torch.equal(merge_features(embeddings[[0, 3]], features, rows[[0, 3]], SLOTS), whole[[0, 3]])
+    assert torch.equal(merge_features(embeddings[part], features, rows[part]), whole[part])
+    assert torch.equal(merge_features(embeddings[[0, 3]], features, rows[[0, 3]]), whole[[0, 3]])
 
 
-def test_words_alone_have_empty_slots():
+def test_words_alone_have_no_further_slots():
     embeddings, _ = inputs()
-    hidden = merge_features(embeddings, None, torch.full((len(TOKENS),), -1), SLOTS)
-    assert hidden.shape == (len(TOKENS), SLOTS, HIDDEN)
-    assert torch.equal(hidden[:, 0], embeddings) and not hidden[:, 1:].any()
-    assert merge_features(embeddings, None, torch.full((len(TOKENS),), -1), 1).shape == (len(TOKENS), 1, HIDDEN)
+    hidden = merge_features(embeddings, None, torch.full((len(TOKENS),), -1))
+    assert hidden.shape == (len(TOKENS), 1, HIDDEN)
+    assert torch.equal(hidden[:, 0], embeddings)
 
 
 def test_features_take_the_type_of_the_embeddings():
     embeddings, features = inputs(torch.bfloat16)
-    hidden = merge_features(embeddings, features, feature_rows(TOKENS, IMAGE), SLOTS)
+    hidden = merge_features(embeddings, features, feature_rows(TOKENS, IMAGE))
     assert hidden.dtype == torch.float32 and torch.equal(hidden[1], features[0].float())
 
 
@@ -66,7 +65,7 @@ def test_features_may_be_taken_more_than_once_and_their_gradients_add_up():
     rows_T = feature_rows(tokens_T, 9, torch.tensor([0, 1, 0, 1]))
     assert rows_T.tolist() == [0, -1, 1, 0, -1, 1]
     features_VKH = torch.randn(2, 1, 3, requires_grad=True)
-    merged_TKH = merge_features(torch.zeros(6, 3), features_VKH, rows_T, 1)
+    merged_TKH = merge_features(torch.zeros(6, 3), features_VKH, rows_T)
     torch.testing.assert_close(merged_TKH[[0, 3]], features_VKH[[0, 0]], rtol=0, atol=0)
     merged_TKH.backward(torch.arange(6.0)[:, None, None].expand(6, 1, 3))
     assert features_VKH.grad[:, 0, 0].tolist() == [3.0, 7.0]

@@ -8,7 +8,7 @@ from megavlm.parallel.context import local_part
 
 HEADS, HEAD_DIM, SCALE = 4, 8, 8**-0.5
 # Sample lengths; 0: an empty sample.
-ROWS = {"unequal": [5, 1, 9, 5, 0, 16], "equal": [6, 6, 6], "one": [12]}
+ROWS = {"unequal": [5, 1, 9, 5, 0, 16], "alternating": [3, 2] * 5, "equal": [6, 6, 6], "one": [12]}
 KINDS = {"all_gather": all_gather_attention, "p2p": ring_attention}
 
 

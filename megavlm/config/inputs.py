@@ -12,6 +12,18 @@ Grid = tuple[int, ...]
 side by side, and rows and columns of patches that are left when the tiles are joined and padding is cut off (0, 0, 0
 for an image without tiles; 0 and rows and columns of a frame's visual tokens for a video)."""
 
+BoxFormat = Literal[
+    "",
+    "qwen_tokens_1000",
+    "qwen_tokens_pixels",
+    "json_1000",
+    "json_pixels",
+    "numbers",
+    "bin_tokens_1000",
+    "grid_tokens_32",
+]
+"""How boxes are written in texts; see `data/boxes.py`."""
+
 
 def is_pooled_video(grid: Grid) -> bool:
     """Whether an `anyres` grid is of a video."""

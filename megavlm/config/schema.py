@@ -7,6 +7,7 @@ Knobs carry the names that Megatron and ms-swift users already type. Units are i
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megavlm.config.inputs import BoxFormat
 from megavlm.config.iterate import IterateConfig
 from megavlm.config.mixture_knobs import CurriculumPhase, MixtureSource, MixtureTask
 from megavlm.config.peft import PeftConfig
@@ -173,24 +174,13 @@ class DataConfig:
     """The question that a caption answers, where a WebDataset shard has nothing but captions (`.txt`)."""
     frames_fps: float = 2.0
     """Frames a second of videos that rows give as lists of pictures."""
-    box_format: Literal[
-        "",
-        "qwen_tokens_1000",
-        "qwen_tokens_pixels",
-        "json_1000",
-        "json_pixels",
-        "numbers",
-        "bin_tokens_1000",
-        "grid_tokens_32",
-    ] = ""
+    box_format: BoxFormat = ""
     """How `objects` of rows are written. `qwen_tokens_1000`: <|box_start|>(x1,y1),(x2,y2)<|box_end|>, thousandths of
     the image's sides (Qwen2-VL); `qwen_tokens_pixels`: the same in pixels of the image as the model sees it;
     `json_1000` (Qwen3-VL) and `json_pixels` (Qwen2.5-VL): {"bbox_2d": [x1, y1, x2, y2], "label": ...}; `numbers`:
-    [x1, y1, x2, y2] as in the row; `bin_tokens_1000`: <|box_start|><|x1|><|y1|><|x2|><|y2|><|box_end|>, each coordinate
-    one of the tokens <|0|> to <|999|>, which `megavlm add-tokens --coordinates` gives a model; `grid_tokens_32`:
-    <object><patch_index_0044><patch_index_0863></object>, the cells of a grid of 32 x 32 that hold the box's upper left
-    and lower right corners (Kosmos-2), which `megavlm add-tokens --grid` gives a model. Empty: rows with `objects` are
-    refused."""
+    [x1, y1, x2, y2] as in the row; `bin_tokens_1000`: <|box_start|><|x1|><|y1|><|x2|><|y2|><|box_end|>, a token a
+    coordinate, which `megavlm add-tokens --coordinates` gives a model; `grid_tokens_32` (Kosmos-2): a token for each of
+    the cells, out of 32 x 32, of two corners, which `megavlm add-tokens --grid` does. Empty: `objects` are refused."""
     max_length: int = 4096
     """Longest sample in tokens, images included."""
     too_long: Literal["drop", "cut_turns", "cut_answer", "stop"] = "drop"

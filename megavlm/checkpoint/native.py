@@ -134,6 +134,8 @@ def restore_optimizer(
             state = merge(dict_list_map_inplace(_unwrapped, local), loaded[name])
         _set_steps(state, num_updates)
         inner.load_state_dict(state)
+        if isinstance(inner.optimizer, HybridDeviceOptimizer):
+            optimizer_shards.let_steps_go_on(inner.optimizer)
 
 
 def _unwrapped(value: Any) -> Any:

@@ -101,6 +101,16 @@ def allocate_offloaded(optimizer: HybridDeviceOptimizer) -> None:
     optimizer._sync_sub_optimizers_state_to_hdo()
 
 
+def let_steps_go_on(optimizer: HybridDeviceOptimizer) -> None:
+    """Leave Adam's number of updates, once loaded, to the optimizers inside.
+
+    Megatron-Core copies its own groups onto theirs before every step, the number that was loaded among them (0.16.1,
+    optimizer/cpu_offloading/hybrid_optimizer.py:351): a fused Adam beside the one in CPU memory would count it anew.
+    """
+    for group in optimizer.param_groups:
+        group.pop("step", None)
+
+
 def _own_ranges(inner: DistributedOptimizer) -> Iterator[tuple[torch.nn.Parameter, range]]:
     """Parameters that this rank holds state of, each with the part of it (elements of the flattened parameter)."""
     for by_dtype in inner.gbuf_ranges:

@@ -1,6 +1,6 @@
 """A training step of ours against TRL's, and against bare torch: the same model, rows, batches and thread.
 
-    python -m benchmarks.train_step [--steps 4]
+    python -m benchmarks.train_step [--steps 6]
 
 - SFT and DPO on rows of one length against TRL's trainers: seconds a step. DPO's reference is computed before on both
   sides. The first losses must agree, so that the same is computed.
@@ -227,7 +227,7 @@ def compare(pool: WorkerPool, root: Path, stage: str, mixed: bool, num_steps: in
 def main(arguments: list[str] | None = None) -> int:
     """Print the figures; 1 if a required one is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=4, help="measured steps of each run")
+    parser.add_argument("--steps", type=int, default=6, help="measured steps of each run")
     options = parser.parse_args(arguments)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"

@@ -45,6 +45,9 @@ def main() -> int:
 
     stopwatch = Stopwatch()
     model = AutoModelForImageTextToText.from_pretrained(knobs["model"], dtype=torch.float32)
+    # Or the trainer averages the means of its microbatches (transformers says so of this family), where we and, with
+    # this, TRL too divide by all tokens of the step: with rows of several lengths that is another loss.
+    model.accepts_loss_kwargs = True
     tokenizer = AutoTokenizer.from_pretrained(knobs["model"])
     trainer = _trainer(knobs, model, tokenizer, Dataset.from_list(knobs["rows"]), stopwatch)
     trainer.train()

@@ -91,6 +91,11 @@ TITLES = {
         "the projector alone, LoRA, DPO. Each chapter starts from the export of the one before; held-out images show "
         "digits that no training row showed. Written by `make story`.",
     ),
+    "train": (
+        "Steps",
+        "A training step on one CPU thread against TRL's on the same model, rows and batches, whose first losses have "
+        "to agree; and against a plain loop over the same modules. Written by `make bench-train`.",
+    ),
     "parity": (
         "Parity",
         "Tiny random models against transformers (eager attention), with the same weights and inputs, and mistakes "

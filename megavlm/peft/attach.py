@@ -16,7 +16,7 @@ from megavlm.models.names import Part, component_of, global_name, layer_of
 from megavlm.models.weight_map import Entry
 from megavlm.peft.bottleneck import Bottleneck, BottleneckAdapter, Tap
 from megavlm.peft.cross_modal import CrossModalBottleneck
-from megavlm.peft.ia3 import Ia3Adapter, scales
+from megavlm.peft.ia3 import Ia3Adapter, scaled_part
 from megavlm.peft.lora import LoraAdapter, initialise, scaling_of
 from megavlm.peft.prefix import Prefix
 from megavlm.peft.targets import ALL_LINEAR, find_targets, is_meant, linears_of, module_names
@@ -55,10 +55,11 @@ def attach(
             scaling = scaling_of(target.tuning.rank, target.tuning.alpha, peft.use_rslora)
             adapter = LoraAdapter(target, scaling, peft.lora_dropout, peft.use_dora, dtype)
             initialise(adapter, target, seed)
-        elif ALL_LINEAR not in peft.target_modules or scales(target):
-            adapter = Ia3Adapter(target, dtype)
         else:
-            continue
+            scaled = scaled_part(target) if ALL_LINEAR in peft.target_modules else target
+            if scaled is None:
+                continue
+            adapter = Ia3Adapter(scaled, dtype)
         target.linear.adapter = adapter
         counts[component_of(target.name)] += 1
     for part in parts:

@@ -6,6 +6,7 @@ numbers of its own channels, and sees all tokens of them, so that nothing travel
 Source: IA3 (arXiv 2205.05638), section 3.3; numbers as in peft.
 """
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -66,8 +67,9 @@ class Ia3Adapter(LinearAdapter):
         return self.splits.sharded(self.projections, self.lies, f"{prefix}projections.", sharded_offsets, metadata)
 
 
-def scales(target: Target) -> bool:
-    """Whether a linear is one that IA3 scales when all linears are meant."""
-    if target.linear.is_column:
-        return all(one.name in SCALED_OUTPUTS for one in target.projections)
-    return target.name.endswith(SCALED_INPUTS)
+def scaled_part(target: Target) -> Target | None:
+    """What IA3 scales of a linear when all linears are meant; None: nothing."""
+    chosen = tuple(one for one in target.projections if one.name in SCALED_OUTPUTS)
+    if not target.linear.is_column:
+        chosen = target.projections if target.name.endswith(SCALED_INPUTS) else ()
+    return dataclasses.replace(target, projections=chosen) if chosen else None

@@ -185,21 +185,21 @@ def adapter_sizes(matrix: Matrix, tuning: Tuning, peft: PeftConfig, tensor: int)
             outputs = -(-rows // tensor) if column else rows
             sizes.update([tuning.rank * inputs, outputs * tuning.rank, *([outputs] if peft.use_dora else [])])
         return sizes
-    if tuning.method == "ia3" and _is_scaled(matrix, meant, peft):
-        return Counter([-(-rows // tensor) if column else inputs for _, rows in meant])
+    if tuning.method == "ia3":
+        return Counter([-(-rows // tensor) if column else inputs for _, rows in _scaled(matrix, meant, peft)])
     if tuning.method in ("adapter", "parallel_adapter") and matrix.block_inputs:
         taken = matrix.block_inputs if tuning.method == "parallel_adapter" else matrix.num_outputs
         return Counter([tuning.size * taken, tuning.size, matrix.num_outputs * tuning.size, matrix.num_outputs])
     return Counter()
 
 
-def _is_scaled(matrix: Matrix, meant: Sequence[tuple[str, int]], peft: PeftConfig) -> bool:
-    """Whether IA3 has a vector there: where it is named, or as `peft/ia3.py` says where all linears are meant."""
+def _scaled(matrix: Matrix, meant: Sequence[tuple[str, int]], peft: PeftConfig) -> Sequence[tuple[str, int]]:
+    """What IA3 has vectors for: what is named, or as `peft/ia3.py` says where all linears are meant."""
     if "all-linear" not in peft.target_modules:
-        return bool(meant)
+        return meant
     if matrix.is_column:
-        return all(name.rpartition(".")[2] in _SCALED_OUTPUTS for name, _ in matrix.projections)
-    return matrix.place == "fc2"
+        return [(name, rows) for name, rows in meant if name.rpartition(".")[2] in _SCALED_OUTPUTS]
+    return meant if matrix.place == "fc2" else []
 
 
 def prefix_sizes(tuning: Tuning, width: int) -> Sizes:
@@ -259,7 +259,7 @@ def linear_kept(matrix: Matrix, tuning: Tuning, peft: PeftConfig, tensor: int) -
         if peft.use_dora:  # the sum before it is scaled, and two numbers a row that it is scaled by
             return LinearKept(True, rank + dropped, outputs, joined + 2 * outputs)
         return LinearKept(True, rank + dropped, joined=joined)
-    if tuning.method == "ia3" and _is_scaled(matrix, meant, peft):
+    if tuning.method == "ia3" and _scaled(matrix, meant, peft):
         return LinearKept(gives=outputs, joined=outputs) if column else LinearKept(takes=True)
     if tuning.method in ("adapter", "parallel_adapter") and matrix.block_inputs and not matrix.in_expert:
         return LinearKept(low=2 * tuning.size, gives=outputs if tuning.method == "adapter" else 0.0)

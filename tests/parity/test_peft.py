@@ -7,6 +7,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from tests.evidence import record, row
@@ -210,6 +211,10 @@ def test_peft_and_transformers_load_what_was_trained(case, model_dirs, rows_file
     )
     assert all(value <= 1e-5 for value in differences.values()), differences
     assert min(largest(base[name], ours[name]) for name in rows) > 1e-2  # training changed something
+    if case == "IA3":  # of all linears those that the paper scales; the tower has one for queries, keys and values
+        kept = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+        scaled = {name.split(".")[-2] for name in kept}
+        assert {"k_proj", "v_proj", "down_proj", "qkv"} <= scaled and not {"q_proj", "o_proj", "gate_proj"} & scaled
 
 
 PREFIX = {"components": "vision: frozen, projector: frozen, language: prefix tokens=5"}

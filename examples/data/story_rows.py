@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -165,7 +165,7 @@ def _write_shown(
     folder: Path,
     ending: str,
     pictures: list[Picture],
-    makers: dict[str, Callable[[str, str, random.Random], Row]],
+    makers: Mapping[str, Callable[[str, str, random.Random], Row]],
     rng: random.Random,
 ) -> None:
     """Write the images once, and a row of every kind about each."""

@@ -59,7 +59,7 @@ def test_every_kind_is_about_the_same_images(written: tuple[Path, Any], ending: 
     for samples in zip(*rows.values(), strict=True):
         assert len({str(sample.images[0]) for sample in samples}) == 1
     for sample in rows["captions"]:
-        with Image.open(sample.images[0]) as image:
+        with Image.open(str(sample.images[0])) as image:
             assert image.height in (28, 56) and 56 <= image.width <= 140
 
 

@@ -53,7 +53,9 @@ def partners(logits_MM, negatives, kind):
 def match_logits(hf_dir, model, heads, folder, shown, said):
     """Of the images of one row with the caption of another: two classes at the last token of the question."""
     sizes, caption = CAPTIONS[shown][2], CAPTIONS[said][1]
-    asked = [{"type": "image"}] * len(sizes) + [{"type": "text", "text": f"\n{caption}\n{MATCH_PROMPT}"}]
+    line_break = "" if hf_dir.name == "llava" else "\n"  # LLaVA's template prints it
+    text = f"{line_break}{caption}\n{MATCH_PROMPT}"
+    asked = [{"type": "image"}] * len(sizes) + [{"type": "text", "text": text}]
     files = [folder / f"{shown}-{image}.png" for image in range(len(sizes))]
     inputs = processor_inputs(hf_dir, [{"role": "user", "content": asked}], files, asks=True)
     hidden_1SH = model.model(**inputs).last_hidden_state

@@ -47,7 +47,8 @@ def with_masks(row: dict[str, Any], root: Path, number: int, random: np.random.R
         return row
     masks: list[Any] = []
     for image in [*range(len(row["images"])), 0]:
-        width, height = Image.open(root / row["images"][image]).size
+        with Image.open(root / row["images"][image]) as opened:
+            width, height = opened.size
         left, right = sorted(random.randint(0, width + 1, 2).tolist())
         top, bottom = sorted(random.randint(0, height + 1, 2).tolist())
         segmentation: Any = [[left, top, right, top, (left + right) / 2, bottom]]

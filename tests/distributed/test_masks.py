@@ -18,7 +18,7 @@ from tests.tiny_masks import with_masks
 TP2 = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
 PP2 = ["parallel.pipeline_model_parallel_size=2"]
 CP2 = ["parallel.context_parallel_size=2"]
-LORA = ["peft.tuner_type=lora", "optimizer.lr=1e-2"]
+LORA = ["peft.tuner_type=lora", "optimizer.lr=2e-3"]
 FIGURES = {"mask/bce", "mask/dice", "mask/iou", "mask/count"}
 
 

@@ -242,7 +242,7 @@ def test_a_row_that_is_cut_keeps_its_first_masks(encoder, folder):
     sample = Rows.open([str(write_jsonl(folder / "long.jsonl", [row]))], RowOptions())[0]
     whole = encoder.encode(sample)
     for rule in ("cut_turns", "cut_answer"):
-        for length in range(len(whole.tokens_S) - 1, len(whole.tokens_S) // 2, -3):
+        for length in range(len(whole.tokens_S) - 1, len(whole.tokens_S) * 2 // 3, -2):
             encoder.too_long, encoder.max_length = rule, length
             cut = encoder.encode(sample)
             assert len(cut.tokens_S) <= length
@@ -280,7 +280,7 @@ SIZE = [64, 96]
 def test_mistakes_of_rows_are_one_line(folder, masks, expected):
     with pytest.raises(UseError, match=expected) as caught:
         read(folder, masks)
-    assert "rows.jsonl:1" in str(caught.value) and "\n" not in str(caught.value)
+    assert "rows.jsonl row 1: " in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_mistakes_that_only_the_image_or_the_text_shows(encoder, folder):

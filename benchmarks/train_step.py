@@ -167,7 +167,7 @@ def bare(recipe: Recipe, num_steps: int) -> dict[str, list[float]]:
     """In a worker: a plain loop over the same modules and the same packed rows, with torch's AdamW."""
     import torch
 
-    from megavlm.checkpoint.hf_io import load_weights
+    from megavlm.checkpoint.hf_load import load_weights
     from megavlm.losses.cross_entropy import cross_entropy
     from megavlm.models.build import build_encoder, build_language_chunks, transformer_config
     from megavlm.train.pipeline_work import run_chunk

@@ -248,7 +248,7 @@ def test_only_tokens_of_texts_take_room(qwen, folder, tmp_path):
     dataset = indexed(folder, qwen.encoder(), rows, tmp_path)
     (tokens,) = (tmp_path / "index").glob("tokens_*")
     lengths = [int((row.tokens_S != QWEN_INPUTS.image_token_id).sum()) + 1 for row in map(dataset.encoded, range(3))]
-    head = 48 + 4 + 4 + 4  # numbers of things; a run, an image, its frames
+    head = 52 + 4 + 4 + 4  # numbers of things; a run, an image, its frames
     assert tokens.stat().st_size == sum(5 * length + head for length in lengths)
 
 

@@ -187,6 +187,9 @@ def adapter_sizes(matrix: Matrix, tuning: Tuning, peft: PeftConfig, tensor: int)
         return sizes
     if tuning.method == "ia3":
         return Counter([-(-rows // tensor) if column else inputs for _, rows in _scaled(matrix, meant, peft)])
+    if tuning.method == "cross_modal_adapter" and matrix.block_inputs:
+        size, width = tuning.size, matrix.num_outputs  # two projections down and up, and the one that is shared
+        return Counter({size * width: 4, width: 2}) + Counter({size: 3}) + Counter({size * size: 1})
     if tuning.method in ("adapter", "parallel_adapter") and matrix.block_inputs:
         taken = matrix.block_inputs if tuning.method == "parallel_adapter" else matrix.num_outputs
         return Counter([tuning.size * taken, tuning.size, matrix.num_outputs * tuning.size, matrix.num_outputs])
@@ -263,6 +266,8 @@ def linear_kept(matrix: Matrix, tuning: Tuning, peft: PeftConfig, tensor: int) -
         return LinearKept(gives=outputs, joined=outputs) if column else LinearKept(takes=True)
     if tuning.method in ("adapter", "parallel_adapter") and matrix.block_inputs and not matrix.in_expert:
         return LinearKept(low=2 * tuning.size, gives=outputs if tuning.method == "adapter" else 0.0)
+    if tuning.method == "cross_modal_adapter" and matrix.block_inputs and not matrix.in_expert:
+        return LinearKept(low=4 * tuning.size, gives=outputs)
     if tuning.method == "parallel_adapter" and column and not matrix.in_expert:
         return LinearKept(takes=True)  # the block's input
     return LinearKept()

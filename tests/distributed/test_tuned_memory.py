@@ -62,6 +62,13 @@ CASES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any], bool]] = {
     "ia3": ("qwen3_vl", 1, {}, {"tuner_type": "ia3", "target_modules": ("k_proj", "v_proj", "down_proj")}, True),
     "ia3, all linears": ("qwen3_vl", 1, {}, {"tuner_type": "ia3"}, False),
     "adapter": ("qwen3_vl", 1, {}, {"tuner_type": "adapter", "adapter_size": 8}, True),
+    "cross-modal adapter": (
+        "qwen3_vl",
+        1,
+        {},
+        {"components": "vision: frozen, projector: full, language: cross_modal_adapter size=8"},
+        True,
+    ),
     "parallel adapter, TP2+SP": ("qwen3_vl", 2, _TP, {"tuner_type": "parallel_adapter", "adapter_size": 8}, False),
     "prefix": ("qwen3_vl", 1, {}, {"tuner_type": "prefix", "num_virtual_tokens": 4}, False),
     "lora, experts": ("qwen3_vl_moe", 1, {}, _EVERYWHERE, True),

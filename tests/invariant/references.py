@@ -121,7 +121,7 @@ REFERENCES: dict[str, Reference] = {
     "contrastive": _contrastive("qwen3_vl", temperature=0.3),
     "contrastive, sigmoid": _contrastive("llava", loss_type="sigmoid", logit_bias=-2.0, text_prompt="in one word"),
     "matching": _matching("qwen3_vl", match_prompt="in this image"),
-    "matching, hardest": _matching("llava", negatives="hardest", max_texts_per_image=1, contrastive_coeff=0.5),
+    "matching, hardest": _matching("llava", negatives="hardest", max_texts_per_image=1, contrastive_coeff=2.0),
     "LoRA": _tuned(tuner_type="lora", lorap_lr_ratio=4.0),
     "DoRA": _tuned(tuner_type="lora", use_dora=True),
     "QLoRA": _tuned(tuner_type="lora", bnb_4bit_quant_type="nf4"),

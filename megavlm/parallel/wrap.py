@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import layers
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -88,8 +89,11 @@ def add_gradients_in_products(module: torch.nn.Module) -> None:
     """Have the linears of a wrapped module add a weight's gradient to that of the step while they compute it.
 
     What Megatron-Core calls `gradient_accumulation_fusion`: no gradient of a microbatch is written and read again.
-    Linears of an unwrapped module have no gradient of a step to add to.
+    Linears of an unwrapped module have no gradient of a step to add to. Where Megatron-Core has found Transformer Engine
+    nothing changes: it would then take a buffer of that package's, which lies on a GPU.
     """
+    if layers.HAVE_TE:
+        return
     for linear in module.modules():
         if isinstance(linear, ColumnParallelLinear | RowParallelLinear):
             linear.gradient_accumulation_fusion = True

@@ -84,7 +84,7 @@ def test_groups_of_another_size_are_left_out():
 
 
 def test_groups_that_do_not_fit_are_refused():
-    with pytest.raises(UseError, match="groups of rows: got between 1 and 2 rows .*begins with row 2"):
+    with pytest.raises(UseError, match="groups of rows .data.group_by.: got between 1 and 2 rows .*begins with row 2"):
         groups_of(np.array([0, 0, 1, 2, 2]))
     pairs = groups_of(np.arange(8) // 2)
     with pytest.raises(UseError, match="train.micro_batch_size: got 1; expected a multiple of the 2 rows of a group"):

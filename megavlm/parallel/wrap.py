@@ -89,8 +89,8 @@ def add_gradients_in_products(module: torch.nn.Module) -> None:
     """Have the linears of a wrapped module add a weight's gradient to that of the step while they compute it.
 
     What Megatron-Core calls `gradient_accumulation_fusion`: no gradient of a microbatch is written and read again.
-    Linears of an unwrapped module have no gradient of a step to add to. Where Megatron-Core has found Transformer Engine
-    nothing changes: it would then take a buffer of that package's, which lies on a GPU.
+    Linears of an unwrapped module have no gradient of a step to add to. Where Megatron-Core has found Transformer
+    Engine nothing changes: it would then take a buffer of that package's, which lies on a GPU.
     """
     if layers.HAVE_TE:
         return

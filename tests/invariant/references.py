@@ -125,7 +125,8 @@ REFERENCES: dict[str, Reference] = {
     "LoRA": _tuned(tuner_type="lora", lorap_lr_ratio=4.0),
     "DoRA": _tuned(tuner_type="lora", use_dora=True),
     "QLoRA": _tuned(tuner_type="lora", bnb_4bit_quant_type="nf4"),
-    "IA3": _tuned(1e-1, tuner_type="ia3"),
+    # Values are left out: with them too little of the gradient is the tower's for a fault there to show.
+    "IA3": _tuned(1e-1, tuner_type="ia3", target_modules=("qkv", "linear_fc2", "k_proj", "down_proj")),
     "adapters": _tuned(3e-3, components="vision: adapter, projector: adapter, language: parallel_adapter size=16"),
     "cross-modal adapters": _tuned(
         3e-3, components="vision: frozen, projector: full, language: cross_modal_adapter size=16"

@@ -66,7 +66,8 @@ def _with_vocabulary(config: dict[str, Any], vocab_size: int) -> dict[str, Any]:
 def _tensors(directory: HFDirectory, num_before: int, vocab_size: int) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor under the name that it has in its file."""
     grow = {name for entry in directory.entries if entry.native in _OF_VOCABULARY for name in entry.names}
-    grow |= set(directory.ignored)  # what a tied model carries a second time
+    # what a tied model carries a second time; heads of other kinds have other rows
+    grow |= {name for name in directory.ignored if name.endswith("lm_head.weight")}
     for file in weight_files(directory.path):
         opened = SafetensorsFile(file)
         for name in opened.names:

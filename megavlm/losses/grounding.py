@@ -1,14 +1,12 @@
-"""Losses on boxes, masks and coordinates, for models that point at things.
+"""Losses on boxes and coordinates, for models that point at things; those on masks are in `masks.py`.
 
-Shape suffixes: B boxes or masks, K bins of a coordinate, H and W height and width of a mask; where
-coordinates are tokens, W is this rank's part of the vocabulary.
+Shape suffixes: B boxes, K bins of a coordinate; where coordinates are tokens, W is this rank's part of the vocabulary.
 """
 
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 _TINY = 1e-9
 
@@ -62,41 +60,6 @@ def box_loss(
     loss_sum = (l1_weight * l1_B + giou_weight * giou_B).sum()
     metrics = {"box/l1": l1_B.detach().sum(), "box/giou": giou_B.detach().sum()}
     return loss_sum, loss_sum.new_tensor(float(len(l1_B))), metrics
-
-
-def dice(logits_BHW: torch.Tensor, target_BHW: torch.Tensor) -> torch.Tensor:
-    """1 - soft Dice coefficient of each mask, fp32 [B]: arXiv 1606.04797, with 1 added to both counts as in DETR."""
-    share_BX, target_BX = logits_BHW.float().sigmoid().flatten(1), target_BHW.float().flatten(1)
-    return 1 - (2 * (share_BX * target_BX).sum(1) + 1) / (share_BX.sum(1) + target_BX.sum(1) + 1)
-
-
-def focal(logits_BHW: torch.Tensor, target_BHW: torch.Tensor, alpha: float = 0.25, gamma: float = 2.0) -> torch.Tensor:
-    """Sigmoid focal loss, mean over each mask's pixels, fp32 [B]: arXiv 1708.02002, equation 5.
-
-    Args:
-        logits_BHW: of "the pixel is part of it".
-        target_BHW: 0 or 1.
-        alpha: weight of pixels of the mask; 1 - alpha that of the others.
-        gamma: how strongly pixels that are right already are left out.
-    """
-    logits_BX, target_BX = logits_BHW.float().flatten(1), target_BHW.float().flatten(1)
-    signed_BX = logits_BX * (2 * target_BX - 1)
-    balance_BX = alpha * target_BX + (1 - alpha) * (1 - target_BX)
-    return (balance_BX * torch.sigmoid(-signed_BX) ** gamma * -F.logsigmoid(signed_BX)).mean(1)
-
-
-def mask_loss(
-    logits_BHW: torch.Tensor, target_BHW: torch.Tensor, dice_weight: float = 1.0, focal_weight: float = 1.0
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Dice and focal loss of masks, arXiv 2005.12872 (DETR), appendix A.2; SAM (arXiv 2304.02643) weighs 1 to 20.
-
-    Returns:
-        The sum over masks (fp32), their number (fp32), and both parts as sums without weight.
-    """
-    dice_B, focal_B = dice(logits_BHW, target_BHW), focal(logits_BHW, target_BHW)
-    loss_sum = (dice_weight * dice_B + focal_weight * focal_B).sum()
-    metrics = {"mask/dice": dice_B.detach().sum(), "mask/focal": focal_B.detach().sum()}
-    return loss_sum, loss_sum.new_tensor(float(len(dice_B))), metrics
 
 
 def expected_coordinate(logits_BK: torch.Tensor) -> torch.Tensor:

@@ -64,7 +64,7 @@ def segmentation_loss(
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Binary cross entropy, a mean over each mask's tokens, and Dice: arXiv 2308.00692 (LISA), equations 3 and 4.
 
-    Dice has 1 added to both counts, as in DETR (arXiv 2005.12872) and MaskFormer (arXiv 2107.06278).
+    Dice (arXiv 1606.04797) has 1 added to both counts, as in DETR (arXiv 2005.12872) and MaskFormer (2107.06278).
 
     Args:
         sums_MK: from `mask_sums`, over all tokens of each mask.

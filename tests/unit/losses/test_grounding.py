@@ -6,12 +6,9 @@ from transformers.loss import loss_for_object_detection as theirs
 from megavlm.losses.grounding import (
     box_loss,
     corners_of,
-    dice,
     expected_coordinate,
     expected_coordinate_of_vocabulary,
-    focal,
     generalized_iou,
-    mask_loss,
 )
 
 NUM_BOXES = 50
@@ -21,12 +18,6 @@ def boxes(seed):
     generator = torch.Generator().manual_seed(seed)
     corners = torch.rand(NUM_BOXES, 2, 2, generator=generator).sort(dim=1).values
     return corners.flatten(1)
-
-
-def masks():
-    generator = torch.Generator().manual_seed(0)
-    logits = 4 * torch.randn(3, 5, 7, generator=generator)
-    return logits, (torch.rand(3, 5, 7, generator=generator) < 0.4).float()
 
 
 def test_generalized_iou_equals_transformers():
@@ -79,33 +70,6 @@ def test_box_loss_adds_both_parts():
 
 def test_corners_of_centres():
     assert corners_of(torch.tensor([[5.0, 6.0, 4.0, 2.0]])).tolist() == [[3, 5, 7, 7]]
-
-
-def test_dice_and_focal_equal_transformers():
-    logits, target = masks()
-    for ours, reference in (
-        (dice(logits, target).sum(), theirs.dice_loss(logits, target.flatten(1), 1)),
-        (focal(logits, target).sum(), theirs.sigmoid_focal_loss(logits.flatten(1), target.flatten(1), 1)),
-        (
-            focal(logits, target, alpha=0.7, gamma=1.0).sum(),
-            theirs.sigmoid_focal_loss(logits.flatten(1), target.flatten(1), 1, alpha=0.7, gamma=1.0),
-        ),
-    ):
-        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=0)
-
-
-def test_mask_loss_is_a_sum_over_masks_with_their_gradients():
-    logits, target = masks()
-    actual, expected = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    loss_sum, count, metrics = mask_loss(actual, target, dice_weight=1.0, focal_weight=20.0)
-    reference = theirs.dice_loss(expected, target.flatten(1), 1) + 20 * theirs.sigmoid_focal_loss(
-        expected.flatten(1), target.flatten(1), 1
-    )
-    torch.testing.assert_close(loss_sum, reference, rtol=1e-5, atol=0)
-    loss_sum.backward()
-    reference.backward()
-    torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-5, atol=1e-6)
-    assert count == 3 and set(metrics) == {"mask/dice", "mask/focal"}
 
 
 def test_expected_coordinate():

@@ -1,12 +1,12 @@
-"""Losses of masks against plain torch on each mask by itself, a case by hand, and sums over parts."""
+"""Losses of masks against torch and transformers on each mask by itself, a case by hand, and sums over parts."""
 
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers.loss.loss_for_object_detection import dice_loss
 
-from megavlm.losses.grounding import dice
 from megavlm.losses.masks import mask_sums, segmentation_loss
 
 LENGTHS = (6, 20, 1, 9)
@@ -28,7 +28,7 @@ def test_each_mask_by_itself():
 
     pairs = list(zip(logits_X.split(LENGTHS), shares_X.split(LENGTHS), strict=True))
     bce = [F.binary_cross_entropy_with_logits(logits, shares) for logits, shares in pairs]
-    dices = [dice(logits[None, None], shares[None, None])[0] for logits, shares in pairs]
+    dices = [dice_loss(logits[None], shares[None], 1) for logits, shares in pairs]
     reference = 2 * sum(bce) + 0.5 * sum(dices)
     (expected,) = torch.autograd.grad(reference, logits_X)
     assert loss_sum.item() == pytest.approx(reference.item(), rel=1e-6) and count == len(LENGTHS)
@@ -50,8 +50,8 @@ def test_a_case_by_hand():
     loss_sum, count, metrics = segmentation_loss(sums_MK, torch.tensor([2]), 2.0, 0.5)
     bce = -(math.log(3 / 4) + 0.25 * math.log(1 / 5) + 0.75 * math.log(4 / 5)) / 2
     # product 3/4 + 1/20 = 4/5, prediction 19/20, target 5/4
-    dice_loss = 1 - (2 * 4 / 5 + 1) / (19 / 20 + 5 / 4 + 1)
-    assert loss_sum.item() == pytest.approx(2 * bce + 0.5 * dice_loss, rel=1e-6)
+    dice = 1 - (2 * 4 / 5 + 1) / (19 / 20 + 5 / 4 + 1)
+    assert loss_sum.item() == pytest.approx(2 * bce + 0.5 * dice, rel=1e-6)
     assert metrics["mask/iou"] == 1 and count == 1
 
 
